@@ -1,0 +1,128 @@
+"""Configuration: a dataclass for every section of a TOML file, and flags that overrule it.
+
+A config file is a list of sections, one for each dataclass; the defaults stand in the dataclass, next to their meaning:
+
+    out = "out/tiny"                 # keys above the first section belong to the run itself
+    [stage2]
+    steps = 2000
+    lr = 3e-3
+
+and on the command line the same names, dotted:  python train.py configs/tiny.toml --stage2.steps 100 --out /tmp/try
+
+Nothing in a config file is executed. An unknown key or a value of the wrong type is one readable line.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+
+def fit(value, hint, where: str):
+    """`value` as type `hint` says (ints serve as floats, lists as tuples), else ValueError naming the place."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for choice in arguments:
+            try:
+                return fit(value, choice, where)
+            except ValueError:
+                continue
+    elif origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(fit(item, arguments[0], where) for item in value)
+    elif origin is dict and isinstance(value, dict):
+        return value
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return load(hint, value, where)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint is type(None) and value is None:
+        return None
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise ValueError(f"{where}: expected {expected}, found {value!r}")
+
+
+def load(cls, table: dict, where: str):
+    """A `cls` from one TOML table; `where` (file and section) begins every complaint."""
+    hints = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}
+    for key in table:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(names))}"
+            raise ValueError(f"{where}: unknown key '{key}'; {advice}")
+    required = {f.name for f in dataclasses.fields(cls)
+                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - table.keys()):
+        raise ValueError(f"{where}: key '{missing[0]}' is missing; give it a value")
+    return cls(**{key: fit(value, hints[key], f"{where}, key '{key}'") for key, value in table.items()})
+
+
+def read(path: str | Path, schema: type, flags: list[str] = ()):
+    """The config file at `path`, with `--section.key value` flags laid over it, as the dataclass `schema`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file; see configs/ for examples")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise ValueError(f"{path}: not valid TOML ({problem}); mend that line") from None
+    for flag, value in pair_flags(flags):
+        *sections, key = flag.split(".")
+        place = table
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--{flag}: '{section}' is a value, not a section")
+        place[key] = toml_value(value)
+    return load(schema, table, str(path))
+
+
+def pair_flags(flags: list[str]) -> list[tuple[str, str]]:
+    """['--a.b', '1', '--c=2'] -> [('a.b', '1'), ('c', '2')]."""
+    pairs, rest = [], list(flags)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ValueError(f"unexpected argument '{flag}'; options look like --stage2.steps 100")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{name} needs a value, as in --{name} 100")
+            value = rest.pop(0)
+        pairs.append((name, value))
+    return pairs
+
+
+def toml_value(text: str):
+    """'3' -> 3, '1e-3' -> 0.001, 'true' -> True, '[1, 2]' -> [1, 2]; anything else is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def command_line(main: Callable[[], None]):
+    """Runs `main`; a mistake of the user (ValueError, OSError) is one line on stderr and exit code 1.
+
+    DEBUG=1 in the environment shows the traceback instead.
+    """
+    if os.environ.get("DEBUG"):
+        return main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept, the same command continues", file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, OSError) as problem:
+        message = " ".join(str(problem).split())
+        if isinstance(problem, OSError) and problem.strerror and problem.filename:
+            message = f"{problem.filename}: {problem.strerror}"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)

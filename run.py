@@ -1,0 +1,106 @@
+"""What every run needs and no concept should know: the device, the ranks, the learning rate, the log.
+
+One process or many: `torchrun --nproc_per_node 8 train.py ...` sets RANK, WORLD_SIZE and LOCAL_RANK; without them
+this is rank 0 of 1. Only rank 0 writes files.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device(name: str = "auto") -> torch.device:
+    """'auto' prefers CUDA (this rank's), then Apple's MPS, then the CPU."""
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name == "auto":
+        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"unknown device '{name}'; choose auto, cpu, cuda or mps")
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device '{name}' was asked for, but torch finds none here; use --device cpu")
+    return torch.device(cuda if name == "cuda" else name)
+
+
+def start(where: torch.device):
+    """Joins the other ranks, if there are any."""
+    if world_size() > 1 and not dist.is_initialized():
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+
+
+def wait():
+    """Returns when all ranks are here: what rank 0 wrote before, the others may read after."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mean(numbers: dict[str, float]) -> dict[str, float]:
+    """The average of each number over the ranks."""
+    if not dist.is_initialized():
+        return numbers
+    where = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=where)
+    dist.all_reduce(values)
+    return dict(zip(numbers, (values / dist.get_world_size()).tolist()))
+
+
+def cosine(step: int, warmup: int, total: int, peak: float, floor: float = 0.1) -> float:
+    """Linear warm-up to `peak` over `warmup` steps, then a half cosine down to `floor * peak` at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def progress(total: int, start: int = 0, title: str = "", **kwargs) -> tqdm:
+    """A progress bar with time left, silent on all ranks but the first."""
+    return tqdm(total=total, initial=start, desc=title, disable=rank() > 0, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 30, **kwargs)
+
+
+class Metrics:
+    """One JSON line a step. Opened again at `step`, the lines from there on (a killed run's) are dropped first."""
+
+    def __init__(self, path: str | Path, step: int = 0):
+        self.path = Path(path)
+        if rank() > 0:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] < step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):  # the half line of a killed run
+                    continue
+        temporary = self.path.with_name(self.path.name + ".part")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, **numbers: float | str):
+        if rank() > 0:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(numbers) + "\n")
