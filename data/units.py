@@ -1,0 +1,88 @@
+"""A corpus as units: every recording of a manifest through HuBERT and k-means, once, into `units.jsonl` (paper §3.1).
+
+    manifest.jsonl  {"id": "q0001-a", "wav": "wav/q0001-a.wav", "text": "...", "speaker": 0, "split": "train", ...}
+    units.jsonl     {"id": "q0001-a", "units": [17, 4, 93, ...], "durations": [2, 1, 5, ...]}
+
+Units are reduced (no unit twice in a row); `durations` counts the 20 ms frames each one stands for.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import run
+from data import audio
+
+
+def read_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> list[dict]:
+    """The rows of a JSON-lines file, each with the `needed` keys; a bad line is a ValueError with its number."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; run the stage that writes it first")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not all(key in row for key in needed):
+                raise ValueError(f"needs the keys {', '.join(needed)}")
+        except ValueError as problem:
+            raise ValueError(f"{path}, line {number}: {problem}") from None
+        rows.append(row)
+    return rows
+
+
+def read_manifest(corpus: str | Path) -> list[dict]:
+    return read_jsonl(Path(corpus) / "manifest.jsonl", ("id", "wav", "text", "speaker", "split"))
+
+
+def read_units(corpus: str | Path) -> list[dict]:
+    """The manifest's rows, each with its `units` and `durations`."""
+    units = {row["id"]: row for row in read_jsonl(Path(corpus) / "units.jsonl", ("id", "units", "durations"))}
+    rows = read_manifest(corpus)
+    if lost := [row["id"] for row in rows if row["id"] not in units]:
+        raise ValueError(f"{corpus}/units.jsonl lacks {len(lost)} recordings (first: {lost[0]}); run stage units again")
+    return [row | units[row["id"]] for row in rows]
+
+
+def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.device, title: str, workers: int = 2):
+    """[function(wav (N,)) for each row's recording], with a progress bar, without gradients."""
+
+    def one(row: dict):
+        with torch.inference_mode():
+            return function(torch.from_numpy(audio.load(Path(corpus) / row["wav"])).to(device))
+
+    # Utterances are short: two threads of one core each beat one thread of two.
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, threads // workers))
+    results = []
+    try:
+        with ThreadPoolExecutor(workers) as pool, run.progress(len(rows), 0, title, unit="utt") as bar:
+            for result in pool.map(one, rows):
+                results.append(result)
+                bar.update()
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def extract(corpus: str | Path, extractor, device: torch.device, portion: int = 500):
+    """Writes corpus/units.jsonl. A killed run keeps its finished portions in units.jsonl.part and goes on there."""
+    corpus = Path(corpus)
+    rows, part = read_manifest(corpus), corpus / "units.jsonl.part"
+    finished = set()
+    if part.exists():
+        lines = [line for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+        finished = {json.loads(line)["id"] for line in lines}
+        part.write_text("".join(lines), encoding="utf-8")
+    rows = [row for row in rows if row["id"] not in finished]
+    for first in range(0, len(rows), portion):
+        some = rows[first : first + portion]
+        pairs = map_speech(corpus, some, extractor, device, f"units from {first + len(finished)}")
+        with part.open("a", encoding="utf-8") as file:
+            for row, (units, durations) in zip(some, pairs):
+                file.write(json.dumps({"id": row["id"], "units": units, "durations": durations}) + "\n")
+    os.replace(part, corpus / "units.jsonl")

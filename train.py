@@ -1,0 +1,564 @@
+"""train.py - where the concepts meet to learn: every stage of SpeechGPT, one process or many.
+
+    python train.py configs/tiny.toml                        all stages; skips finished ones, resumes an interrupted one
+    python train.py configs/tiny.toml --stage 2              one of them
+    python train.py configs/tiny.toml --stage2.steps 100     any key of the config file as a flag
+    torchrun --nproc_per_node 8 train.py configs/tiny.toml   the same on eight GPUs
+
+    corpus   speech with its text                                     -> out/corpus
+    hubert   masked prediction of MFCC clusters, then of its own      -> out/model/hubert        §4.1
+    units    k-means on a layer; every recording as units             -> out/corpus/units.jsonl  §3.1
+    text     a LLaMA on text, where Meta's is not given               -> out/text                §4.1
+    1        next unit: modality-adaptation pre-training              -> out/stage1              §4.2, eq. 1-3
+    2        cross-modal instructions                                 -> out/model/llama         §3.1, eq. 4
+    3        chain-of-modality instructions, LoRA                     -> out/model/lora          §3.2, App. C
+    vocoder  units back to speech (train_vocoder.py)                  -> out/model/vocoder       §4.1
+    evaluate the judge (evaluate.py)                                  -> out/report
+
+All random numbers of a step come from (seed, stage, step, rank) and a batch is a function of its step: a killed run
+needs only the weights, the optimiser and the step to go on with the same losses to the last bit.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import random
+import shutil
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import train_vocoder
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import config
+import llama
+import lora
+import run
+import sample
+from data import batches, instruct
+from data import units as unit_files
+from data.tiny import prepare
+from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, span_mask
+from llama import Llama, LlamaConfig
+from tokenizer import Tokenizer
+from vocoder import VocoderConfig
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration: one dataclass for each section of the file. Defaults are the paper's (Table 3) where it gives them.
+
+
+@dataclass
+class Optimisation:
+    """AdamW with warm-up and cosine decay. Batch, peak rate, length and steps are the paper's, the rest LLaMA's."""
+
+    steps: int = 2100
+    batch_size: int = 1536  # documents (or crops) a step, over all ranks and micro-batches
+    accumulate: int = 1  # micro-batches a step
+    lr: float = 2e-4
+    warmup: int = 60  # steps
+    floor: float = 0.1  # the last learning rate, as a share of `lr`
+    weight_decay: float = 0.1  # on matrices only
+    betas: tuple[float, ...] = (0.9, 0.95)
+    clip: float = 1.0
+    max_len: int = 1024  # tokens in a packed row
+    eval_every: int = 200
+    save_every: int = 200
+
+
+@dataclass
+class CorpusSection:
+    name: str = "tiny"  # "tiny" synthesises the small spoken world; or a folder with manifest.jsonl and dialogues.jsonl
+    options: dict = field(default_factory=dict)  # of data/tiny/prepare.py
+
+
+@dataclass
+class HubertSection(Optimisation):
+    """Two rounds (HuBERT paper §3): on clusters of MFCCs, then on clusters of the first round's `layer`."""
+
+    clusters: tuple[int, ...] = (100, 500)  # of each round; the number of rounds is how many there are
+    layer: int = 6  # whose clusters teach the second round
+    frames: int = 99  # of 20 ms, in a crop
+    mask_prob: float = 0.08
+    mask_span: int = 10
+    unmasked_weight: float = 0.0
+    cluster_frames: int = 100_000  # k-means is fitted on so many
+    model: HuBERTConfig = field(default_factory=HuBERTConfig)
+
+
+@dataclass
+class UnitsSection:
+    clusters: int = 1000
+    layer: int = 11
+    cluster_frames: int = 200_000
+
+
+@dataclass
+class LoraSection:
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+@dataclass
+class EvaluateSection:
+    items: int = 120
+
+
+@dataclass
+class Config:
+    out: str = "out/tiny"
+    seed: int = 0
+    device: str = "auto"
+    pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped
+    vocab_size: int = 600  # text pieces, where there is no pretrained LLaMA
+    standard: float = 0.0  # share of stage 3's documents with standard prompting (App. E) instead of chain-of-modality
+    corpus: CorpusSection = field(default_factory=CorpusSection)
+    hubert: HubertSection = field(default_factory=HubertSection)
+    units: UnitsSection = field(default_factory=UnitsSection)
+    llama: dict = field(default_factory=dict)  # a LlamaConfig without vocab_size
+    text: Optimisation = field(default_factory=Optimisation)
+    stage1: Optimisation = field(default_factory=lambda: Optimisation(steps=900, batch_size=768))
+    stage2: Optimisation = field(default_factory=lambda: Optimisation(steps=2100, batch_size=1536, max_len=512))
+    stage3: Optimisation = field(default_factory=lambda: Optimisation(steps=4200, batch_size=128))
+    lora: LoraSection = field(default_factory=LoraSection)
+    vocoder: train_vocoder.VocoderStage = field(default_factory=train_vocoder.VocoderStage)
+    vocoder_model: VocoderConfig = field(default_factory=VocoderConfig)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class Objective(nn.Module):
+    """A model together with its loss, so that data parallelism sees one forward."""
+
+    def __init__(self, model: nn.Module, loss: Callable):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch):
+        return self.loss(self.model, batch)
+
+
+def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at: Callable, o: Optimisation,
+             c: Config, probe: Callable[[], tuple[dict, str]]):
+    """Trains `model` for o.steps steps, or the rest of them.
+
+    loss(model, micro_batch) -> (mean loss, how many targets, {number to log}); batch_at(step) -> micro-batches;
+    probe() -> ({held-out number}, a sample of what the model says now), called every o.eval_every steps.
+    """
+    device = next(model.parameters()).device
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    decay = [p for p in trained.values() if p.ndim >= 2]
+    no_decay = [p for p in trained.values() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": o.weight_decay},
+                                   {"params": no_decay, "weight_decay": 0.0}],
+                                  lr=o.lr, betas=tuple(o.betas), fused=device.type != "mps")
+    state_file = folder / "state.safetensors"
+    first = load_training(state_file, trained, optimizer) if state_file.exists() else 0
+    objective = Objective(model, loss).train()
+    if run.world_size() > 1:
+        objective = DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
+    metrics = run.Metrics(folder.parent.parent / "metrics" / f"{name}.jsonl", first)
+
+    bar = run.progress(o.steps, first, name)
+    for step in range(first, o.steps):
+        began = time.perf_counter()
+        lr = run.cosine(step, o.warmup, o.steps, o.lr, o.floor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(zlib.crc32(f"{c.seed} {name} {step} {run.rank()}".encode()))
+        micro_batches = batch_at(step)
+        numbers = {"loss": 0.0, "tokens": 0.0}
+        for i, batch in enumerate(micro_batches):
+            # gradients are exchanged once a step, with the last micro-batch
+            alone = run.world_size() > 1 and i + 1 < len(micro_batches)
+            with (objective.no_sync() if alone else contextlib.nullcontext(),
+                  torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")):
+                value, tokens, logged = objective([t.to(device, non_blocking=True) for t in batch])
+                (value / len(micro_batches)).backward()
+            numbers["tokens"] += tokens
+            for key, number in ({"loss": value} | logged).items():
+                numbers[key] = numbers.get(key, 0.0) + number.item() / len(micro_batches)
+        norm = nn.utils.clip_grad_norm_(trained.values(), o.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        numbers = run.mean(numbers)
+        speed = numbers.pop("tokens") * run.world_size() / (time.perf_counter() - began)
+        bar.update()
+        bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+
+        if (step + 1) % o.eval_every == 0 or step + 1 == o.steps:
+            model.eval()
+            held_out, said = probe()
+            model.train()
+            numbers |= held_out
+            bar.write(f"{name}, step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) + said)
+        metrics.write(step=step, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, **numbers)
+        if (step + 1) % o.save_every == 0 and run.rank() == 0:
+            save_training(state_file, trained, optimizer, step + 1)
+    bar.close()
+    model.eval()
+
+
+def save_training(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int):
+    tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
+    for name, p in trained.items():
+        tensors |= {f"{slot}.{name}": value for slot, value in optimizer.state[p].items()}
+    checkpoint.save_state(path, tensors, {"step": step})
+
+
+def load_training(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Puts weights and moments back; returns the step to go on with."""
+    tensors, meta = checkpoint.load_state(path)
+    for name, p in trained.items():
+        saved = tensors.get(f"model.{name}")
+        if saved is None or saved.shape != p.shape:
+            raise ValueError(f"{path}: does not fit this config (at {name}); delete {path.parent} to begin anew")
+        p.data.copy_(saved)
+        optimizer.state[p] = {slot: tensors[f"{slot}.{name}"].clone() for slot in ("step", "exp_avg", "exp_avg_sq")}
+        for slot in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[p][slot] = optimizer.state[p][slot].to(p.device)
+    return meta["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Speech: corpus, HuBERT, units
+
+
+def corpus_folder(c: Config) -> Path:
+    return Path(c.out) / "corpus" if c.corpus.name == "tiny" else Path(c.corpus.name)
+
+
+def make_corpus(c: Config, folder: Path, device: torch.device):
+    if c.corpus.name == "tiny" and run.rank() == 0:
+        prepare.prepare(corpus_folder(c), seed=c.seed, **c.corpus.options)
+    run.wait()
+    unit_files.read_manifest(corpus_folder(c))  # whoever made it, it must be readable
+
+
+def train_hubert(c: Config, folder: Path, device: torch.device):
+    """Rounds of masked prediction, each on the clusters of the one before; the first on clusters of MFCCs."""
+    teacher, model = mfcc_features, None
+    for number, clusters in enumerate(c.hubert.clusters, 1):
+        model = hubert_round(c, folder, device, number, clusters, teacher, model)
+        teacher = partial(layer_features, model, c.hubert.layer)
+
+
+def mfcc_features(wav: Tensor) -> Tensor:
+    """(N,) -> (T, 39)."""
+    return mfcc(wav[None])[0]
+
+
+def layer_features(model: HuBERT, layer: int, wav: Tensor) -> Tensor:
+    """(N,) -> (T, C)."""
+    return model.features(wav[None], layer)[0]
+
+
+def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clusters: int, teacher: Callable,
+                 previous: HuBERT | None) -> HuBERT:
+    h, corpus = c.hubert, corpus_folder(c)
+    labels_file, weights = folder / f"clusters{number}.npz", folder / f"round{number}.safetensors"
+    torch.manual_seed(c.seed)
+    model = HuBERT(dataclasses.replace(h.model, n_classes=clusters)).to(device)
+    if previous is not None:  # a round goes on from the weights of the last one; only its codewords are new
+        model.load_state_dict(previous.state_dict() | {"label_embs": model.label_embs})
+    if not weights.exists():
+        rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
+        if not labels_file.exists() and run.rank() == 0:
+            kmeans = fit_clusters(corpus, rows, teacher, clusters, h.cluster_frames, c.seed, device)
+            labels = unit_files.map_speech(corpus, rows, lambda wav: kmeans.predict(teacher(wav)), device,
+                                           f"labels of round {number}")
+            save_labels(labels_file, [label.short().cpu().numpy() for label in labels])
+        run.wait()
+        batch_at = batches.crops([corpus / row["wav"] for row in rows], load_labels(labels_file), h.frames, c.seed,
+                                 h.batch_size, h.accumulate, run.rank(), run.world_size())
+
+        def loss(model: HuBERT, batch):
+            wav, labels = batch
+            mask = span_mask(*labels.shape, h.mask_prob, h.mask_span).to(labels.device)
+            value, accuracy = model.masked_loss(wav, labels, mask, h.unmasked_weight)
+            return value, labels.numel(), {"accuracy": accuracy}
+
+        optimise(f"hubert{number}", folder / f"round{number}", model, loss, batch_at, h, c, lambda: ({}, ""))
+        if run.rank() == 0:
+            checkpoint.save_tensors(weights, model.state_dict())
+            (folder / f"round{number}/state.safetensors").unlink(missing_ok=True)
+        run.wait()
+    checkpoint.assign(model, checkpoint.read_tensors(weights), str(weights))
+    return model.to(device).eval()
+
+
+def fit_clusters(corpus: Path, rows: list[dict], features: Callable, k: int, n_frames: int, seed: int,
+                 device: torch.device) -> KMeans:
+    """k-means on some n_frames frames of randomly chosen recordings."""
+    rows, chosen, frames = random.Random(seed).sample(rows, len(rows)), [], 0
+    for row in rows:
+        chosen.append(row)
+        frames += 50 * row.get("seconds", 10)
+        if frames > n_frames:
+            break
+    x = unit_files.map_speech(corpus, chosen, features, device, f"features for {k} clusters")
+    return KMeans.fit(torch.cat(x), k, seed).to(device)
+
+
+def save_labels(path: Path, labels: list[np.ndarray]):
+    part = path.with_suffix(".part.npz")
+    np.savez(part, flat=np.concatenate(labels), lengths=[len(label) for label in labels])
+    part.replace(path)
+
+
+def load_labels(path: Path) -> list[np.ndarray]:
+    with np.load(path) as stored:
+        return np.split(stored["flat"], np.cumsum(stored["lengths"])[:-1])
+
+
+def make_units(c: Config, folder: Path, device: torch.device):
+    corpus = corpus_folder(c)
+    if run.rank() == 0:
+        weights = Path(c.out) / "state/hubert" / f"round{len(c.hubert.clusters)}.safetensors"
+        tensors = {n: t for n, t in checkpoint.read_tensors(weights).items()
+                   if not n.startswith(("final_proj", "label_embs"))}
+        model = HuBERT(dataclasses.replace(c.hubert.model, n_classes=0))
+        checkpoint.assign(model, tensors, str(weights))
+        model.to(device).eval()
+        rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
+        kmeans = fit_clusters(corpus, rows, partial(layer_features, model, c.units.layer), c.units.clusters,
+                              c.units.cluster_frames, c.seed, device)
+        extractor = UnitExtractor(model, kmeans, c.units.layer)
+        unit_files.extract(corpus, extractor, device)
+        extractor.save_pretrained(Path(c.out) / "model/hubert")
+    run.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The language model: text, stage 1, 2, 3
+
+
+class LanguageStage(NamedTuple):
+    """What one stage of the language model is; the loop needs to know no more."""
+
+    section: str  # of the config file, with its hyperparameters
+    begin: Callable  # (config, tokenizer) -> the model it starts from; what requires a gradient is what it trains
+    examples: Callable  # (corpus folder, split) -> what documents are made from
+    render: Callable  # (tokenizer, example, random, config) -> (ids, mask of targets)
+    save: Callable  # (config, model, tokenizer)
+
+
+def llama_folder(c: Config, name: str) -> Path:
+    return Path(c.out) / {"2": "model/llama", "text": "text"}.get(name, f"stage{name}")
+
+
+def new_llama(c: Config, tok: Tokenizer) -> Llama:
+    return Llama(config.load(LlamaConfig, c.llama | {"vocab_size": tok.n_text}, "[llama]"))
+
+
+def grown_llama(c: Config, tok: Tokenizer) -> Llama:
+    """Eq. 1-2: the text model with rows for units and markers added to its vocabulary."""
+    model = Llama.from_pretrained(c.pretrained or llama_folder(c, "text"))
+    model.resize_vocab(len(tok))
+    return model
+
+
+def adapted_llama(c: Config, tok: Tokenizer) -> Llama:
+    model = Llama.from_pretrained(llama_folder(c, "2"))
+    return lora.apply(model, c.lora.r, c.lora.alpha, c.lora.targets, c.lora.dropout)
+
+
+def save_llama(name: str) -> Callable:
+    def save(c: Config, model: Llama, tok: Tokenizer):
+        model.save_pretrained(llama_folder(c, name))
+        shutil.copytree(Path(c.out) / "tokenizer", llama_folder(c, name), dirs_exist_ok=True)
+
+    return save
+
+
+LANGUAGE = {
+    "text": LanguageStage("text", new_llama, instruct.sentences,
+                          lambda tok, e, draw, c: instruct.render_text(tok, e, draw), save_llama("text")),
+    "1": LanguageStage("stage1", grown_llama, instruct.pairs,
+                       lambda tok, e, draw, c: instruct.render_speech(tok, e, draw), save_llama("1")),
+    "2": LanguageStage("stage2", lambda c, tok: Llama.from_pretrained(llama_folder(c, "1")), instruct.cross_modal,
+                       lambda tok, e, draw, c: instruct.render_cross_modal(tok, e, draw), save_llama("2")),
+    "3": LanguageStage("stage3", adapted_llama, instruct.exchanges,
+                       lambda tok, e, draw, c: instruct.render_chain(tok, e, draw, c.standard),
+                       lambda c, model, tok: lora.save(model, Path(c.out) / "model/lora")),
+}
+
+
+def make_tokenizer(c: Config) -> Tokenizer:
+    """The tokenizer of this run: sentencepiece trained on the text of the train split, or the pretrained LLaMA's."""
+    folder = Path(c.out) / "tokenizer"
+    if not (folder / "added_tokens.json").exists() and run.rank() == 0:
+        if c.pretrained:
+            Tokenizer.extend(c.pretrained, folder, c.units.clusters)
+        else:
+            Tokenizer.train(instruct.sentences(corpus_folder(c), "train"), folder, c.vocab_size, c.units.clusters)
+    run.wait()
+    return Tokenizer.from_pretrained(folder)
+
+
+def train_language(name: str, c: Config, folder: Path, device: torch.device):
+    stage = LANGUAGE[name]
+    o: Optimisation = getattr(c, stage.section)
+    tok = make_tokenizer(c)
+    torch.manual_seed(c.seed)
+    model = stage.begin(c, tok).to(device)
+
+    def render(example, draw: random.Random) -> instruct.Document:
+        return stage.render(tok, example, draw, c)
+
+    batch_at = batches.documents(render, stage.examples(corpus_folder(c), "train"), c.seed, o.batch_size, o.max_len,
+                                 o.accumulate, run.rank(), run.world_size())
+
+    def loss(model: Llama, batch):
+        ids, mask, positions, docs = batch
+        return llama.next_token_loss(model, ids, mask, positions, docs), (docs >= 0).sum().item(), {}
+
+    held_out = stage.examples(corpus_folder(c), "heldout")
+    held_out = random.Random(c.seed).sample(held_out, min(64, len(held_out)))
+    shown = [render(example, random.Random(i)) for i, example in enumerate(held_out)]
+
+    @torch.no_grad()
+    def probe() -> tuple[dict, str]:
+        packed = batches.pack(shown, o.max_len)
+        numbers = {"held_out_loss": loss(model, [t.to(device) for t in packed])[0].item()}
+        ids, mask = shown[0]
+        given = mask.index(True) if not mask[1] else len(ids) // 2  # the prompt, or half of what has none
+        said = sample.generate(model, [ids[:given]], tok, max_new=len(ids))[0]
+        texts = {"given": ids[:given], "says": said, "expected": ids[given:]}
+        return numbers, "".join(f"\n  {key:8} {tok.decode(value)}" for key, value in texts.items())
+
+    optimise(f"stage{name}" if name.isdigit() else name, folder, model, loss, batch_at, o, c, probe)
+    if run.rank() == 0:
+        stage.save(c, model, tok)
+    run.wait()
+
+
+def make_vocoder(c: Config, folder: Path, device: torch.device):
+    train_vocoder.train(c.vocoder, c.vocoder_model, corpus_folder(c), corpus_folder(c) / "units.jsonl",
+                        Path(c.out) / "model/vocoder", device)
+
+
+def judge(c: Config, folder: Path, device: torch.device):
+    import evaluate  # its judges are an optional extra
+
+    if run.rank() == 0:
+        evaluate.evaluate(Path(c.out) / "model", corpus_folder(c), Path(c.out) / "report", items=c.evaluate.items,
+                          seed=c.seed, device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stages, in order. `reads` names the sections of the config a stage's result depends on, besides those of the
+# stages `after` which it comes.
+
+
+class Stage(NamedTuple):
+    work: Callable  # (config, folder for its state, device)
+    after: tuple[str, ...]
+    reads: tuple[str, ...]
+
+
+STAGES = {
+    "corpus": Stage(make_corpus, (), ("seed", "corpus")),
+    "hubert": Stage(train_hubert, ("corpus",), ("hubert",)),
+    "units": Stage(make_units, ("hubert",), ("units",)),
+    "text": Stage(partial(train_language, "text"), ("units",), ("vocab_size", "llama", "text", "pretrained")),
+    "1": Stage(partial(train_language, "1"), ("units", "text"), ("stage1",)),
+    "2": Stage(partial(train_language, "2"), ("1",), ("stage2",)),
+    "3": Stage(partial(train_language, "3"), ("2",), ("stage3", "lora", "standard")),
+    "vocoder": Stage(make_vocoder, ("units",), ("vocoder", "vocoder_model")),
+    "evaluate": Stage(judge, ("3", "vocoder"), ("evaluate",)),
+}
+HARMLESS = {"eval_every", "save_every"}  # keys that may change while a stage is interrupted
+
+
+def run_stage(name: str, c: Config, device: torch.device):
+    """One stage, unless it is finished. Its folder out/state/NAME keeps the config it was begun with."""
+    stage, folder = STAGES[name], Path(c.out) / "state" / name
+    if name == "text" and c.pretrained:
+        return
+    record, done = folder / "config.json", folder / "done.json"
+    now = {"reads": {key: plain(getattr(c, key)) for key in stage.reads},
+           "after": {before: finished(c, before) for before in stage.after}}
+    for before, when in now["after"].items():
+        if when is None:
+            raise ValueError(f"stage {name} needs stage {before}, which is not finished; run --stage {before} first")
+    if record.exists():
+        compare(name, folder, checkpoint.read_json(record), now)
+    elif run.rank() == 0:
+        checkpoint.write_json(record, now)
+    if done.exists():
+        print(f"stage {name}: finished before, {folder} says so") if run.rank() == 0 else None
+        return
+    if run.rank() == 0:
+        print(f"stage {name} on {device}, {run.world_size()} process(es), {torch.get_num_threads()} threads")
+    began = time.perf_counter()
+    stage.work(c, folder, device)
+    if run.rank() == 0:
+        checkpoint.write_json(done, {"finished": time.time(), "seconds": time.perf_counter() - began})
+        (folder / "state.safetensors").unlink(missing_ok=True)
+    run.wait()
+
+
+def finished(c: Config, name: str) -> float | None:
+    """When a stage was finished, or None."""
+    done = Path(c.out) / "state" / name / "done.json"
+    if name == "text" and c.pretrained:
+        return 0.0
+    return checkpoint.read_json(done)["finished"] if done.exists() else None
+
+
+def compare(name: str, folder: Path, before: dict, now: dict):
+    """A stage goes on only with the config and the inputs that it was begun with."""
+    for section, value in now["reads"].items():
+        old = before["reads"].get(section)
+        if isinstance(value, dict) and isinstance(old, dict):
+            changed = next((k for k in value if k not in HARMLESS and value[k] != old.get(k)), None)
+            if changed:
+                raise ValueError(f"stage {name} was begun with [{section}] {changed} = {old.get(changed)}, now it is "
+                                 f"{value[changed]}; put the old value back, or delete {folder} to begin anew")
+        elif value != old:
+            raise ValueError(f"stage {name} was begun with {section} = {old}, now it is {value}; put the old value "
+                             f"back, or delete {folder} to begin anew")
+    for stage, when in now["after"].items():
+        if when != before["after"].get(stage):
+            raise ValueError(f"stage {name} was begun before stage {stage} was made anew; delete {folder} to follow it")
+
+
+def plain(value):
+    """A dataclass as JSON would give it back."""
+    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("config", help="a file of configs/, for example configs/tiny.toml")
+    parser.add_argument("--stage", help=f"only this one of: {', '.join(STAGES)}")
+    known, flags = parser.parse_known_args()
+    if known.stage and known.stage not in STAGES:
+        raise ValueError(f"unknown stage '{known.stage}'; the stages are {', '.join(STAGES)}")
+    c = config.read(known.config, Config, flags)
+    device = run.device(c.device)
+    run.start(device)
+    try:
+        for name in [known.stage] if known.stage else STAGES:
+            run_stage(name, c, device)
+    finally:
+        run.finish()
+
+
+if __name__ == "__main__":
+    config.command_line(main)
