@@ -1,0 +1,388 @@
+"""Text and speech as one sequence of ids: text pieces, unit tokens, every prompt template, and the loss mask.
+
+Section 4.2 of the paper (eq. 1) extends the vocabulary of a text model with one token per speech unit; sections
+3.1 and 3.2 and appendices B, C and E say how dialogues are written. All of that is in this file. The ids:
+
+    0 <unk>   1 <s>   2 </s>   ... pieces of sentencepiece ...     n_text of them (LLaMA: 32000)
+    <0> <1> ... <K-1>                                              unit u is id n_text + u
+    <sosp> <eosp> [Human] [SpeechGPT] <eoh> <eoa>                  a released folder may hold <eos> for <eoa>
+
+    units_to_text([1, 7])                        "<sosp><1><7><eosp>"
+    cross_modal("Write it.", speech, "hi")       ("[Human]: Write it. This is input: <sosp><1><7><eosp><eoh>. "
+                                                  "[SpeechGPT]: ", "hi<eoa>.")
+    Tokenizer.document(prompt, answer)           <s> [Human] ▁: ▁Write ... <eoh> ▁. [SpeechGPT] ▁:   mask False
+                                                 ▁hi <eoa> ▁. </s>                                   mask True
+
+Added tokens are cut out of the text before sentencepiece sees it, as the slow LlamaTokenizer of transformers 4.33
+did (its "legacy" behaviour): the released weights were trained on those ids. White space on both sides of an added
+token is dropped, and each piece of text in between gets its own leading "▁". tests/golden/ holds ids made by it.
+
+References: SpeechGPT, https://arxiv.org/abs/2305.11000; SentencePiece, https://arxiv.org/abs/1808.06226;
+LLaMA, https://arxiv.org/abs/2302.13971; the released data, https://huggingface.co/datasets/fnlp/SpeechInstruct
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+from pathlib import Path
+
+import sentencepiece
+
+# Templates. What follows "[SpeechGPT]: " is the answer. {SpeechI} {TextI} {TextR} {SpeechR} are the paper's quadruplet:
+# the instruction and the response, as speech and as text.
+
+PAPER = {  # section 3.1 and Appendix C, word for word, slips included (no <eoh> in text-to-text)
+    # The full stop after {D} is the description's own: many are questions. Section 3.1 ends with <eos> where the
+    # appendices have <eoa>; one end marker serves here.
+    "cross_modal": "[Human]: {D} This is input: {U}<eoh>. [SpeechGPT]: {T}<eoa>.",
+    "plain": "[Human]: {TextI}<eoh>. [SpeechGPT]: {TextR}<eoa>.",  # text dialogues, mixed into stage 2 (section 4.2)
+    "s2s": "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech. You can do it step "
+           "by step. You can first transcribe the instruction and get the text Instruction. Then you can think about "
+           "the instruction and get the text response. Last, you should speak the response aloud <eoh>. "
+           "[SpeechGPT]: [tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>.",
+    "s2t": "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. You can do it step by "
+           "step. You can first transcribe the instruction and get the text instruction. Then you can think about the "
+           "instruction and get the text response. <eoh>. [SpeechGPT]: [tq] {TextI}; [ta] {TextR}<eoa>.",
+    "t2s": "[Human]: This is a text instruction: {TextI}. And your response should be speech. You can do it step by "
+           "step. You can think about the instruction and get the text response. Then you should speak the response "
+           "aloud <eoh>. [SpeechGPT]: [ta] {TextR}; [ua] {SpeechR}<eoa>.",
+    "t2t": "[Human]: This is a text instruction: {TextI}. And your response should be text. You can think about the "
+           "instruction and get the text response. [SpeechGPT]: [ta] {TextR}<eoa>.",
+}
+STANDARD = {  # Appendix E: the answer at once, without thinking in text first
+    "s2s": "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech <eoh>. "
+           "[SpeechGPT]: [ua] {SpeechR}<eoa>.",
+    "s2t": "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. <eoh>. "
+           "[SpeechGPT]: [ta] {TextR}<eoa>.",
+    "t2s": "[Human]: This is a text instruction: {TextI}. And your response should be speech <eoh>. "
+           "[SpeechGPT]: [ua] {SpeechR}<eoa>.",
+    "t2t": "[Human]: This is a text instruction: {TextI}. And your response should be text. "
+           "[SpeechGPT]: [ta] {TextR}<eoa>.",
+}
+META = ("You are an AI assistant whose name is SpeechGPT.\n- SpeechGPT is a intrinsic cross-modal conversational "
+        "language model that is developed by Fudan University.  SpeechGPT can understand and communicate fluently "
+        "with human through speech or text chosen by the user.\n- It can perceive cross-modal inputs and generate "
+        "cross-modal outputs.\n")
+RELEASED = {  # the published data: META first, no [tq], no step-by-step sentence
+    "cross_modal": META + "[Human]: {D} This is input: {U}<eoh> [SpeechGPT]: {T}<eoa> ",
+    "plain": META + "[Human]: {TextI}<eoh>. [SpeechGPT]: {TextR}<eoa>.",
+    "s2s": META + "[Human]: {SpeechI}<eoh>. [SpeechGPT]: {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>.",
+    # These three are not shown anywhere: written by analogy, without [ta] where the published replies have none.
+    "s2t": META + "[Human]: {SpeechI}<eoh>. [SpeechGPT]: {TextI}; [ta] {TextR}<eoa>.",
+    "t2s": META + "[Human]: {TextI}<eoh>. [SpeechGPT]: [ta] {TextR}; [ua] {SpeechR}<eoa>.",
+    "t2t": META + "[Human]: {TextI}<eoh>. [SpeechGPT]: {TextR}<eoa>.",
+}
+STYLES = {"paper": PAPER, "released": RELEASED, "standard": STANDARD}
+
+ASR_INSTRUCTIONS = (  # Appendix B, then our own
+    "Begin by converting the spoken words into written text.",
+    "Can you transcribe the speech into a written format?",
+    "Focus on translating the audible content into text.",
+    "Transcribe the speech by carefully listening to it.",
+    "Would you kindly write down the content of the speech?",
+    "Analyze the speech and create a written transcription.",
+    "Engage with the speech to produce a text-based version.", "Can you document the speech in written form?",
+    "Transform the spoken words into text accurately.",
+    "How about putting the speech's content into writing?",
+    "Listen to the speech and write down its content.", "Please put what you hear on paper.",
+    "What does the speaker say?", "Type out every word of this recording.",
+    "Could you take dictation for me?", "Turn this utterance into a sentence I can read.",
+    "Spell out in text what is being said here.", "Give me the words behind these sounds.",
+    "Which words were spoken?", "Jot down what the voice tells you.", "Recognize this speech.",
+    "Note the message that you hear.",
+)
+TTS_INSTRUCTIONS = (  # Appendix B less "Whisper ..." and "Sing ...", which ask for voices we do not have; then our own
+    "Can you please read this sentence out loud?",
+    "Recite the following words as if you were speaking normally.",
+    "Project your voice to clearly articulate this statement.",
+    "Would you mind speaking these words as naturally as possible?",
+    "Enunciate each word in this sentence with precision.",
+    "How would you express this sentence in a conversational tone?",
+    "Could you please relay the message below verbally?",
+    "Emphasize the key points while reading the sentence.", "Read this sentence aloud.",
+    "Say the following for me.", "Give voice to this line.", "Please pronounce what is written here.",
+    "How does this text sound when spoken?", "Turn these words into speech.", "Announce this to the room.",
+    "Let me hear this sentence.", "Will you narrate the text that follows?",
+    "Tell me this with your own voice.", "Speak the words that you see.", "Utter this statement clearly.",
+    "Convert the written words to sound.", "Try to speak out this sentence, please.",
+)
+
+
+def units_to_text(units: Iterable[int]) -> str:
+    """[1, 7] -> "<sosp><1><7><eosp>"."""
+    return "<sosp>" + "".join(f"<{u}>" for u in units) + "<eosp>"
+
+
+def text_to_units(text: str) -> list[int]:
+    """Every <number> in `text`, in order; the rest is ignored."""
+    return [int(u) for u in re.findall("<([0-9]{1,9})>", text)]
+
+
+# Each of these gives (prompt, answer). Speech is written units_to_text(...); what is not known yet stays empty.
+
+
+def cross_modal(description: str, source: str, target: str = "", style: str = "paper") -> tuple[str, str]:
+    """Section 3.1: speech to text with a description of ASR_INSTRUCTIONS, text to speech with one of the others."""
+    return _render(style, "cross_modal", D=description, U=source, T=target)
+
+
+def plain(instruction: str, response: str = "", style: str = "paper") -> tuple[str, str]:
+    """A dialogue without template sentences. In the released style it is also what the official command line asks,
+    whatever the task: instruction "Recognize this speech, this is input: <sosp>...<eosp>", for example."""
+    return _render(style, "plain", TextI=instruction, TextR=response)
+
+
+def chain_of_modality(mode: str, speech_i: str = "", text_i: str = "", text_r: str = "", speech_r: str = "",
+                      style: str = "paper") -> tuple[str, str]:
+    """Section 3.2, Appendix C. mode: "s2s", "s2t", "t2s" or "t2t", speech or text in, speech or text out."""
+    return _render(style, mode, SpeechI=speech_i, TextI=text_i, TextR=text_r, SpeechR=speech_r)
+
+
+def standard(mode: str, speech_i: str = "", text_i: str = "", text_r: str = "", speech_r: str = "") -> tuple[str, str]:
+    """Appendix E, with the modes of chain_of_modality."""
+    return _render("standard", mode, SpeechI=speech_i, TextI=text_i, TextR=text_r, SpeechR=speech_r)
+
+
+def _render(style: str, name: str, **slots: str) -> tuple[str, str]:
+    assert style in STYLES and name in STYLES[style], f"no template {name!r} in style {style!r}"
+    prompt, marker, answer = STYLES[style][name].partition("[SpeechGPT]: ")
+    return (prompt + marker).format(**slots), answer.format(**slots)
+
+
+def template_pieces() -> list[str]:
+    """The fixed sentences of the paper's templates and the task descriptions, spelled as sentencepiece pieces.
+
+    In a tiny model they would be a third of every dialogue; Tokenizer.train makes each of them one piece.
+    """
+    templates = " ".join([*PAPER.values(), *STANDARD.values()])
+    fixed = re.split(r"\{\w+\}|\[\w+\]|<eo[ha]>", templates)
+    sentences = sorted({s.lstrip(" .:;").rstrip(" ;") for s in fixed} - {""})
+    words = [*sentences, *ASR_INSTRUCTIONS, *TTS_INSTRUCTIONS, "[tq]", "[ta]", "[ua]", ":", "."]
+    return ["▁" + w.replace(" ", "▁") for w in words] + [".", ";"]
+
+
+@dataclass
+class Parts:
+    """A reply taken apart: transcript of the question [tq], text answer [ta], units of the spoken answer [ua]."""
+
+    tq: str
+    ta: str
+    ua: list[int]
+    complete: bool  # the end marker or </s> was reached
+
+
+class Tokenizer:
+    """sentencepiece for text, a table for the added tokens. len(tokenizer) is the size of V'' in eq. 1."""
+
+    def __init__(self, model: bytes, added: dict[str, int], source: str = "tokenizer"):
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            reserved = [self.sp.id_to_piece(i) for i in range(3)]
+        except (RuntimeError, OSError, IndexError) as error:
+            raise ValueError(f"{source}/tokenizer.model is not a sentencepiece model; fetch it again") from error
+        if reserved != ["<unk>", "<s>", "</s>"]:
+            raise ValueError(f"{source}/tokenizer.model starts with {reserved}, not <unk> <s> </s> as LLaMA's does")
+        self.unk, self.bos, self.eos = 0, 1, 2
+        self.n_text = len(self.sp)
+        self.added = check_added(added, self.n_text, f"{source}/added_tokens.json")
+        self.n_units = next(u for u in range(len(added) + 1) if f"<{u}>" not in added)
+        self.unit_ids = range(self.n_text, self.n_text + self.n_units)
+        self.sosp, self.eosp, self.human, self.speechgpt, self.eoh = map(
+            added.get, ("<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>"))
+        self.eoa = added.get("<eoa>", added.get("<eos>"))  # the end-of-answer marker, under either of its names
+        self._name = {i: token for token, i in added.items()}
+        # Leftmost-longest split. A run of digits in <> is looked up afterwards: 1000 alternatives would be slow.
+        self._cut = {"<unk>": 0, "<s>": 1, "</s>": 2} | added
+        words = sorted((t for t in self._cut if not re.fullmatch(r"<[0-9]+>", t)), key=len, reverse=True)
+        self._split = re.compile("|".join(["<[0-9]+>", *map(re.escape, words)]))
+
+    def __len__(self) -> int:
+        return self.n_text + len(self.added)
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of `text`: <s> first unless bos=False, never a </s> of its own."""
+        ids, start, after_added = [self.bos] * bos, 0, False
+        for match in self._split.finditer(text):
+            token = self._cut.get(match[0])
+            if token is not None:
+                added = token >= self.n_text  # <s> </s> <unk> keep the white space around them
+                ids += self._encode_text(text[start:match.start()], after_added, added)
+                ids.append(token)
+                start, after_added = match.end(), added
+        return ids + self._encode_text(text[start:], after_added, False)
+
+    def _encode_text(self, text: str, lstrip: bool, rstrip: bool) -> list[int]:
+        text = text.lstrip() if lstrip else text
+        text = text.rstrip() if rstrip else text
+        return self.sp.encode(text) if text else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; added tokens and the runs of text between them are joined by single spaces."""
+        parts = []
+        for added, run in groupby(ids, lambda i: i >= self.n_text):
+            run = list(run)
+            parts += [self._name[i] for i in run] if added else [self._decode_text(run)]
+        return " ".join(parts)
+
+    def _decode_text(self, run: list[int]) -> str:
+        """One run of text pieces: a leading "▁" goes; <s> </s> <unk> are spelled out between the stretches of text."""
+        pieces = [self.sp.id_to_piece(i) for i in run]
+        pieces[0] = pieces[0].removeprefix("▁")
+        out, stretch = "", []
+        for n, (i, piece) in enumerate(zip(run, pieces)):
+            if i > self.eos:
+                stretch.append(piece)
+                continue
+            # The original puts its space before the stretch that precedes the special token, not after it.
+            space = " " if n > 0 and run[n - 1] > self.eos else ""
+            out, stretch = out + space + self.sp.decode(stretch) + piece, []
+        return out + self.sp.decode(stretch)
+
+    def prompt(self, prompt: str, official: bool = False) -> list[int]:
+        """Ids to start generation from: what document() puts before its first masked token.
+
+        official=True keeps the space at the end of the prompt as the official command line does: a lone "▁" that no
+        training dialogue had there.
+        """
+        return self.encode(prompt if official else prompt.rstrip())
+
+    def document(self, prompt: str, answer: str, eos: bool = True) -> tuple[list[int], list[bool]]:
+        """(ids, mask) of a whole dialogue; mask is True for the answer with its end marker and </s>: eq. 4's targets.
+
+        An empty prompt makes every token but <s> a target (stages "text" and 1, eq. 3).
+        """
+        head = self.prompt(prompt)
+        # The answer shares a piece of text with the ":" before it ("▁: ▁[ta] ▁Four"), or does not ("▁:" <sosp>). The
+        # prompt is a prefix of the dialogue all the same, since pieces do not reach across a space (those that
+        # Tokenizer.train adds begin after the ":"). A foreign tokenizer.model might: better to stop than to train on
+        # ids that inference never sees.
+        ids = self.encode(f"{prompt.rstrip()} {answer}" if prompt else answer) + [self.eos] * eos
+        if ids[:len(head)] != head:
+            raise ValueError(f"tokenizer.model joins the end of the prompt {prompt[-20:]!r} to the start of the answer "
+                             f"{answer[:20]!r}; use a model whose pieces do not cross spaces")
+        return ids, [n >= len(head) for n in range(len(ids))]
+
+    def parse(self, ids: Sequence[int]) -> Parts:
+        """The parts of a generated reply (ids after the prompt), whatever was generated; no marker is left in them."""
+        turn = (self.eos, self.eoa, self.human, self.speechgpt, self.eoh)
+        reply = list(takewhile(lambda i: i not in turn, ids))
+        complete = len(reply) < len(ids) and ids[len(reply)] in (self.eos, self.eoa)
+        text, units, speaking = "", [], False
+        for is_text, run in groupby(reply, lambda i: self.eos < i < self.n_text):
+            if is_text:
+                text += " " + self.sp.decode(list(run))
+                if end := re.search("<eo[as]>", text):  # ordinary text where the released folder has the other one
+                    text, complete = text[:end.start()], True
+                    break
+                continue
+            for i in run:
+                speaking = i == self.sosp or (speaking and i != self.eosp)
+                if speaking and i in self.unit_ids:
+                    units.append(i - self.n_text)
+        text = self._split.sub(lambda m: " " if m[0] in self._cut else m[0], text)
+        first, *rest = re.split(r"\[(tq|ta|ua)\]", text)
+        found = dict(reversed([*zip(rest[::2], rest[1::2])]))  # the first of each
+        found.setdefault("tq" if "ta" in found else "ta", first)  # released replies open with an unmarked transcript
+        tq, ta = (found.get(name, "").strip() for name in ("tq", "ta"))
+        return Parts(tq.removesuffix(";").rstrip(), (ta.removesuffix(";") if "ua" in found else ta).rstrip(), units,
+                     complete)
+
+    def unit_id(self, unit: int) -> int:
+        assert 0 <= unit < self.n_units, f"unit {unit} is not one of 0..{self.n_units - 1}"
+        return self.n_text + unit
+
+    def unit_of(self, token: int) -> int | None:
+        return token - self.n_text if token in self.unit_ids else None
+
+    def check_vocab(self, vocab_size: int, source: str = "the model") -> None:
+        """ValueError unless `source` has a row for each token, no fewer and no more."""
+        if vocab_size != len(self):
+            raise ValueError(f"{source} has {vocab_size} tokens but its tokenizer {len(self)}, {len(self.added)} of "
+                             "them added; tokenizer.model or added_tokens.json is another model's")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_units: int) -> "Tokenizer":
+        """Fits LLaMA's kind of sentencepiece model to `texts` and writes a tokenizer folder; same texts, same bytes.
+
+        vocab_size counts the text pieces only: 3 + 256 bytes + template_pieces() + characters + merges. A corpus too
+        small to fill it gives fewer.
+        """
+        model = io.BytesIO()
+        lines = (line for text in texts for line in text.splitlines() if line.strip())
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size,
+                hard_vocab_limit=False, user_defined_symbols=template_pieces(), byte_fallback=True, split_digits=True,
+                normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True, character_coverage=1.0, max_sentence_length=1 << 20,
+                unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"cannot train a tokenizer with {vocab_size} text pieces: {reason}") from error
+        return cls._write(model.getvalue(), folder, n_units)
+
+    @classmethod
+    def extend(cls, llama: str | Path, folder: str | Path, n_units: int = 1000) -> "Tokenizer":
+        """Adds units and markers to the tokenizer.model of a plain LLaMA folder; writes them to `folder`."""
+        return cls._write(_read(Path(llama) / "tokenizer.model", 16 << 20), folder, n_units)
+
+    @classmethod
+    def _write(cls, model: bytes, folder: str | Path, n_units: int) -> "Tokenizer":
+        folder = Path(folder)
+        n_text = len(sentencepiece.SentencePieceProcessor(model_proto=model))
+        tokens = [f"<{u}>" for u in range(n_units)] + ["<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>", "<eoa>"]
+        added = {token: n_text + i for i, token in enumerate(tokens)}
+        special = {name: {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+                   for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))}
+        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+                  "clean_up_tokenization_spaces": False, "model_max_length": 2048, "padding_side": "left"}
+        tokenizer = cls(model, added, str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.model").write_bytes(model)
+        for name, table in (("added_tokens", added), ("special_tokens_map", special | {"pad_token": "<unk>"}),
+                            ("tokenizer_config", config)):
+            (folder / f"{name}.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        return tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Reads tokenizer.model and added_tokens.json, ours or the released ones; ValueError or OSError if they lie."""
+        folder = Path(folder)
+        model = _read(folder / "tokenizer.model", 16 << 20)
+        if not (folder / "added_tokens.json").exists():
+            raise FileNotFoundError(f"{folder} has no added_tokens.json, so its tokenizer knows no speech units; fetch "
+                                    "that file too, or add units to a plain LLaMA with Tokenizer.extend")
+        try:
+            added = json.loads(_read(folder / "added_tokens.json", 4 << 20))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{folder}/added_tokens.json is not JSON ({str(error)[:80]}); fetch it again") from error
+        return cls(model, added, str(folder))
+
+
+def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
+    """The table {token: id}; ValueError unless its ids follow n_text without a gap, units first and in order."""
+    if not (isinstance(added, dict) and all(type(i) is int for i in added.values())):
+        raise ValueError(f"{source} is not a table of tokens and their ids")
+    if any(not t or len(t) > 100 or t != t.strip() for t in added):
+        raise ValueError(f"{source} holds an empty token, one of over 100 characters or one with white space at an end")
+    if sorted(added.values()) != list(range(n_text, n_text + len(added))):
+        raise ValueError(f"{source} does not number its {len(added)} tokens from {n_text} on, after the pieces of "
+                         "tokenizer.model; the two are of different models")
+    units = {int(t[1:-1]): i for t, i in added.items() if re.fullmatch(r"<(0|[1-9][0-9]{0,8})>", t)}
+    if any(i != n_text + u for u, i in units.items()) or not units or "<sosp>" not in added or "<eosp>" not in added:
+        raise ValueError(f"{source} does not hold <0> <1> ... in order from id {n_text}, and <sosp>, <eosp>")
+    return added
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The bytes of a file of at most `limit`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a folder of a model holds tokenizer.model and added_tokens.json")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path} is over {limit >> 20} MiB, too large to be what its name says")
+    return data
