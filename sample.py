@@ -1,0 +1,537 @@
+"""Talking with a model: speech or text in, speech or text out (SpeechGPT §3.2, §5.1, Appendices C and E).
+
+    speech --HuBERT--> units --template--> ids --LLaMA--> ids --parse--> text and units --vocoder--> speech
+
+    python sample.py question.wav                        chain of modality: transcript, answer, spoken answer
+    python sample.py "What is two plus three?"           a prompt that is no file is text
+    python sample.py a.wav b.wav --to text               several prompts are answered in batches
+    python sample.py a.wav --task asr                    or tts, continue; --standard skips the intermediate text
+    python sample.py                                     a conversation in the terminal
+
+From Python:  reply = SpeechGPT.from_pretrained("weights/tiny").reply("question.wav"); reply.text, reply.wav
+
+The engine is three small functions: `prefill` reads the prompts, `decode_one_token` feeds the last token back through
+the static key-value cache, `sample_token` draws the next one. Between the last two stands the `Grammar`: a token says
+by itself whether it is inside speech (<sosp> or a unit) or outside, so what may follow it is two rows of a table:
+
+    ... [ta] five ; [ua] <sosp> <7> <12> <7> <eosp> <eoa>
+        ^ text pieces, <sosp>, end  ^ units other than the last one, or <eosp>
+
+References: the paper's decoding (§5.1); Holtzman et al. 2020, arXiv:1904.09751 (top-p); pytorch-labs/gpt-fast (form).
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+import lora
+import run
+import tokenizer
+from config import command_line
+from data import audio
+from hubert import UnitExtractor
+from llama import Cache, Llama, config_from_json
+from tokenizer import Tokenizer
+from vocoder import UnitVocoder
+
+# ---- The engine ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 takes the likeliest; top_k 0 and top_p 1 cut nothing off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"{self}: needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+
+
+GREEDY = Sampling()
+PAPER = Sampling(temperature=0.8, top_k=60, top_p=0.8)     # §5.1
+OFFICIAL = Sampling(temperature=0.7, top_k=50, top_p=0.8)  # what the released command line does
+
+
+class Grammar:
+    """Adds -inf to the logits of tokens that cannot follow the last one. `free` only tells speech from text."""
+
+    def __init__(self, tok: Tokenizer, vocab_size: int, device: torch.device, free: bool = False):
+        unit = torch.zeros(vocab_size, dtype=torch.bool)
+        unit[torch.tensor(list(tok.unit_ids))] = True
+        outside = torch.zeros(vocab_size).masked_fill(unit, -torch.inf)
+        never = (tok.unk, tok.bos, tok.eosp, tok.human, tok.speechgpt, tok.eoh)     # what no answer holds
+        outside[[i for i in never if i is not None]] = -torch.inf
+        outside[len(tok):] = -torch.inf                    # rows of the embedding beyond the vocabulary, if any
+        inside = torch.full((vocab_size,), -torch.inf).masked_fill(unit, 0.0)
+        inside[tok.eosp] = 0.0
+        repeat = torch.zeros(vocab_size).masked_fill(unit, -torch.inf)  # units are deduplicated: none comes twice
+        self.in_speech = unit.index_fill(0, torch.tensor([tok.sosp]), True).to(device)  # (V,)
+        self.bias = torch.stack([outside, inside]).to(device)              # (2, V)
+        self.repeat = repeat.to(device)                                    # (V,)
+        self.free = free
+
+    def __call__(self, logits: Tensor, last: Tensor) -> Tensor:
+        """logits (B, V) after the tokens last (B,) -> the same, with what is not allowed at -inf."""
+        if self.free:
+            return logits
+        logits = logits + self.bias[self.in_speech[last].long()]
+        return logits.scatter_add_(1, last[:, None], self.repeat[last][:, None])
+
+
+def sample_token(logits: Tensor, how: Sampling, uniform: Tensor) -> Tensor:
+    """logits (B, V) fp32 -> tokens (B,). uniform (B,) in [0, 1) is all the chance there is: temperature, then top-k,
+    then top-p, then the inverse of the cumulative distribution. Only k values are sorted, not the vocabulary."""
+    if how.temperature == 0:
+        return logits.argmax(-1)
+    values, ids = (logits / how.temperature).topk(min(how.top_k or logits.shape[-1], logits.shape[-1]))
+    probs = values.softmax(-1)
+    mass = probs.cumsum(-1)
+    # The nucleus: a token stays while those likelier than it hold less than top_p. What has no chance at all goes too,
+    # so that rounding can never land on a forbidden token.
+    last = ((mass - probs < how.top_p) & (probs > 0)).sum(-1, keepdim=True) - 1
+    rank = (mass <= uniform[:, None] * mass.gather(1, last)).sum(-1, keepdim=True)
+    return ids.gather(1, rank.minimum(last)).squeeze(1)
+
+
+def prefill(model: Llama, ids: Tensor, cache: Cache) -> Tensor:
+    """ids (B, T), left padded -> logits (B, V) of the first new token."""
+    return model.lm_head(model.hidden(ids, cache=cache)[:, -1]).float()
+
+
+def decode_one_token(model: Llama, last: Tensor, cache: Cache) -> Tensor:
+    """last (B,) -> logits (B, V) of the token after it."""
+    return model(last[:, None], cache=cache)[:, -1].float()
+
+
+@torch.inference_mode()
+def generate(model: Llama, prompts: list[list[int]], tok: Tokenizer, text: Sampling = GREEDY, speech: Sampling = PAPER,
+             max_new: int | None = None, generator: torch.Generator | None = None, free: bool = False,
+             stop: tuple[int, ...] = ()) -> list[list[int]]:
+    """New ids of each prompt, up to and with its end (</s>, <eoa> or <eos>, or one of `stop`) or the context's end.
+
+    `text` and `speech` say how tokens outside and inside speech are drawn; `free` lifts the grammar. Chance comes from
+    `generator` (on the CPU, so that every device draws alike), a row of numbers for each prompt in turn: a batch draws
+    what its prompts would draw one by one."""
+    context, longest = model.config.max_len, max(map(len, prompts))
+    assert min(map(len, prompts)) > 0 and longest < context, f"prompts of 1 to {context - 1} ids, got {longest}"
+    steps = min(max_new or context, context - longest)
+    device = model.lm_head.weight.device
+    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    uniform = torch.rand(len(prompts), context, generator=generator).to(device)
+    grammar = Grammar(tok, model.config.vocab_size, device, free)
+    cache = model.new_cache(len(prompts), longest + steps, pad)
+    ends, out, running = {tok.eos, tok.eoa, *stop}, [[] for _ in prompts], set(range(len(prompts)))
+
+    logits, last = prefill(model, ids, cache), ids[:, -1]
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model answers with NaN: its weights are damaged, or --dtype float32 is needed")
+    for step in range(steps):
+        if step:
+            logits = decode_one_token(model, last, cache)
+        logits = grammar(logits, last)
+        drawn = sample_token(logits, text, uniform[:, step])
+        if speech != text:
+            drawn = torch.where(grammar.in_speech[last], sample_token(logits, speech, uniform[:, step]), drawn)
+        last = drawn
+        for row, token in enumerate(last.tolist()):
+            if row in running:
+                out[row].append(token)
+                if token in ends:
+                    running.remove(row)
+        if not running:
+            break
+    return out
+
+
+# ---- Weights in eight bits -----------------------------------------------------------------------------------
+
+
+class Int8Linear(nn.Module):
+    """A linear layer without bias in a quarter of the memory: a row of W is int8 times one scale of its own."""
+
+    def __init__(self, weight: Tensor, device: torch.device):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        weight = weight.to(device, torch.float32)
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
+
+
+def load_int8(folder: Path, dtype: torch.dtype, device: torch.device) -> Llama:
+    """Llama.from_pretrained, with the matrices of the blocks as Int8Linear. They are rounded one by one, straight from
+    the mapped file: what is held at any moment is the int8 model and one matrix."""
+    config = config_from_json(checkpoint.read_json(folder / "config.json"), folder / "config.json")
+    with torch.device("meta"):
+        model = Llama(config)
+    tensors = {name: t for name, t in checkpoint.read_tensors(folder).items() if not name.endswith(".inv_freq")}
+    for name, module in list(model.model.layers.named_modules(prefix="model.layers")):
+        if isinstance(module, nn.Linear):
+            weight = tensors.get(f"{name}.weight")
+            if weight is None or weight.shape != module.weight.shape:
+                raise ValueError(f"{folder}: {name}.weight is missing or not {tuple(module.weight.shape)}")
+            parent, _, leaf = name.rpartition(".")
+            quantized = Int8Linear(weight, device)
+            setattr(model.get_submodule(parent), leaf, quantized)
+            tensors |= {f"{name}.{key}": t for key, t in quantized.state_dict().items()}
+    checkpoint.assign(model, tensors, folder, dtype, device)
+    return model.eval()
+
+
+# ---- A model that talks --------------------------------------------------------------------------------------
+
+TASKS = ("chat", "asr", "tts", "continue")
+MODES = ("*2s", "*2t", *tokenizer.STANDARD)     # "*": what the prompt is decides
+MIN_ANSWER = 64                                 # tokens of the context that a prompt must leave for the answer
+
+
+@dataclass
+class Reply:
+    """What the model said. wav (N,) float32 at 16 kHz is None where it did not speak; `note` then says so."""
+
+    transcript: str                 # the question as the model heard it
+    text: str                       # its answer
+    units: list[int]                # the spoken answer
+    wav: np.ndarray | None
+    note: str = ""                  # what is missing or cut off; empty if all went well
+    stats: dict = field(default_factory=dict)
+
+
+@dataclass
+class Question:
+    """A prompt made ready: its ids, what is wanted ("s" or "t"), and the seconds of speech in it."""
+
+    ids: list[int]
+    target: str
+    seconds: float
+
+
+def is_sound(prompt: str | Path | np.ndarray) -> bool:
+    """Samples, a path, and text that names a file or ends like the name of a sound file."""
+    if not isinstance(prompt, str):
+        return True
+    return os.path.isfile(prompt) or bool(re.fullmatch(r"\S+\.(wav|flac|ogg|mp3)", prompt.strip(), re.IGNORECASE))
+
+
+@dataclass
+class SpeechGPT:
+    """The parts of a folder, put together. Without extractor it cannot hear, without vocoder it cannot speak."""
+
+    llama: Llama
+    tok: Tokenizer
+    extractor: UnitExtractor | None = None
+    vocoder: UnitVocoder | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "auto", dtype: str = "auto",
+                        int8: bool = False) -> "SpeechGPT":
+        """Reads folder/llama and, where they are, folder/{lora,hubert,vocoder}. The adapter is merged into its
+        matrices, or stays beside them if those are int8. dtype "auto" is float32 on a CPU for files of up to 4 GB,
+        else bfloat16 (float16 on Apple's GPUs); HuBERT and the vocoder are always float32."""
+        folder, device = Path(folder), run.device(str(device))
+        if not (folder / "llama").is_dir():
+            raise FileNotFoundError(f"{folder} is no model: there is no {folder}/llama; make one with "
+                                    "`python train.py configs/tiny.toml`, or name another folder")
+        dtype = str(dtype).removeprefix("torch.")
+        if dtype == "auto":
+            size = sum(file.stat().st_size for file in (folder / "llama").iterdir())
+            half = "float16" if device.type == "mps" else "bfloat16"
+            dtype = "float32" if device.type == "cpu" and size < 4e9 else half
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"unknown dtype '{dtype}'; choose auto, float32, float16 or bfloat16")
+        tok = Tokenizer.from_pretrained(folder / "llama")
+        load = load_int8 if int8 else Llama.from_pretrained
+        model = load(folder / "llama", dtype=getattr(torch, dtype), device=device)
+        tok.check_vocab(model.config.vocab_size, f"{folder}/llama")
+        if (folder / "lora").is_dir():
+            lora.load(model, folder / "lora")
+            model = model.eval() if int8 else lora.merge(model)
+        extractor = vocoder = None
+        if (folder / "hubert").is_dir():
+            extractor = UnitExtractor.from_pretrained(folder / "hubert").to(device).eval()
+            if (k := len(extractor.kmeans.centers)) != tok.n_units:
+                raise ValueError(f"{folder}: hubert has {k} units but llama {tok.n_units}; they are of two models")
+        if (folder / "vocoder").is_dir():
+            vocoder = UnitVocoder.from_pretrained(folder / "vocoder").to(device).eval()
+        return cls(model, tok, extractor, vocoder)
+
+    # What each step gives, for looking inside
+
+    def hear(self, prompt: str | Path | np.ndarray) -> tuple[list[int], float]:
+        """A sound file, or samples (N,) at 16 kHz -> its units and its seconds."""
+        if self.extractor is None:
+            raise ValueError("this model has no hubert/ in its folder and cannot hear; ask it in text")
+        name = "the recording" if isinstance(prompt, np.ndarray | Tensor) else str(prompt)
+        wav = audio.load(prompt) if isinstance(prompt, str | Path) else np.asarray(prompt, np.float32)
+        audio.check_speech(wav, name)
+        seconds, context = len(wav) / audio.RATE, self.llama.config.max_len
+        if 5 * seconds > context:   # speech has 15 to 40 units a second: no need to encode half an hour of it
+            raise ValueError(f"{name} lasts {seconds:.0f} s; about {context / 25:.0f} s of speech fit in the model's "
+                             f"context of {context} tokens: cut it into shorter pieces")
+        return self.extractor(wav)[0], seconds
+
+    def units(self, wav: str | Path | np.ndarray) -> list[int]:
+        return self.hear(wav)[0]
+
+    def question(self, prompt: str | Path | np.ndarray, mode: str = "*2s", task: str = "chat", chain: bool = True,
+                 style: str = "auto") -> Question:
+        """Puts the prompt in its template (tokenizer.py). style "paper" is Appendix C, "released" the form of the
+        released weights; "auto" is "paper" for a tokenizer with a piece "[tq]", as Tokenizer.train makes it."""
+        if task not in TASKS or mode not in MODES or style not in ("auto", "paper", "released"):
+            raise ValueError(f"no task '{task}', mode '{mode}' or style '{style}': tasks are {', '.join(TASKS)}; modes "
+                             f"{', '.join(MODES)}; styles auto, paper, released")
+        if style == "auto":
+            style = "released" if self.tok.sp.piece_to_id("▁[tq]") == self.tok.unk else "paper"
+        source, target = {"asr": "s2t", "tts": "t2s"}.get(task, mode).split("2")
+        if source == "*":
+            source = "s" if is_sound(prompt) else "t"
+        target = source if task == "continue" else target
+        if target == "s" and self.vocoder is None:
+            raise ValueError("this model has no vocoder/ in its folder and cannot speak; ask for text")
+        units, seconds = self.hear(prompt) if source == "s" else ([], 0.0)
+        said = tokenizer.units_to_text(units) if source == "s" else str(prompt).strip()
+        if not said:
+            raise ValueError("the prompt is empty: write a question or name a sound file")
+        slot = {"speech_i" if source == "s" else "text_i": said}
+        if task == "continue":
+            ids = self.tok.encode(said.removesuffix("<eosp>"))
+        else:
+            if task != "chat":
+                instructions = tokenizer.ASR_INSTRUCTIONS if task == "asr" else tokenizer.TTS_INSTRUCTIONS
+                text, _ = tokenizer.cross_modal(instructions[0], said, style=style)
+            elif chain:
+                text, _ = tokenizer.chain_of_modality(f"{source}2{target}", **slot, style=style)
+            else:
+                text, _ = tokenizer.standard(f"{source}2{target}", **slot)
+            ids = self.tok.prompt(text, official=style == "released")
+        context = self.llama.config.max_len
+        if len(ids) + MIN_ANSWER > context:
+            fit = seconds * (context - MIN_ANSWER - len(ids) + len(units)) / max(1, len(units))
+            raise ValueError(f"the prompt is too long: with room to answer it needs {len(ids) + MIN_ANSWER} tokens, the "
+                             f"model's context has {context}" + (f"; about {fit:.0f} s of speech fit" if units else ""))
+        return Question(ids, target, seconds)
+
+    def ids(self, prompt: str | Path | np.ndarray, **form) -> list[int]:
+        return self.question(prompt, **form).ids
+
+    @torch.inference_mode()
+    def embeddings(self, ids: list[int]) -> Tensor:
+        """ids (T,) -> what the model makes of each, (T, C), after its last layer and norm."""
+        return self.llama.hidden(torch.tensor([ids], device=self.llama.lm_head.weight.device))[0].float()
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> Tensor:
+        """ids (T,) -> logits (T, V) of the token after each."""
+        return self.llama(torch.tensor([ids], device=self.llama.lm_head.weight.device))[0].float()
+
+    # Answers
+
+    def reply(self, prompt: str | Path | np.ndarray, mode: str = "*2s", **options) -> Reply:
+        """Answers one prompt: a sound file, samples (N,) at 16 kHz, or text. Options as in `reply_batch`."""
+        return self.reply_batch([prompt], mode, **options)[0]
+
+    def transcribe(self, wav: str | Path | np.ndarray, **options) -> Reply:
+        """Speech -> reply.text."""
+        return self.reply_batch([wav], "s2t", "asr", **options)[0]
+
+    def speak(self, text: str, **options) -> Reply:
+        """Text -> reply.wav."""
+        return self.reply_batch([text], "t2s", "tts", **options)[0]
+
+    def continue_speech(self, wav: str | Path | np.ndarray, **options) -> Reply:
+        """Speech -> reply.wav that begins with the same units and goes on until the model ends it."""
+        return self.reply_batch([wav], "s2s", "continue", **options)[0]
+
+    def reply_batch(self, prompts: list, mode: str = "*2s", task: str = "chat", chain: bool = True, style: str = "auto",
+                    text: Sampling = GREEDY, speech: Sampling = PAPER, max_new: int | None = None, seed: int = 0,
+                    speaker: int | None = None, free: bool = False) -> list[Reply]:
+        """Answers several prompts at once. mode: "s2s", "s2t", "t2s", "t2t" (speech or text in and out; "*2s": by the
+        prompt); task: chat by chain of modality (or standard prompting: chain=False), asr, tts, continue. The longest
+        prompt decides how many tokens the context leaves for every answer."""
+        clock = [time.perf_counter()]
+        if speaker is not None and not 0 <= speaker < self.n_speakers:
+            raise ValueError(f"there is no speaker {speaker}: this vocoder has {self.n_speakers}, counted from 0")
+        questions = [self.question(prompt, mode, task, chain, style) for prompt in prompts]
+        clock.append(time.perf_counter())
+        answers = generate(self.llama, [q.ids for q in questions], self.tok, text, speech, max_new,
+                           torch.Generator().manual_seed(seed), free, (self.tok.eosp,) if task == "continue" else ())
+        clock.append(time.perf_counter())
+        replies = [self.compose(question, ids, task, speaker) for question, ids in zip(questions, answers)]
+        clock.append(time.perf_counter())
+        hear, think, speak = (b - a for a, b in zip(clock, clock[1:]))
+        # The time a user waits for each second of speech: what was said, or else what was heard.
+        seconds = sum(len(r.wav) / audio.RATE if r.wav is not None else q.seconds for r, q in zip(replies, questions))
+        for question, ids, reply in zip(questions, answers, replies):
+            reply.stats = {
+                "prompt_tokens": len(question.ids), "new_tokens": len(ids), "batch": len(prompts),
+                "hear_seconds": hear, "think_seconds": think, "speak_seconds": speak,
+                "tokens_per_second": sum(map(len, answers)) / think,
+                "gigabytes_per_second": max(map(len, answers)) * weight_bytes(self.llama) / think / 1e9,
+                "real_time_factor": (clock[-1] - clock[0]) / seconds if seconds else None}
+        return replies
+
+    @property
+    def n_speakers(self) -> int:
+        return self.vocoder.spkr.num_embeddings if isinstance(getattr(self.vocoder, "spkr", None), nn.Embedding) else 1
+
+    def compose(self, question: Question, ids: list[int], task: str, speaker: int | None) -> Reply:
+        """The generated ids as a reply, with the speech synthesised and a note of whatever is missing."""
+        parts = self.tok.parse(question.ids[1:] + ids if task == "continue" else ids)
+        wav, notes = None, []
+        if not parts.complete and not (task == "continue" and ids[-1:] == [self.tok.eosp]):
+            notes.append("the answer was cut off: it reached the limit on its length before its end")
+        if question.target == "s" and parts.ua:
+            wav = self.vocoder(parts.ua, speaker=speaker).float().cpu().numpy()
+        elif question.target == "s":
+            notes.append("the model answered in text only, it did not speak" if parts.ta else "the model said nothing")
+        elif not parts.ta:
+            notes.append("the model gave no text" + (" but speech" if parts.ua else ""))
+        transcript = parts.ta if task == "asr" else parts.tq
+        return Reply(transcript, parts.ta, parts.ua, wav, "; ".join(notes))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that one step of decoding reads: all weights but the embedding, of which it needs a row."""
+    return sum(t.nbytes for name, t in model.state_dict().items() if "embed_tokens" not in name)
+
+
+# ---- The command line ----------------------------------------------------------------------------------------
+
+HELP = "Type a question, or the path of a sound file (wav, flac, ogg). /help shows this, /quit or Ctrl-D leaves."
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}; see python sample.py --help")
+
+
+def arguments() -> Parser:
+    p = Parser(description="Talk with a SpeechGPT: speech or text in, speech or text out.", allow_abbrev=False)
+    p.add_argument("prompts", nargs="*", metavar="PROMPT", help="sound files or texts; none: a conversation")
+    p.add_argument("--model", default="weights/tiny", help="folder with llama/, lora/, hubert/, vocoder/")
+    p.add_argument("--in", dest="source", choices=("auto", "speech", "text"), default="auto", help="what prompts are")
+    p.add_argument("--to", choices=("speech", "text"), default="speech", help="what answers are")
+    p.add_argument("--task", choices=TASKS, default="chat")
+    p.add_argument("--standard", action="store_true", help="answer at once, without chain of modality (Appendix E)")
+    p.add_argument("--style", choices=("auto", "paper", "released"), default="auto", help="form of the templates")
+    p.add_argument("--preset", choices=("paper", "official"), help="sample text and speech: 0.8/60/0.8 or 0.7/50/0.8")
+    p.add_argument("--greedy", action="store_true", help="always take the likeliest token, in speech too")
+    p.add_argument("--temperature", type=float, help="these three change whatever is sampled (default: speech)")
+    p.add_argument("--top-k", type=int, help="0: no limit")
+    p.add_argument("--top-p", type=float)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--max-new", type=int, help="tokens in an answer (default: what the context holds)")
+    p.add_argument("--speaker", type=int, help="number of the voice, for a vocoder with several")
+    p.add_argument("--batch", type=int, default=8, help="prompts answered at the same time")
+    p.add_argument("--device", default="auto", help="cpu, cuda or mps")
+    p.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
+    p.add_argument("--int8", action="store_true", help="keep the matrices of the language model in eight bits")
+    p.add_argument("--out", default="out/replies", help="folder for the replies, or a .wav for the only one")
+    return p
+
+
+def sampling(a: argparse.Namespace) -> dict[str, Sampling]:
+    """The flags as Sampling of text and of speech."""
+    text, speech = {"paper": (PAPER, PAPER), "official": (OFFICIAL, OFFICIAL)}.get(a.preset, (GREEDY, PAPER))
+    if a.greedy:
+        text = speech = GREEDY
+    changes = {key: getattr(a, key) for key in ("temperature", "top_k", "top_p") if getattr(a, key) is not None}
+    if a.greedy and (changes or a.preset):
+        raise ValueError("--greedy samples nothing: leave out --preset, --temperature, --top-k and --top-p")
+    return {"text": text if text == GREEDY else replace(text, **changes), "speech": replace(speech, **changes)}
+
+
+def reply_path(prompt: str, out: Path, taken: set[Path]) -> Path:
+    """Where the reply's wav goes: its json lies beside it."""
+    name = Path(prompt).stem if is_sound(prompt) else re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "reply"
+    path = out if out.suffix == ".wav" else out / f"{name}.wav"
+    if path in taken:
+        path = next(p for n in range(2, len(taken) + 3) if (p := out / f"{name}-{n}.wav") not in taken)
+    taken.add(path)
+    if path.resolve() == Path(prompt).resolve():
+        raise ValueError(f"the reply would overwrite the question {path}: choose another --out")
+    return path
+
+
+def answer(model: SpeechGPT, prompts: list[str], paths: list[Path], **options) -> None:
+    """Answers a batch, writes it to disk and prints it."""
+    replies = model.reply_batch(prompts, **options)
+    for prompt, path, reply in zip(prompts, paths, replies):
+        wav = path.name if reply.wav is not None else None
+        if wav:
+            audio.save(path, reply.wav)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path.with_suffix(".json"), {"prompt": prompt, **asdict(reply), "wav": wav})
+        print(f"\n{prompt}")
+        for title, line in (("heard", reply.transcript), ("answer", reply.text), ("note", reply.note)):
+            if line:
+                print(f"  {title:7} {line}")
+        if wav:
+            print(f"  {'spoken':7} {path} ({len(reply.wav) / audio.RATE:.1f} s)")
+    s = replies[0].stats
+    took = s["hear_seconds"] + s["think_seconds"] + s["speak_seconds"]
+    factor = f" (real-time factor {s['real_time_factor']:.2f})" if s["real_time_factor"] else ""
+    weight = model.llama.lm_head.weight
+    print(f"  [{took:.2f} s{factor}: heard in {s['hear_seconds']:.2f}, {s['tokens_per_second']:.0f} tokens/s and "
+          f"{s['gigabytes_per_second']:.1f} GB/s of weights, spoken in {s['speak_seconds']:.2f}; "
+          f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}]", flush=True)
+
+
+def converse(model: SpeechGPT, out: Path, **options) -> None:
+    """Reads prompts from the terminal, or from a pipe, until there are no more. A mistake does not end it."""
+    print(HELP)
+    sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+            if line in ("/quit", "/exit"):
+                return
+            if line.startswith("/") and not is_sound(line):
+                print(HELP)
+            elif line:
+                answer(model, [line], [reply_path(line, out, set())], **options)
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        except (ValueError, OSError) as mistake:
+            print(f"error: {mistake}", flush=True)
+
+
+def main() -> None:
+    a = arguments().parse_args()
+    out = Path(a.out)
+    if out.suffix == ".wav" and len(a.prompts) != 1:
+        raise ValueError(f"--out {out} names one file, but there are {len(a.prompts)} prompts: name a folder")
+    if a.batch < 1 or (a.max_new is not None and a.max_new < 1):
+        raise ValueError("--batch and --max-new must be at least 1")
+    options = {"mode": {"auto": "*", "speech": "s", "text": "t"}[a.source] + "2" + a.to[0], "task": a.task,
+               "chain": not a.standard, "style": a.style, "max_new": a.max_new, "speaker": a.speaker, **sampling(a)}
+    taken: set[Path] = set()
+    paths = [reply_path(prompt, out, taken) for prompt in a.prompts]
+    start = time.perf_counter()
+    model = SpeechGPT.from_pretrained(a.model, a.device, a.dtype, a.int8)
+    print(f"{a.model} loaded in {time.perf_counter() - start:.1f} s")
+    if not a.prompts:
+        return converse(model, out, seed=a.seed, **options)
+    for i in range(0, len(a.prompts), a.batch):
+        answer(model, a.prompts[i:i + a.batch], paths[i:i + a.batch], seed=a.seed + i, **options)
+
+
+if __name__ == "__main__":
+    command_line(main)
