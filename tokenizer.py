@@ -33,7 +33,6 @@ import sentencepiece
 
 # Templates. What follows "[SpeechGPT]: " is the answer. {SpeechI} {TextI} {TextR} {SpeechR} are the paper's quadruplet:
 # the instruction and the response, as speech and as text.
-
 PAPER = {  # section 3.1 and Appendix C, word for word, slips included (no <eoh> in text-to-text)
     # The full stop after {D} is the description's own: many are questions. Section 3.1 ends with <eos> where the
     # appendices have <eoa>; one end marker serves here.
@@ -77,37 +76,30 @@ RELEASED = {  # the published data: META first, no [tq], no step-by-step sentenc
 }
 STYLES = {"paper": PAPER, "released": RELEASED, "standard": STANDARD}
 
-ASR_INSTRUCTIONS = (  # Appendix B, then our own
-    "Begin by converting the spoken words into written text.",
-    "Can you transcribe the speech into a written format?",
-    "Focus on translating the audible content into text.",
-    "Transcribe the speech by carefully listening to it.",
-    "Would you kindly write down the content of the speech?",
-    "Analyze the speech and create a written transcription.",
+ASR_INSTRUCTIONS = (  # the ten of Appendix B, then our own
+    "Begin by converting the spoken words into written text.", "Can you transcribe the speech into a written format?",
+    "Focus on translating the audible content into text.", "Transcribe the speech by carefully listening to it.",
+    "Would you kindly write down the content of the speech?", "Analyze the speech and create a written transcription.",
     "Engage with the speech to produce a text-based version.", "Can you document the speech in written form?",
-    "Transform the spoken words into text accurately.",
-    "How about putting the speech's content into writing?",
-    "Listen to the speech and write down its content.", "Please put what you hear on paper.",
-    "What does the speaker say?", "Type out every word of this recording.",
-    "Could you take dictation for me?", "Turn this utterance into a sentence I can read.",
-    "Spell out in text what is being said here.", "Give me the words behind these sounds.",
-    "Which words were spoken?", "Jot down what the voice tells you.", "Recognize this speech.",
+    "Transform the spoken words into text accurately.", "How about putting the speech's content into writing?",
+    "Listen to the speech and write down its content.", "Please put what you hear on paper.", "Recognize this speech.",
+    "Type out every word of this recording.", "Could you take dictation for me?", "What does the speaker say?",
+    "Spell out in text what is being said here.", "Turn this utterance into a sentence I can read.",
+    "Which words were spoken?", "Give me the words behind these sounds.", "Jot down what the voice tells you.",
     "Note the message that you hear.",
 )
-TTS_INSTRUCTIONS = (  # Appendix B less "Whisper ..." and "Sing ...", which ask for voices we do not have; then our own
-    "Can you please read this sentence out loud?",
-    "Recite the following words as if you were speaking normally.",
-    "Project your voice to clearly articulate this statement.",
-    "Would you mind speaking these words as naturally as possible?",
-    "Enunciate each word in this sentence with precision.",
-    "How would you express this sentence in a conversational tone?",
+TTS_INSTRUCTIONS = (  # eight of Appendix B ("Whisper ..." and "Sing ..." ask for voices we do not have), then our own
+    "Can you please read this sentence out loud?", "Recite the following words as if you were speaking normally.",
     "Could you please relay the message below verbally?",
-    "Emphasize the key points while reading the sentence.", "Read this sentence aloud.",
-    "Say the following for me.", "Give voice to this line.", "Please pronounce what is written here.",
-    "How does this text sound when spoken?", "Turn these words into speech.", "Announce this to the room.",
-    "Let me hear this sentence.", "Will you narrate the text that follows?",
-    "Tell me this with your own voice.", "Speak the words that you see.", "Utter this statement clearly.",
-    "Convert the written words to sound.", "Try to speak out this sentence, please.",
+    "Would you mind speaking these words as naturally as possible?",
+    "Enunciate each word in this sentence with precision.", "Project your voice to clearly articulate this statement.",
+    "Emphasize the key points while reading the sentence.",
+    "How would you express this sentence in a conversational tone?", "Read this sentence aloud.",
+    "Say the following for me.", "Give voice to this line.", "Turn these words into speech.",
+    "Please pronounce what is written here.", "How does this text sound when spoken?", "Announce this to the room.",
+    "Let me hear this sentence.", "Will you narrate the text that follows?", "Utter this statement clearly.",
+    "Tell me this with your own voice.", "Speak the words that you see.", "Convert the written words to sound.",
+    "Try to speak out this sentence, please.",
 )
 
 
@@ -121,7 +113,7 @@ def text_to_units(text: str) -> list[int]:
     return [int(u) for u in re.findall("<([0-9]{1,9})>", text)]
 
 
-# Each of these gives (prompt, answer). Speech is written units_to_text(...); what is not known yet stays empty.
+# These give (prompt, answer). Speech is written units_to_text(...); what is not known yet stays empty.
 
 
 def cross_modal(description: str, source: str, target: str = "", style: str = "paper") -> tuple[str, str]:
@@ -154,11 +146,8 @@ def _render(style: str, name: str, **slots: str) -> tuple[str, str]:
 
 def template_pieces() -> list[str]:
     """The fixed sentences of the paper's templates and the task descriptions, spelled as sentencepiece pieces.
-
-    In a tiny model they would be a third of every dialogue; Tokenizer.train makes each of them one piece.
-    """
-    templates = " ".join([*PAPER.values(), *STANDARD.values()])
-    fixed = re.split(r"\{\w+\}|\[\w+\]|<eo[ha]>", templates)
+    In a tiny model they would be a third of every dialogue; Tokenizer.train makes each of them one piece."""
+    fixed = re.split(r"\{\w+\}|\[\w+\]|<eo[ha]>", " ".join([*PAPER.values(), *STANDARD.values()]))
     sentences = sorted({s.lstrip(" .:;").rstrip(" ;") for s in fixed} - {""})
     words = [*sentences, *ASR_INSTRUCTIONS, *TTS_INSTRUCTIONS, "[tq]", "[ta]", "[ua]", ":", "."]
     return ["▁" + w.replace(" ", "▁") for w in words] + [".", ";"]
@@ -171,95 +160,94 @@ class Parts:
     tq: str
     ta: str
     ua: list[int]
-    complete: bool  # the end marker or </s> was reached
+    complete: bool  # it came to the end marker or </s>
 
 
 class Tokenizer:
     """sentencepiece for text, a table for the added tokens. len(tokenizer) is the size of V'' in eq. 1."""
 
     def __init__(self, model: bytes, added: dict[str, int], source: str = "tokenizer"):
+        """`model`: what tokenizer.model holds; `added`: token -> id. ValueError names `source` if they do not fit."""
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-            reserved = [self.sp.id_to_piece(i) for i in range(3)]
+            first = [self.sp.id_to_piece(i) for i in range(3)]
         except (RuntimeError, OSError, IndexError) as error:
             raise ValueError(f"{source}/tokenizer.model is not a sentencepiece model; fetch it again") from error
-        if reserved != ["<unk>", "<s>", "</s>"]:
-            raise ValueError(f"{source}/tokenizer.model starts with {reserved}, not <unk> <s> </s> as LLaMA's does")
-        self.unk, self.bos, self.eos = 0, 1, 2
+        if first != ["<unk>", "<s>", "</s>"]:
+            raise ValueError(f"{source}/tokenizer.model starts with {first}, not <unk> <s> </s> as LLaMA's does")
         self.n_text = len(self.sp)
         self.added = check_added(added, self.n_text, f"{source}/added_tokens.json")
         self.n_units = next(u for u in range(len(added) + 1) if f"<{u}>" not in added)
         self.unit_ids = range(self.n_text, self.n_text + self.n_units)
-        self.sosp, self.eosp, self.human, self.speechgpt, self.eoh = map(
-            added.get, ("<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>"))
-        self.eoa = added.get("<eoa>", added.get("<eos>"))  # the end-of-answer marker, under either of its names
-        self._name = {i: token for token, i in added.items()}
-        # Leftmost-longest split. A run of digits in <> is looked up afterwards: 1000 alternatives would be slow.
-        self._cut = {"<unk>": 0, "<s>": 1, "</s>": 2} | added
-        words = sorted((t for t in self._cut if not re.fullmatch(r"<[0-9]+>", t)), key=len, reverse=True)
-        self._split = re.compile("|".join(["<[0-9]+>", *map(re.escape, words)]))
+        self.unk, self.bos, self.eos = 0, 1, 2
+        self.sosp, self.eosp, self.human, self.speechgpt, self.eoh = (
+            added.get(token) for token in ("<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>"))
+        self.eoa = added.get("<eoa>", added.get("<eos>"))  # the end of an answer, under whichever name the folder has
+        self.name = {i: token for token, i in added.items()}
+        self.cuts = {"<unk>": 0, "<s>": 1, "</s>": 2} | added
+        # Leftmost-longest match of any of these. Units are looked up after the match: 1000 alternatives are slow.
+        words = sorted((t for t in self.cuts if not re.fullmatch("<[0-9]+>", t)), key=len, reverse=True)
+        self.pattern = re.compile("|".join(["<[0-9]+>", *map(re.escape, words)]))
 
     def __len__(self) -> int:
         return self.n_text + len(self.added)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of `text`: <s> first unless bos=False, never a </s> of its own."""
+        """Ids of `text`, <s> first unless bos=False; </s> only where the text spells it."""
+        text.encode()  # half a surrogate pair (from a command line, say) is a ValueError here, not deep in C++
         ids, start, after_added = [self.bos] * bos, 0, False
-        for match in self._split.finditer(text):
-            token = self._cut.get(match[0])
-            if token is not None:
-                added = token >= self.n_text  # <s> </s> <unk> keep the white space around them
+        for match in self.pattern.finditer(text):
+            token = self.cuts.get(match[0])
+            if token is None:  # "<1000>" of 1000 units: ordinary text
+                continue
+            added = token >= self.n_text  # <s> </s> <unk> keep the white space around them
+            if match.start() > start:
                 ids += self._encode_text(text[start:match.start()], after_added, added)
-                ids.append(token)
-                start, after_added = match.end(), added
+            ids.append(token)
+            start, after_added = match.end(), added
         return ids + self._encode_text(text[start:], after_added, False)
 
-    def _encode_text(self, text: str, lstrip: bool, rstrip: bool) -> list[int]:
-        text = text.lstrip() if lstrip else text
-        text = text.rstrip() if rstrip else text
+    def _encode_text(self, text: str, after_added: bool, before_added: bool) -> list[int]:
+        text = text.lstrip() if after_added else text
+        text = text.rstrip() if before_added else text
         return self.sp.encode(text) if text else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; added tokens and the runs of text between them are joined by single spaces."""
+        """Text of `ids`: added tokens, and the runs of text between them, joined by single spaces."""
+        assert all(0 <= i < len(self) for i in ids), f"ids {[i for i in ids if not 0 <= i < len(self)]} of {len(self)}"
         parts = []
-        for added, run in groupby(ids, lambda i: i >= self.n_text):
-            run = list(run)
-            parts += [self._name[i] for i in run] if added else [self._decode_text(run)]
+        for added, group in groupby(ids, lambda i: i >= self.n_text):
+            run = list(group)
+            parts += [self.name[i] for i in run] if added else [self._decode_text(run)]
         return " ".join(parts)
 
     def _decode_text(self, run: list[int]) -> str:
-        """One run of text pieces: a leading "▁" goes; <s> </s> <unk> are spelled out between the stretches of text."""
+        """One run of text pieces. It loses a leading "▁"; <s> </s> <unk> are spelled between its stretches of text."""
         pieces = [self.sp.id_to_piece(i) for i in run]
         pieces[0] = pieces[0].removeprefix("▁")
         out, stretch = "", []
-        for n, (i, piece) in enumerate(zip(run, pieces)):
-            if i > self.eos:
+        for n, piece in enumerate(pieces):
+            if run[n] > self.eos:
                 stretch.append(piece)
-                continue
-            # The original puts its space before the stretch that precedes the special token, not after it.
-            space = " " if n > 0 and run[n - 1] > self.eos else ""
-            out, stretch = out + space + self.sp.decode(stretch) + piece, []
+            else:  # the original sets its space before the stretch that precedes <s>, not between the two
+                space = " " if n > 0 and run[n - 1] > self.eos else ""
+                out, stretch = out + space + self.sp.decode(stretch) + piece, []
         return out + self.sp.decode(stretch)
 
     def prompt(self, prompt: str, official: bool = False) -> list[int]:
-        """Ids to start generation from: what document() puts before its first masked token.
-
-        official=True keeps the space at the end of the prompt as the official command line does: a lone "▁" that no
-        training dialogue had there.
-        """
+        """Ids to start generation from: what document() puts before its first masked token. official=True keeps the
+        space at the end, as the official command line does: a lone "▁" that no training dialogue had there."""
         return self.encode(prompt if official else prompt.rstrip())
 
-    def document(self, prompt: str, answer: str, eos: bool = True) -> tuple[list[int], list[bool]]:
-        """(ids, mask) of a whole dialogue; mask is True for the answer with its end marker and </s>: eq. 4's targets.
-
-        An empty prompt makes every token but <s> a target (stages "text" and 1, eq. 3).
-        """
+    def document(self, prompt: str, answer: str) -> tuple[list[int], list[bool]]:
+        """(ids, mask) of a whole dialogue. mask is True for the answer, its end marker and </s>: the targets of eq. 4.
+        With an empty prompt every token but <s> is a target, as in eq. 3."""
         head = self.prompt(prompt)
-        # The answer shares a piece of text with the ":" before it ("▁: ▁[ta] ▁Four"), or does not ("▁:" <sosp>). The
-        # prompt is a prefix of the dialogue all the same, since pieces do not reach across a space (those that
-        # Tokenizer.train adds begin after the ":"). A foreign tokenizer.model might: better to stop than to train on
-        # ids that inference never sees.
-        ids = self.encode(f"{prompt.rstrip()} {answer}" if prompt else answer) + [self.eos] * eos
+        # The answer may share a piece of text with the ":" before it ("▁: ▁[ta] ▁Four") or not ("▁:" <sosp>). Its ids
+        # start with the prompt's either way: pieces do not reach across a space, and the template_pieces, which do,
+        # begin after the ":". If a foreign tokenizer.model joins the two, its user had better hear of it than train
+        # on ids that inference never starts from.
+        ids = [*self.encode(f"{prompt.rstrip()} {answer}" if prompt else answer), self.eos]
         if ids[:len(head)] != head:
             raise ValueError(f"tokenizer.model joins the end of the prompt {prompt[-20:]!r} to the start of the answer "
                              f"{answer[:20]!r}; use a model whose pieces do not cross spaces")
@@ -267,14 +255,13 @@ class Tokenizer:
 
     def parse(self, ids: Sequence[int]) -> Parts:
         """The parts of a generated reply (ids after the prompt), whatever was generated; no marker is left in them."""
-        turn = (self.eos, self.eoa, self.human, self.speechgpt, self.eoh)
-        reply = list(takewhile(lambda i: i not in turn, ids))
+        reply = list(takewhile(lambda i: i not in (self.eos, self.eoa, self.human, self.speechgpt, self.eoh), ids))
         complete = len(reply) < len(ids) and ids[len(reply)] in (self.eos, self.eoa)
         text, units, speaking = "", [], False
         for is_text, run in groupby(reply, lambda i: self.eos < i < self.n_text):
             if is_text:
                 text += " " + self.sp.decode(list(run))
-                if end := re.search("<eo[as]>", text):  # ordinary text where the released folder has the other one
+                if end := re.search("<eo[as]>", text):  # plain text where the released folder has the other spelling
                     text, complete = text[:end.start()], True
                     break
                 continue
@@ -282,13 +269,14 @@ class Tokenizer:
                 speaking = i == self.sosp or (speaking and i != self.eosp)
                 if speaking and i in self.unit_ids:
                     units.append(i - self.n_text)
-        text = self._split.sub(lambda m: " " if m[0] in self._cut else m[0], text)
+        text = self.pattern.sub(lambda m: " " if m[0] in self.cuts else m[0], text)
         first, *rest = re.split(r"\[(tq|ta|ua)\]", text)
-        found = dict(reversed([*zip(rest[::2], rest[1::2])]))  # the first of each
+        found = dict(reversed([*zip(rest[::2], rest[1::2])]))  # of two [ta] the first counts
         found.setdefault("tq" if "ta" in found else "ta", first)  # released replies open with an unmarked transcript
-        tq, ta = (found.get(name, "").strip() for name in ("tq", "ta"))
-        return Parts(tq.removesuffix(";").rstrip(), (ta.removesuffix(";") if "ua" in found else ta).rstrip(), units,
-                     complete)
+        # The templates' "; " belongs to the marker after it.
+        tq = found.get("tq", "").strip().removesuffix(";").rstrip()
+        ta = found["ta"].strip().removesuffix(";" if "ua" in found else "").rstrip()
+        return Parts(tq, ta, units, complete)
 
     def unit_id(self, unit: int) -> int:
         assert 0 <= unit < self.n_units, f"unit {unit} is not one of 0..{self.n_units - 1}"
@@ -304,12 +292,30 @@ class Tokenizer:
                              "them added; tokenizer.model or added_tokens.json is another model's")
 
     @classmethod
-    def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_units: int) -> "Tokenizer":
-        """Fits LLaMA's kind of sentencepiece model to `texts` and writes a tokenizer folder; same texts, same bytes.
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Reads tokenizer.model and added_tokens.json, ours or the released ones; ValueError or OSError if they lie."""
+        folder = Path(folder)
+        model = _read(folder / "tokenizer.model", 16 << 20)
+        if not (folder / "added_tokens.json").exists():
+            raise FileNotFoundError(f"{folder} has no added_tokens.json, so its tokenizer knows no speech units; fetch "
+                                    "that file too, or add units to a plain LLaMA with Tokenizer.extend")
+        table = _read(folder / "added_tokens.json", 4 << 20)
+        try:
+            added = json.loads(table)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{folder}/added_tokens.json is not JSON; fetch it again ({str(error)[:60]})") from error
+        return cls(model, added, str(folder))
 
-        vocab_size counts the text pieces only: 3 + 256 bytes + template_pieces() + characters + merges. A corpus too
-        small to fill it gives fewer.
-        """
+    @classmethod
+    def extend(cls, llama: str | Path, folder: str | Path, n_units: int = 1000) -> "Tokenizer":
+        """Writes to `folder` the tokenizer.model of a plain LLaMA folder with units and markers added."""
+        return cls._write(_read(Path(llama) / "tokenizer.model", 16 << 20), folder, n_units)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_units: int) -> "Tokenizer":
+        """Fits a sentencepiece model of LLaMA's kind to `texts` and writes a tokenizer folder; same texts, same bytes.
+        vocab_size counts text pieces: 3 + 256 bytes + template_pieces() + characters + merges. A corpus too small to
+        fill it gives fewer; one with more characters than fit is a ValueError."""
         model = io.BytesIO()
         lines = (line for text in texts for line in text.splitlines() if line.strip())
         try:
@@ -320,67 +326,46 @@ class Tokenizer:
                 allow_whitespace_only_pieces=True, character_coverage=1.0, max_sentence_length=1 << 20,
                 unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"cannot train a tokenizer with {vocab_size} text pieces: {reason}") from error
+            raise ValueError(f"no tokenizer of {vocab_size} pieces: {' '.join(str(error).split())}") from error
         return cls._write(model.getvalue(), folder, n_units)
 
     @classmethod
-    def extend(cls, llama: str | Path, folder: str | Path, n_units: int = 1000) -> "Tokenizer":
-        """Adds units and markers to the tokenizer.model of a plain LLaMA folder; writes them to `folder`."""
-        return cls._write(_read(Path(llama) / "tokenizer.model", 16 << 20), folder, n_units)
-
-    @classmethod
     def _write(cls, model: bytes, folder: str | Path, n_units: int) -> "Tokenizer":
-        folder = Path(folder)
         n_text = len(sentencepiece.SentencePieceProcessor(model_proto=model))
         tokens = [f"<{u}>" for u in range(n_units)] + ["<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>", "<eoa>"]
         added = {token: n_text + i for i, token in enumerate(tokens)}
-        special = {name: {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-                   for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))}
+        tokenizer, folder = cls(model, added, str(folder)), Path(folder)
+        flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        special = {"bos_token": {"content": "<s>", **flags}, "eos_token": {"content": "</s>", **flags},
+                   "unk_token": {"content": "<unk>", **flags}, "pad_token": "<unk>"}
         config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
                   "clean_up_tokenization_spaces": False, "model_max_length": 2048, "padding_side": "left"}
-        tokenizer = cls(model, added, str(folder))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(model)
-        for name, table in (("added_tokens", added), ("special_tokens_map", special | {"pad_token": "<unk>"}),
-                            ("tokenizer_config", config)):
-            (folder / f"{name}.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        tables = {"special_tokens_map": special, "tokenizer_config": config, "added_tokens": added}
+        files = {f"{name}.json": json.dumps(table, indent=2).encode() + b"\n" for name, table in tables.items()}
+        for name, data in ({"tokenizer.model": model} | files).items():  # each is whole or absent after a kill
+            (folder / f"{name}.part").write_bytes(data)
+            (folder / f"{name}.part").replace(folder / name)
         return tokenizer
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Reads tokenizer.model and added_tokens.json, ours or the released ones; ValueError or OSError if they lie."""
-        folder = Path(folder)
-        model = _read(folder / "tokenizer.model", 16 << 20)
-        if not (folder / "added_tokens.json").exists():
-            raise FileNotFoundError(f"{folder} has no added_tokens.json, so its tokenizer knows no speech units; fetch "
-                                    "that file too, or add units to a plain LLaMA with Tokenizer.extend")
-        try:
-            added = json.loads(_read(folder / "added_tokens.json", 4 << 20))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{folder}/added_tokens.json is not JSON ({str(error)[:80]}); fetch it again") from error
-        return cls(model, added, str(folder))
 
 
 def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
     """The table {token: id}; ValueError unless its ids follow n_text without a gap, units first and in order."""
-    if not (isinstance(added, dict) and all(type(i) is int for i in added.values())):
-        raise ValueError(f"{source} is not a table of tokens and their ids")
-    if any(not t or len(t) > 100 or t != t.strip() for t in added):
-        raise ValueError(f"{source} holds an empty token, one of over 100 characters or one with white space at an end")
+    if not isinstance(added, dict) or any(type(i) is not int or not t or t != t.strip() for t, i in added.items()):
+        raise ValueError(f"{source} is not a table of tokens (without white space at their ends) and ids")
     if sorted(added.values()) != list(range(n_text, n_text + len(added))):
         raise ValueError(f"{source} does not number its {len(added)} tokens from {n_text} on, after the pieces of "
                          "tokenizer.model; the two are of different models")
-    units = {int(t[1:-1]): i for t, i in added.items() if re.fullmatch(r"<(0|[1-9][0-9]{0,8})>", t)}
-    if any(i != n_text + u for u, i in units.items()) or not units or "<sosp>" not in added or "<eosp>" not in added:
-        raise ValueError(f"{source} does not hold <0> <1> ... in order from id {n_text}, and <sosp>, <eosp>")
+    units = {int(t[1:-1]): i for t, i in added.items() if re.fullmatch("<(0|[1-9][0-9]{0,8})>", t)}
+    if any(i != n_text + u for u, i in units.items()) or not units or not {"<sosp>", "<eosp>"} <= set(added):
+        raise ValueError(f"{source} does not hold <0> <1> ... in order from id {n_text}, and <sosp> <eosp>")
     return added
 
 
 def _read(path: Path, limit: int) -> bytes:
-    """The bytes of a file of at most `limit`."""
+    """A file of at most `limit` bytes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a folder of a model holds tokenizer.model and added_tokens.json")
+        raise FileNotFoundError(f"{path} is missing; a model's folder holds tokenizer.model and added_tokens.json")
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
