@@ -25,8 +25,11 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -116,6 +119,19 @@ def decode_one_token(model: Llama, last: Tensor, cache: Cache) -> Tensor:
     return model(last[:, None], cache=cache)[:, -1].float()
 
 
+@contextmanager
+def one_thread(model: Llama):
+    """While a small model decodes on a CPU: its steps are shorter than it takes to wake a second thread, and on a busy
+    machine waiting for one made them 20 times slower."""
+    threads = torch.get_num_threads()
+    if model.lm_head.weight.device.type == "cpu" and weight_bytes(model) < 1e8:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], tok: Tokenizer, text: Sampling = GREEDY, speech: Sampling = PAPER,
              max_new: int | None = None, generator: torch.Generator | None = None, free: bool = False,
@@ -124,37 +140,41 @@ def generate(model: Llama, prompts: list[list[int]], tok: Tokenizer, text: Sampl
 
     `text` and `speech` say how tokens outside and inside speech are drawn; `free` lifts the grammar. Chance comes from
     `generator` (on the CPU, so that every device draws alike), a row of numbers for each prompt in turn: a batch draws
-    what its prompts would draw one by one."""
+    what its prompts would draw one by one. The context's end is that of the longest prompt."""
     context, longest = model.config.max_len, max(map(len, prompts))
     assert min(map(len, prompts)) > 0 and longest < context, f"prompts of 1 to {context - 1} ids, got {longest}"
-    steps = min(max_new or context, context - longest)
-    device = model.lm_head.weight.device
+    steps, device = min(max_new or context, context - longest), model.lm_head.weight.device
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)       # (B, longest)
     uniform = torch.rand(len(prompts), context, generator=generator).to(device)
     grammar = Grammar(tok, model.config.vocab_size, device, free)
     cache = model.new_cache(len(prompts), longest + steps, pad)
     ends, out, running = {tok.eos, tok.eoa, *stop}, [[] for _ in prompts], set(range(len(prompts)))
-
     logits, last = prefill(model, ids, cache), ids[:, -1]
     if not torch.isfinite(logits).all():
-        raise ValueError("the model answers with NaN: its weights are damaged, or --dtype float32 is needed")
-    for step in range(steps):
-        if step:
-            logits = decode_one_token(model, last, cache)
-        logits = grammar(logits, last)
-        drawn = sample_token(logits, text, uniform[:, step])
-        if speech != text:
-            drawn = torch.where(grammar.in_speech[last], sample_token(logits, speech, uniform[:, step]), drawn)
-        last = drawn
-        for row, token in enumerate(last.tolist()):
-            if row in running:
-                out[row].append(token)
-                if token in ends:
-                    running.remove(row)
-        if not running:
-            break
+        raise ValueError("the model computes NaN: its weights are damaged, or it needs --dtype float32")
+    with one_thread(model):
+        for step in range(steps):
+            if step:
+                logits = decode_one_token(model, last, cache)
+            logits, chance = grammar(logits, last), uniform[:, step]
+            drawn = sample_token(logits, text, chance)
+            if speech != text:
+                drawn = torch.where(grammar.in_speech[last], sample_token(logits, speech, chance), drawn)
+            last = drawn
+            for row, token in enumerate(last.tolist()):
+                if row in running:
+                    out[row].append(token)
+                    if token in ends:
+                        running.remove(row)
+            if not running:
+                break
     return out
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that one step of decoding reads: all weights but the embedding, of which it needs a row."""
+    return sum(t.nbytes for name, t in model.state_dict().items() if "embed_tokens" not in name)
 
 
 # ---- Weights in eight bits -----------------------------------------------------------------------------------
@@ -197,9 +217,12 @@ def load_int8(folder: Path, dtype: torch.dtype, device: torch.device) -> Llama:
 
 # ---- A model that talks --------------------------------------------------------------------------------------
 
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 TASKS = ("chat", "asr", "tts", "continue")
-MODES = ("*2s", "*2t", *tokenizer.STANDARD)     # "*": what the prompt is decides
-MIN_ANSWER = 64                                 # tokens of the context that a prompt must leave for the answer
+MODES = ("s2s", "s2t", "t2s", "t2t", "*2s", "*2t")      # speech or text in, out; "*": whatever the prompt is
+MIN_ANSWER = 64                                         # tokens of the context that a prompt must leave for the answer
+
+Prompt = str | Path | np.ndarray                        # a text or the name of a sound file; samples (N,) at 16 kHz
 
 
 @dataclass
@@ -214,20 +237,15 @@ class Reply:
     stats: dict = field(default_factory=dict)
 
 
-@dataclass
-class Question:
-    """A prompt made ready: its ids, what is wanted ("s" or "t"), and the seconds of speech in it."""
-
-    ids: list[int]
-    target: str
-    seconds: float
+class Question(NamedTuple):
+    ids: list[int]                  # the prompt in its template
+    target: str                     # what is asked for, "s" or "t"
+    seconds: float                  # of speech in the prompt
 
 
-def is_sound(prompt: str | Path | np.ndarray) -> bool:
-    """Samples, a path, and text that names a file or ends like the name of a sound file."""
-    if not isinstance(prompt, str):
-        return True
-    return os.path.isfile(prompt) or bool(re.fullmatch(r"\S+\.(wav|flac|ogg|mp3)", prompt.strip(), re.IGNORECASE))
+def is_sound(prompt: Prompt) -> bool:
+    """Samples, a path, or a string that names a file or ends as the name of a sound file does."""
+    return not isinstance(prompt, str) or os.path.isfile(prompt) or prompt.lower().endswith(SOUNDS)
 
 
 @dataclass
@@ -235,7 +253,7 @@ class SpeechGPT:
     """The parts of a folder, put together. Without extractor it cannot hear, without vocoder it cannot speak."""
 
     llama: Llama
-    tok: Tokenizer
+    tokenizer: Tokenizer
     extractor: UnitExtractor | None = None
     vocoder: UnitVocoder | None = None
 
@@ -245,40 +263,38 @@ class SpeechGPT:
         """Reads folder/llama and, where they are, folder/{lora,hubert,vocoder}. The adapter is merged into its
         matrices, or stays beside them if those are int8. dtype "auto" is float32 on a CPU for files of up to 4 GB,
         else bfloat16 (float16 on Apple's GPUs); HuBERT and the vocoder are always float32."""
-        folder, device = Path(folder), run.device(str(device))
+        folder, device, dtype = Path(folder), run.device(str(device)), str(dtype).removeprefix("torch.")
         if not (folder / "llama").is_dir():
             raise FileNotFoundError(f"{folder} is no model: there is no {folder}/llama; make one with "
                                     "`python train.py configs/tiny.toml`, or name another folder")
-        dtype = str(dtype).removeprefix("torch.")
         if dtype == "auto":
-            size = sum(file.stat().st_size for file in (folder / "llama").iterdir())
-            half = "float16" if device.type == "mps" else "bfloat16"
-            dtype = "float32" if device.type == "cpu" and size < 4e9 else half
+            small = sum(file.stat().st_size for file in (folder / "llama").iterdir()) < 4e9
+            dtype = {"cpu": "float32" if small else "bfloat16", "mps": "float16"}.get(device.type, "bfloat16")
         if dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"unknown dtype '{dtype}'; choose auto, float32, float16 or bfloat16")
         tok = Tokenizer.from_pretrained(folder / "llama")
         load = load_int8 if int8 else Llama.from_pretrained
-        model = load(folder / "llama", dtype=getattr(torch, dtype), device=device)
-        tok.check_vocab(model.config.vocab_size, f"{folder}/llama")
+        llama = load(folder / "llama", dtype=getattr(torch, dtype), device=device)
+        tok.check_vocab(llama.config.vocab_size, f"{folder}/llama")
         if (folder / "lora").is_dir():
-            lora.load(model, folder / "lora")
-            model = model.eval() if int8 else lora.merge(model)
-        extractor = vocoder = None
+            lora.load(llama, folder / "lora")
+            llama = llama.eval() if int8 else lora.merge(llama)
+        model = cls(llama, tok)
         if (folder / "hubert").is_dir():
-            extractor = UnitExtractor.from_pretrained(folder / "hubert").to(device).eval()
-            if (k := len(extractor.kmeans.centers)) != tok.n_units:
+            model.extractor = UnitExtractor.from_pretrained(folder / "hubert").to(device).eval()
+            if (k := len(model.extractor.kmeans.centers)) != tok.n_units:
                 raise ValueError(f"{folder}: hubert has {k} units but llama {tok.n_units}; they are of two models")
         if (folder / "vocoder").is_dir():
-            vocoder = UnitVocoder.from_pretrained(folder / "vocoder").to(device).eval()
-        return cls(model, tok, extractor, vocoder)
+            model.vocoder = UnitVocoder.from_pretrained(folder / "vocoder").to(device).eval()
+        return model
 
-    # What each step gives, for looking inside
+    # -- what each step gives
 
-    def hear(self, prompt: str | Path | np.ndarray) -> tuple[list[int], float]:
-        """A sound file, or samples (N,) at 16 kHz -> its units and its seconds."""
+    def hear(self, prompt: Prompt) -> tuple[list[int], float]:
+        """A sound file or samples -> its units and its seconds."""
         if self.extractor is None:
             raise ValueError("this model has no hubert/ in its folder and cannot hear; ask it in text")
-        name = "the recording" if isinstance(prompt, np.ndarray | Tensor) else str(prompt)
+        name = str(prompt) if isinstance(prompt, str | Path) else "the recording"
         wav = audio.load(prompt) if isinstance(prompt, str | Path) else np.asarray(prompt, np.float32)
         audio.check_speech(wav, name)
         seconds, context = len(wav) / audio.RATE, self.llama.config.max_len
@@ -287,48 +303,10 @@ class SpeechGPT:
                              f"context of {context} tokens: cut it into shorter pieces")
         return self.extractor(wav)[0], seconds
 
-    def units(self, wav: str | Path | np.ndarray) -> list[int]:
+    def units(self, wav: Prompt) -> list[int]:
         return self.hear(wav)[0]
 
-    def question(self, prompt: str | Path | np.ndarray, mode: str = "*2s", task: str = "chat", chain: bool = True,
-                 style: str = "auto") -> Question:
-        """Puts the prompt in its template (tokenizer.py). style "paper" is Appendix C, "released" the form of the
-        released weights; "auto" is "paper" for a tokenizer with a piece "[tq]", as Tokenizer.train makes it."""
-        if task not in TASKS or mode not in MODES or style not in ("auto", "paper", "released"):
-            raise ValueError(f"no task '{task}', mode '{mode}' or style '{style}': tasks are {', '.join(TASKS)}; modes "
-                             f"{', '.join(MODES)}; styles auto, paper, released")
-        if style == "auto":
-            style = "released" if self.tok.sp.piece_to_id("▁[tq]") == self.tok.unk else "paper"
-        source, target = {"asr": "s2t", "tts": "t2s"}.get(task, mode).split("2")
-        if source == "*":
-            source = "s" if is_sound(prompt) else "t"
-        target = source if task == "continue" else target
-        if target == "s" and self.vocoder is None:
-            raise ValueError("this model has no vocoder/ in its folder and cannot speak; ask for text")
-        units, seconds = self.hear(prompt) if source == "s" else ([], 0.0)
-        said = tokenizer.units_to_text(units) if source == "s" else str(prompt).strip()
-        if not said:
-            raise ValueError("the prompt is empty: write a question or name a sound file")
-        slot = {"speech_i" if source == "s" else "text_i": said}
-        if task == "continue":
-            ids = self.tok.encode(said.removesuffix("<eosp>"))
-        else:
-            if task != "chat":
-                instructions = tokenizer.ASR_INSTRUCTIONS if task == "asr" else tokenizer.TTS_INSTRUCTIONS
-                text, _ = tokenizer.cross_modal(instructions[0], said, style=style)
-            elif chain:
-                text, _ = tokenizer.chain_of_modality(f"{source}2{target}", **slot, style=style)
-            else:
-                text, _ = tokenizer.standard(f"{source}2{target}", **slot)
-            ids = self.tok.prompt(text, official=style == "released")
-        context = self.llama.config.max_len
-        if len(ids) + MIN_ANSWER > context:
-            fit = seconds * (context - MIN_ANSWER - len(ids) + len(units)) / max(1, len(units))
-            raise ValueError(f"the prompt is too long: with room to answer it needs {len(ids) + MIN_ANSWER} tokens, the "
-                             f"model's context has {context}" + (f"; about {fit:.0f} s of speech fit" if units else ""))
-        return Question(ids, target, seconds)
-
-    def ids(self, prompt: str | Path | np.ndarray, **form) -> list[int]:
+    def ids(self, prompt: Prompt, **form) -> list[int]:
         return self.question(prompt, **form).ids
 
     @torch.inference_mode()
@@ -341,13 +319,50 @@ class SpeechGPT:
         """ids (T,) -> logits (T, V) of the token after each."""
         return self.llama(torch.tensor([ids], device=self.llama.lm_head.weight.device))[0].float()
 
-    # Answers
+    def question(self, prompt: Prompt, mode: str = "*2s", task: str = "chat", chain: bool = True,
+                 style: str = "auto") -> Question:
+        """Puts the prompt in its template (tokenizer.py). style "paper" is Appendix C, "released" the form of the
+        released weights; "auto" is "paper" for a tokenizer with a piece "[tq]", as Tokenizer.train makes it."""
+        assert task in TASKS and mode in MODES, f"task {task!r} of {TASKS}, mode {mode!r} of {MODES}"
+        if style == "auto":
+            style = "released" if self.tokenizer.sp.piece_to_id("▁[tq]") == self.tokenizer.unk else "paper"
+        source, target = {"asr": "s2t", "tts": "t2s"}.get(task, mode).split("2")
+        if source == "*":
+            source = "s" if is_sound(prompt) else "t"
+        if task == "continue":
+            target = source
+        if target == "s" and self.vocoder is None:
+            raise ValueError("this model has no vocoder/ in its folder and cannot speak; ask for text")
+        units, seconds = self.hear(prompt) if source == "s" else ([], 0.0)
+        said = tokenizer.units_to_text(units) if source == "s" else str(prompt).strip()
+        if not said:
+            raise ValueError("the prompt is empty: write a question or name a sound file")
+        if task == "continue":
+            ids = self.tokenizer.encode(said.removesuffix("<eosp>"))
+        else:
+            form = partial(tokenizer.chain_of_modality, style=style) if chain else tokenizer.standard
+            if task == "chat" and source == "s":
+                text, _ = form(f"s2{target}", speech_i=said)
+            elif task == "chat":
+                text, _ = form(f"t2{target}", text_i=said)
+            else:
+                instructions = tokenizer.ASR_INSTRUCTIONS if task == "asr" else tokenizer.TTS_INSTRUCTIONS
+                text, _ = tokenizer.cross_modal(instructions[0], said, style=style)
+            ids = self.tokenizer.prompt(text, official=style == "released")
+        room = self.llama.config.max_len - MIN_ANSWER - len(ids)
+        if room < 0:
+            fit = f"about {seconds * (1 + room / len(units)):.1f} of its {seconds:.1f} s do" if units else "shorten it"
+            raise ValueError(f"the prompt is too long: its {len(ids)} tokens and an answer do not fit in the model's "
+                             f"context of {self.llama.config.max_len}; {fit}")
+        return Question(ids, target, seconds)
 
-    def reply(self, prompt: str | Path | np.ndarray, mode: str = "*2s", **options) -> Reply:
-        """Answers one prompt: a sound file, samples (N,) at 16 kHz, or text. Options as in `reply_batch`."""
+    # -- answers
+
+    def reply(self, prompt: Prompt, mode: str = "*2s", **options) -> Reply:
+        """Answers one prompt; options as in `reply_batch`."""
         return self.reply_batch([prompt], mode, **options)[0]
 
-    def transcribe(self, wav: str | Path | np.ndarray, **options) -> Reply:
+    def transcribe(self, wav: Prompt, **options) -> Reply:
         """Speech -> reply.text."""
         return self.reply_batch([wav], "s2t", "asr", **options)[0]
 
@@ -355,61 +370,54 @@ class SpeechGPT:
         """Text -> reply.wav."""
         return self.reply_batch([text], "t2s", "tts", **options)[0]
 
-    def continue_speech(self, wav: str | Path | np.ndarray, **options) -> Reply:
-        """Speech -> reply.wav that begins with the same units and goes on until the model ends it."""
+    def continue_speech(self, wav: Prompt, **options) -> Reply:
+        """Speech -> reply.wav: the same units, and on until the model ends it."""
         return self.reply_batch([wav], "s2s", "continue", **options)[0]
 
-    def reply_batch(self, prompts: list, mode: str = "*2s", task: str = "chat", chain: bool = True, style: str = "auto",
-                    text: Sampling = GREEDY, speech: Sampling = PAPER, max_new: int | None = None, seed: int = 0,
-                    speaker: int | None = None, free: bool = False) -> list[Reply]:
-        """Answers several prompts at once. mode: "s2s", "s2t", "t2s", "t2t" (speech or text in and out; "*2s": by the
-        prompt); task: chat by chain of modality (or standard prompting: chain=False), asr, tts, continue. The longest
-        prompt decides how many tokens the context leaves for every answer."""
+    def reply_batch(self, prompts: list[Prompt], mode: str = "*2s", task: str = "chat", chain: bool = True,
+                    style: str = "auto", text: Sampling = GREEDY, speech: Sampling = PAPER, max_new: int | None = None,
+                    seed: int = 0, speaker: int | None = None, free: bool = False) -> list[Reply]:
+        """Answers several prompts at once. task: chat (by chain of modality, or with chain=False by standard
+        prompting), asr, tts or continue; seed: of every draw; the rest as in `question` and `generate`."""
+        speakers = getattr(self.vocoder, "spkr", None)
+        n_speakers = speakers.num_embeddings if isinstance(speakers, nn.Embedding) else 1
+        if speaker is not None and not 0 <= speaker < n_speakers:
+            raise ValueError(f"there is no speaker {speaker}: this vocoder has {n_speakers}, counted from 0")
         clock = [time.perf_counter()]
-        if speaker is not None and not 0 <= speaker < self.n_speakers:
-            raise ValueError(f"there is no speaker {speaker}: this vocoder has {self.n_speakers}, counted from 0")
         questions = [self.question(prompt, mode, task, chain, style) for prompt in prompts]
         clock.append(time.perf_counter())
-        answers = generate(self.llama, [q.ids for q in questions], self.tok, text, speech, max_new,
-                           torch.Generator().manual_seed(seed), free, (self.tok.eosp,) if task == "continue" else ())
+        answers = generate(self.llama, [q.ids for q in questions], self.tokenizer, text, speech, max_new,
+                           torch.Generator().manual_seed(seed), free,
+                           stop=(self.tokenizer.eosp,) if task == "continue" else ())
         clock.append(time.perf_counter())
         replies = [self.compose(question, ids, task, speaker) for question, ids in zip(questions, answers)]
         clock.append(time.perf_counter())
-        hear, think, speak = (b - a for a, b in zip(clock, clock[1:]))
-        # The time a user waits for each second of speech: what was said, or else what was heard.
-        seconds = sum(len(r.wav) / audio.RATE if r.wav is not None else q.seconds for r, q in zip(replies, questions))
+
+        hear, think, speak = (after - before for before, after in zip(clock, clock[1:]))
+        spoken = sum(len(r.wav) / audio.RATE for r in replies if r.wav is not None) or sum(q.seconds for q in questions)
         for question, ids, reply in zip(questions, answers, replies):
             reply.stats = {
                 "prompt_tokens": len(question.ids), "new_tokens": len(ids), "batch": len(prompts),
                 "hear_seconds": hear, "think_seconds": think, "speak_seconds": speak,
                 "tokens_per_second": sum(map(len, answers)) / think,
                 "gigabytes_per_second": max(map(len, answers)) * weight_bytes(self.llama) / think / 1e9,
-                "real_time_factor": (clock[-1] - clock[0]) / seconds if seconds else None}
+                # waiting time for each second of speech: of what was said, or else of what was heard
+                "real_time_factor": (hear + think + speak) / spoken if spoken else None}
         return replies
 
-    @property
-    def n_speakers(self) -> int:
-        return self.vocoder.spkr.num_embeddings if isinstance(getattr(self.vocoder, "spkr", None), nn.Embedding) else 1
-
     def compose(self, question: Question, ids: list[int], task: str, speaker: int | None) -> Reply:
-        """The generated ids as a reply, with the speech synthesised and a note of whatever is missing."""
-        parts = self.tok.parse(question.ids[1:] + ids if task == "continue" else ids)
+        """The generated ids as a reply, with its speech synthesised and a note of whatever is missing."""
+        parts = self.tokenizer.parse(question.ids[1:] + ids if task == "continue" else ids)
         wav, notes = None, []
-        if not parts.complete and not (task == "continue" and ids[-1:] == [self.tok.eosp]):
-            notes.append("the answer was cut off: it reached the limit on its length before its end")
+        if not parts.complete and not (task == "continue" and ids[-1] == self.tokenizer.eosp):
+            notes.append("the answer was cut off: it came to the limit on its length before its end")
         if question.target == "s" and parts.ua:
             wav = self.vocoder(parts.ua, speaker=speaker).float().cpu().numpy()
         elif question.target == "s":
             notes.append("the model answered in text only, it did not speak" if parts.ta else "the model said nothing")
         elif not parts.ta:
-            notes.append("the model gave no text" + (" but speech" if parts.ua else ""))
-        transcript = parts.ta if task == "asr" else parts.tq
-        return Reply(transcript, parts.ta, parts.ua, wav, "; ".join(notes))
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes that one step of decoding reads: all weights but the embedding, of which it needs a row."""
-    return sum(t.nbytes for name, t in model.state_dict().items() if "embed_tokens" not in name)
+            notes.append("the model gave no text" + (", only speech" if parts.ua else ""))
+        return Reply(parts.ta if task == "asr" else parts.tq, parts.ta, parts.ua, wav, "; ".join(notes))
 
 
 # ---- The command line ----------------------------------------------------------------------------------------
@@ -422,7 +430,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see python sample.py --help")
 
 
-def arguments() -> Parser:
+def arguments() -> argparse.Namespace:
     p = Parser(description="Talk with a SpeechGPT: speech or text in, speech or text out.", allow_abbrev=False)
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="sound files or texts; none: a conversation")
     p.add_argument("--model", default="weights/tiny", help="folder with llama/, lora/, hubert/, vocoder/")
@@ -433,7 +441,7 @@ def arguments() -> Parser:
     p.add_argument("--style", choices=("auto", "paper", "released"), default="auto", help="form of the templates")
     p.add_argument("--preset", choices=("paper", "official"), help="sample text and speech: 0.8/60/0.8 or 0.7/50/0.8")
     p.add_argument("--greedy", action="store_true", help="always take the likeliest token, in speech too")
-    p.add_argument("--temperature", type=float, help="these three change whatever is sampled (default: speech)")
+    p.add_argument("--temperature", type=float, help="this and the next two change what is sampled (default: speech)")
     p.add_argument("--top-k", type=int, help="0: no limit")
     p.add_argument("--top-p", type=float)
     p.add_argument("--seed", type=int, default=0)
@@ -443,60 +451,55 @@ def arguments() -> Parser:
     p.add_argument("--device", default="auto", help="cpu, cuda or mps")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
     p.add_argument("--int8", action="store_true", help="keep the matrices of the language model in eight bits")
-    p.add_argument("--out", default="out/replies", help="folder for the replies, or a .wav for the only one")
-    return p
+    p.add_argument("--out", type=Path, default="out/replies", help="folder for replies, or a .wav for the only one")
+    return p.parse_args()
 
 
 def sampling(a: argparse.Namespace) -> dict[str, Sampling]:
     """The flags as Sampling of text and of speech."""
-    text, speech = {"paper": (PAPER, PAPER), "official": (OFFICIAL, OFFICIAL)}.get(a.preset, (GREEDY, PAPER))
-    if a.greedy:
-        text = speech = GREEDY
     changes = {key: getattr(a, key) for key in ("temperature", "top_k", "top_p") if getattr(a, key) is not None}
     if a.greedy and (changes or a.preset):
         raise ValueError("--greedy samples nothing: leave out --preset, --temperature, --top-k and --top-p")
-    return {"text": text if text == GREEDY else replace(text, **changes), "speech": replace(speech, **changes)}
+    if a.preset is None:
+        return {"text": GREEDY, "speech": GREEDY if a.greedy else replace(PAPER, **changes)}
+    preset = replace({"paper": PAPER, "official": OFFICIAL}[a.preset], **changes)
+    return {"text": preset, "speech": preset}
 
 
-def reply_path(prompt: str, out: Path, taken: set[Path]) -> Path:
-    """Where the reply's wav goes: its json lies beside it."""
-    name = Path(prompt).stem if is_sound(prompt) else re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "reply"
-    path = out if out.suffix == ".wav" else out / f"{name}.wav"
-    if path in taken:
-        path = next(p for n in range(2, len(taken) + 3) if (p := out / f"{name}-{n}.wav") not in taken)
-    taken.add(path)
-    if path.resolve() == Path(prompt).resolve():
-        raise ValueError(f"the reply would overwrite the question {path}: choose another --out")
-    return path
+def reply_paths(prompts: list[str], out: Path) -> list[Path]:
+    """Where the wav of each reply goes; its json lies beside it."""
+    paths: list[Path] = []
+    for prompt in prompts:
+        name = Path(prompt).stem if is_sound(prompt) else re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "reply"
+        again = sum(path.stem == name for path in paths)    # a name that came before gets a number
+        paths.append(out if out.suffix == ".wav" else out / f"{name}{f'-{len(paths) + 1}' if again else ''}.wav")
+        if paths[-1].resolve() == Path(prompt).resolve():
+            raise ValueError(f"the reply would overwrite the question {prompt}: choose another --out")
+    return paths
 
 
 def answer(model: SpeechGPT, prompts: list[str], paths: list[Path], **options) -> None:
     """Answers a batch, writes it to disk and prints it."""
     replies = model.reply_batch(prompts, **options)
     for prompt, path, reply in zip(prompts, paths, replies):
-        wav = path.name if reply.wav is not None else None
-        if wav:
-            audio.save(path, reply.wav)
         path.parent.mkdir(parents=True, exist_ok=True)
+        lines = {"heard": reply.transcript, "answer": reply.text, "note": reply.note, "spoken": ""}
+        if reply.wav is not None:
+            audio.save(path, reply.wav)
+            lines["spoken"] = f"{path} ({len(reply.wav) / audio.RATE:.1f} s)"
+        wav = path.name if reply.wav is not None else None
         checkpoint.write_json(path.with_suffix(".json"), {"prompt": prompt, **asdict(reply), "wav": wav})
-        print(f"\n{prompt}")
-        for title, line in (("heard", reply.transcript), ("answer", reply.text), ("note", reply.note)):
-            if line:
-                print(f"  {title:7} {line}")
-        if wav:
-            print(f"  {'spoken':7} {path} ({len(reply.wav) / audio.RATE:.1f} s)")
-    s = replies[0].stats
-    took = s["hear_seconds"] + s["think_seconds"] + s["speak_seconds"]
-    factor = f" (real-time factor {s['real_time_factor']:.2f})" if s["real_time_factor"] else ""
-    weight = model.llama.lm_head.weight
-    print(f"  [{took:.2f} s{factor}: heard in {s['hear_seconds']:.2f}, {s['tokens_per_second']:.0f} tokens/s and "
-          f"{s['gigabytes_per_second']:.1f} GB/s of weights, spoken in {s['speak_seconds']:.2f}; "
-          f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}]", flush=True)
+        print(f"\n{prompt}", *(f"  {title:7} {line}" for title, line in lines.items() if line), sep="\n")
+    s, weight = replies[0].stats, model.llama.lm_head.weight
+    factor = f"real-time factor {s['real_time_factor']:.2f}, " if s["real_time_factor"] else ""
+    print(f"  [{s['hear_seconds']:.2f} s to hear, {s['think_seconds']:.2f} s to think, {s['speak_seconds']:.2f} s to "
+          f"speak: {factor}{s['tokens_per_second']:.0f} tokens/s, {s['gigabytes_per_second']:.1f} GB/s of weights, on "
+          f"{weight.device} in {str(weight.dtype).removeprefix('torch.')}]", flush=True)
 
 
-def converse(model: SpeechGPT, out: Path, **options) -> None:
+def converse(model: SpeechGPT, out: Path, seed: int, **options) -> None:
     """Reads prompts from the terminal, or from a pipe, until there are no more. A mistake does not end it."""
-    print(HELP)
+    print(HELP, flush=True)
     sys.stdin.reconfigure(errors="replace")
     while True:
         try:
@@ -504,9 +507,10 @@ def converse(model: SpeechGPT, out: Path, **options) -> None:
             if line in ("/quit", "/exit"):
                 return
             if line.startswith("/") and not is_sound(line):
-                print(HELP)
+                print(HELP, flush=True)
             elif line:
-                answer(model, [line], [reply_path(line, out, set())], **options)
+                answer(model, [line], reply_paths([line], out), seed=seed, **options)
+                seed += 1       # the same question again may sound different
         except (EOFError, KeyboardInterrupt):
             return print()
         except (ValueError, OSError) as mistake:
@@ -514,21 +518,18 @@ def converse(model: SpeechGPT, out: Path, **options) -> None:
 
 
 def main() -> None:
-    a = arguments().parse_args()
-    out = Path(a.out)
-    if out.suffix == ".wav" and len(a.prompts) != 1:
-        raise ValueError(f"--out {out} names one file, but there are {len(a.prompts)} prompts: name a folder")
+    a = arguments()
+    if a.out.suffix == ".wav" and len(a.prompts) != 1:
+        raise ValueError(f"--out {a.out} names one file, but there are {len(a.prompts)} prompts: name a folder")
     if a.batch < 1 or (a.max_new is not None and a.max_new < 1):
         raise ValueError("--batch and --max-new must be at least 1")
     options = {"mode": {"auto": "*", "speech": "s", "text": "t"}[a.source] + "2" + a.to[0], "task": a.task,
                "chain": not a.standard, "style": a.style, "max_new": a.max_new, "speaker": a.speaker, **sampling(a)}
-    taken: set[Path] = set()
-    paths = [reply_path(prompt, out, taken) for prompt in a.prompts]
-    start = time.perf_counter()
+    paths, start = reply_paths(a.prompts, a.out), time.perf_counter()
     model = SpeechGPT.from_pretrained(a.model, a.device, a.dtype, a.int8)
-    print(f"{a.model} loaded in {time.perf_counter() - start:.1f} s")
+    print(f"{a.model} loaded in {time.perf_counter() - start:.1f} s", flush=True)
     if not a.prompts:
-        return converse(model, out, seed=a.seed, **options)
+        return converse(model, a.out, a.seed, **options)
     for i in range(0, len(a.prompts), a.batch):
         answer(model, a.prompts[i:i + a.batch], paths[i:i + a.batch], seed=a.seed + i, **options)
 
