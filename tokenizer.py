@@ -146,7 +146,7 @@ def _render(style: str, name: str, **slots: str) -> tuple[str, str]:
 
 def template_pieces() -> list[str]:
     """The fixed sentences of the paper's templates and the task descriptions, spelled as sentencepiece pieces.
-    In a tiny model they would be a third of every dialogue; Tokenizer.train makes each of them one piece."""
+    In a tiny model they would be half of every dialogue; Tokenizer.train makes each of them one piece."""
     fixed = re.split(r"\{\w+\}|\[\w+\]|<eo[ha]>", " ".join([*PAPER.values(), *STANDARD.values()]))
     sentences = sorted({s.lstrip(" .:;").rstrip(" ;") for s in fixed} - {""})
     words = [*sentences, *ASR_INSTRUCTIONS, *TTS_INSTRUCTIONS, "[tq]", "[ta]", "[ua]", ":", "."]
@@ -168,13 +168,7 @@ class Tokenizer:
 
     def __init__(self, model: bytes, added: dict[str, int], source: str = "tokenizer"):
         """`model`: what tokenizer.model holds; `added`: token -> id. ValueError names `source` if they do not fit."""
-        try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-            first = [self.sp.id_to_piece(i) for i in range(3)]
-        except (RuntimeError, OSError, IndexError) as error:
-            raise ValueError(f"{source}/tokenizer.model is not a sentencepiece model; fetch it again") from error
-        if first != ["<unk>", "<s>", "</s>"]:
-            raise ValueError(f"{source}/tokenizer.model starts with {first}, not <unk> <s> </s> as LLaMA's does")
+        self.sp = open_model(model, f"{source}/tokenizer.model")
         self.n_text = len(self.sp)
         self.added = check_added(added, self.n_text, f"{source}/added_tokens.json")
         self.n_units = next(u for u in range(len(added) + 1) if f"<{u}>" not in added)
@@ -296,9 +290,6 @@ class Tokenizer:
         """Reads tokenizer.model and added_tokens.json, ours or the released ones; ValueError or OSError if they lie."""
         folder = Path(folder)
         model = _read(folder / "tokenizer.model", 16 << 20)
-        if not (folder / "added_tokens.json").exists():
-            raise FileNotFoundError(f"{folder} has no added_tokens.json, so its tokenizer knows no speech units; fetch "
-                                    "that file too, or add units to a plain LLaMA with Tokenizer.extend")
         table = _read(folder / "added_tokens.json", 4 << 20)
         try:
             added = json.loads(table)
@@ -308,8 +299,10 @@ class Tokenizer:
 
     @classmethod
     def extend(cls, llama: str | Path, folder: str | Path, n_units: int = 1000) -> "Tokenizer":
-        """Writes to `folder` the tokenizer.model of a plain LLaMA folder with units and markers added."""
-        return cls._write(_read(Path(llama) / "tokenizer.model", 16 << 20), folder, n_units)
+        """Writes to `folder` the tokenizer of a LLaMA folder with those units and markers added that it lacks: all of
+        them for Meta's LLaMA, the dialogue markers for the released stage 1, none for the released stage 2."""
+        added = cls.from_pretrained(llama).added if (Path(llama) / "added_tokens.json").exists() else {}
+        return cls._write(_read(Path(llama) / "tokenizer.model", 16 << 20), added, str(llama), folder, n_units)
 
     @classmethod
     def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_units: int) -> "Tokenizer":
@@ -327,26 +320,39 @@ class Tokenizer:
                 unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
         except RuntimeError as error:
             raise ValueError(f"no tokenizer of {vocab_size} pieces: {' '.join(str(error).split())}") from error
-        return cls._write(model.getvalue(), folder, n_units)
+        return cls._write(model.getvalue(), {}, str(folder), folder, n_units)
 
     @classmethod
-    def _write(cls, model: bytes, folder: str | Path, n_units: int) -> "Tokenizer":
-        n_text = len(sentencepiece.SentencePieceProcessor(model_proto=model))
-        tokens = [f"<{u}>" for u in range(n_units)] + ["<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>", "<eoa>"]
-        added = {token: n_text + i for i, token in enumerate(tokens)}
-        tokenizer, folder = cls(model, added, str(folder)), Path(folder)
+    def _write(cls, model: bytes, added: dict, source: str, folder: str | Path, n_units: int) -> "Tokenizer":
+        markers = ["<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>", "<eos>" if "<eos>" in added else "<eoa>"]
+        missing = [t for t in [f"<{u}>" for u in range(n_units)] + markers if t not in added]
+        first = len(open_model(model, f"{source}/tokenizer.model")) + len(added)
+        tokenizer = cls(model, added | {token: first + i for i, token in enumerate(missing)}, source)
         flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
         special = {"bos_token": {"content": "<s>", **flags}, "eos_token": {"content": "</s>", **flags},
                    "unk_token": {"content": "<unk>", **flags}, "pad_token": "<unk>"}
         config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
                   "clean_up_tokenization_spaces": False, "model_max_length": 2048, "padding_side": "left"}
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tables = {"special_tokens_map": special, "tokenizer_config": config, "added_tokens": added}
+        tables = {"special_tokens_map": special, "tokenizer_config": config, "added_tokens": tokenizer.added}
         files = {f"{name}.json": json.dumps(table, indent=2).encode() + b"\n" for name, table in tables.items()}
         for name, data in ({"tokenizer.model": model} | files).items():  # each is whole or absent after a kill
             (folder / f"{name}.part").write_bytes(data)
             (folder / f"{name}.part").replace(folder / name)
         return tokenizer
+
+
+def open_model(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
+    """The bytes of a tokenizer.model, ready to use; ValueError unless its first ids are LLaMA's."""
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        first = [sp.id_to_piece(i) for i in range(3)]
+    except (RuntimeError, OSError, IndexError) as error:
+        raise ValueError(f"{source} is not a sentencepiece model; fetch it again") from error
+    if first != ["<unk>", "<s>", "</s>"]:
+        raise ValueError(f"{source} starts with {first}, not <unk> <s> </s> as LLaMA's does")
+    return sp
 
 
 def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
@@ -365,7 +371,8 @@ def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
 def _read(path: Path, limit: int) -> bytes:
     """A file of at most `limit` bytes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a model's folder holds tokenizer.model and added_tokens.json")
+        raise FileNotFoundError(f"{path} is missing; fetch tokenizer.model and added_tokens.json both (the second, which "
+                                "names the speech units, Tokenizer.extend makes for a plain LLaMA)")
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

@@ -237,7 +237,8 @@ def test_a_model_that_joins_prompt_and_answer_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe",
                                              vocab_size=300, byte_fallback=True, hard_vocab_limit=False,
                                              user_defined_symbols=["▁:▁yes"], minloglevel=2)
-    tok = Tokenizer._write(model.getvalue(), tmp_path, 10)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tok = Tokenizer.extend(tmp_path, tmp_path / "grown")
     assert tok.document(*plain("hi", "no"))
     with pytest.raises(ValueError, match="do not cross spaces"):
         tok.document(*plain("hi", "yes"))
@@ -397,8 +398,23 @@ def test_extend_gives_the_released_layout(tmp_path, toks):
     (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "llama.model").read_bytes())
     tok = Tokenizer.extend(tmp_path, tmp_path / "grown")
     assert tok.added == toks["eoa"].added and len(tok) == 2006
-    with pytest.raises(FileNotFoundError, match="tokenizer.model is missing"):
-        Tokenizer.extend(tmp_path / "nowhere", tmp_path / "grown")
+    with pytest.raises(FileNotFoundError, match="nowhere/tokenizer.model is missing"):
+        Tokenizer.extend(tmp_path / "nowhere", tmp_path / "other")
+    (tmp_path / "tokenizer.model").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="not a sentencepiece model"):
+        Tokenizer.extend(tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_extend_adds_only_what_is_missing(tmp_path):
+    stage2 = released_folder(tmp_path / "cm", "<eos>")
+    assert Tokenizer.extend(stage2, tmp_path / "2").added == Tokenizer.from_pretrained(stage2).added
+    stage1 = released_folder(tmp_path / "ma", "<eoa>")
+    added = Tokenizer.from_pretrained(stage1).added
+    (stage1 / "added_tokens.json").write_text(json.dumps({t: i for t, i in added.items() if i < 2002}))
+    assert Tokenizer.extend(stage1, tmp_path / "1").added == added
+    with pytest.raises(ValueError, match="in order"):  # 1000 units cannot become 1100 any more
+        Tokenizer.extend(stage1, tmp_path / "3", n_units=1100)
 
 
 def test_stage_one_folder_without_dialogue_markers(tmp_path):
@@ -501,7 +517,7 @@ def test_missing_files_say_which(tmp_path):
         Tokenizer.from_pretrained(tmp_path / "nowhere")
     folder = released_folder(tmp_path, "<eos>")
     (folder / "added_tokens.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no added_tokens.json.*Tokenizer.extend"):
+    with pytest.raises(FileNotFoundError, match="added_tokens.json is missing.*Tokenizer.extend"):
         Tokenizer.from_pretrained(folder)
 
 
