@@ -146,7 +146,7 @@ def _render(style: str, name: str, **slots: str) -> tuple[str, str]:
 
 def template_pieces() -> list[str]:
     """The fixed sentences of the paper's templates and the task descriptions, spelled as sentencepiece pieces.
-    In a tiny model they would be half of every dialogue; Tokenizer.train makes each of them one piece."""
+    In a tiny model they would be a third of a dialogue or more; Tokenizer.train makes each of them one piece."""
     fixed = re.split(r"\{\w+\}|\[\w+\]|<eo[ha]>", " ".join([*PAPER.values(), *STANDARD.values()]))
     sentences = sorted({s.lstrip(" .:;").rstrip(" ;") for s in fixed} - {""})
     words = [*sentences, *ASR_INSTRUCTIONS, *TTS_INSTRUCTIONS, "[tq]", "[ta]", "[ua]", ":", "."]
@@ -371,8 +371,8 @@ def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
 def _read(path: Path, limit: int) -> bytes:
     """A file of at most `limit` bytes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; fetch tokenizer.model and added_tokens.json both (the second, which "
-                                "names the speech units, Tokenizer.extend makes for a plain LLaMA)")
+        raise FileNotFoundError(f"{path} is missing; fetch tokenizer.model and added_tokens.json both (the second, with "
+                                "the speech units, Tokenizer.extend makes for a plain LLaMA)")
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
