@@ -371,7 +371,7 @@ def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
 def _read(path: Path, limit: int) -> bytes:
     """A file of at most `limit` bytes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; fetch tokenizer.model and added_tokens.json both (the second, with "
+        raise FileNotFoundError(f"{path} is missing; get both tokenizer.model and added_tokens.json (the second, with "
                                 "the speech units, Tokenizer.extend makes for a plain LLaMA)")
     with open(path, "rb") as file:
         data = file.read(limit + 1)
