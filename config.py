@@ -34,7 +34,7 @@ def fit(value, hint, where: str):
                 continue
     elif origin in (list, tuple) and isinstance(value, list | tuple):
         return origin(fit(item, arguments[0], where) for item in value)
-    elif origin is dict and isinstance(value, dict):
+    elif hint is dict and isinstance(value, dict):
         return value
     elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return load(hint, value, where)

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import train_vocoder
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -171,7 +171,7 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
     objective = Objective(model, loss).train()
     if run.world_size() > 1:
         objective = DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
-    metrics = run.Metrics(folder.parent.parent / "metrics" / f"{name}.jsonl", first)
+    metrics = run.Metrics(Path(c.out) / "metrics" / f"{name}.jsonl", first)
 
     bar = run.progress(o.steps, first, name)
     for step in range(first, o.steps):
@@ -488,6 +488,7 @@ HARMLESS = {"eval_every", "save_every"}  # keys that may change while a stage is
 def run_stage(name: str, c: Config, device: torch.device):
     """One stage, unless it is finished. Its folder out/state/NAME keeps the config it was begun with."""
     stage, folder = STAGES[name], Path(c.out) / "state" / name
+    folder.mkdir(parents=True, exist_ok=True)
     if name == "text" and c.pretrained:
         return
     record, done = folder / "config.json", folder / "done.json"
