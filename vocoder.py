@@ -43,7 +43,7 @@ class VocoderConfig:
     model_in_dim: int = 128  # embedding_dim, twice that with a speaker
     multispkr: bool | str | None = None  # the released family writes a file-name rule here, or leaves it out
     num_speakers: int = 200
-    embedder_params: dict[str, int] | None = None  # or speakers are outside vectors of "embedder_dim" numbers
+    embedder_params: dict | None = None  # or speakers are outside vectors of "embedder_dim" numbers
     f0: bool = False
     resblock: str = "1"  # HiFi-GAN's two kinds of residual block
     upsample_rates: tuple[int, ...] = (5, 4, 4, 2, 2)
@@ -51,7 +51,7 @@ class VocoderConfig:
     upsample_initial_channel: int = 512
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
-    dur_predictor_params: dict[str, float] | None = field(default_factory=lambda: {
+    dur_predictor_params: dict | None = field(default_factory=lambda: {
         "encoder_embed_dim": 128, "var_pred_hidden_dim": 128, "var_pred_kernel_size": 3,
         "var_pred_dropout": 0.5})
     code_hop_size: int = 320  # samples a frame: 20 ms

@@ -1,0 +1,292 @@
+"""train_vocoder.py - the one loop of another shape: a generator and its discriminators take turns (paper §4.1).
+
+    python train_vocoder.py CONFIG.toml [--vocoder.steps 100 ...]           alone; train.py calls `train` below
+    torchrun --nproc_per_node 8 train_vocoder.py CONFIG.toml                each rank takes its share of the batch
+
+reads of CONFIG.toml the keys `corpus` (a folder with manifest.jsonl and units.jsonl), `out`, `device`, and the
+sections [vocoder] and [vocoder_model], both below. The result is the folder `out`; state, metrics and samples of
+held-out speech are written beside it, into `out`.training.
+
+A step draws crops of (frames, wave) from the training rows of the manifest. First the discriminators learn to tell
+real speech from the generator's; then the generator learns to fool them and to match the spectrum. Everything drawn
+in step n comes from (seed, n, rank), so that a killed run continues as if it had not been.
+
+Defaults are the recipe of the released vocoder (HiFi-GAN V1 on units: Polyak et al. 2021, arXiv:2104.00355). A small
+model on a CPU has no time for it: it first learns spectra alone, which costs a third, see configs/tiny.toml.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import checkpoint
+import config
+import run
+import vocoder as v
+from data import audio
+from data.units import read_jsonl
+from vocoder import UnitVocoder, VocoderConfig
+
+
+@dataclass
+class VocoderStage:
+    steps: int = 400_000
+    batch_size: int = 16  # crops a step, over all ranks
+    segment: int = 28  # frames of a crop: 28 * 320 = 8960 samples
+    lr: float = 2e-4
+    betas: tuple[float, ...] = (0.8, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 0  # steps
+    floor: float = 0.1  # the last learning rate, as a share of `lr`
+    clip: float = 1000.0  # largest norm of the generator's gradient
+    adversarial_start: int = 0  # step from which on there are discriminators
+    mel_weight: float = 45.0
+    spectral_weight: float = 0.0  # multi-resolution spectral loss: ours, for the steps without discriminators
+    spectral_sizes: tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    adversarial_weight: float = 1.0
+    feature_weight: float = 2.0
+    duration_weight: float = 1.0
+    mpd_periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    mpd_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)
+    msd_scales: int = 3
+    msd_layers: tuple[tuple[int, ...], ...] = (  # (channels, kernel, stride, groups)
+        (128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16), (512, 41, 4, 16), (1024, 41, 4, 16),
+        (1024, 41, 1, 16), (1024, 5, 1, 1))
+    bf16: bool = False  # convolutions in bfloat16
+    eval_every: int = 1000
+    save_every: int = 5000
+    seed: int = 0
+
+
+HARMLESS = {"eval_every", "save_every"}  # keys that may change while a run is interrupted
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+class Speech:
+    """Rows of a manifest with their units, as random crops and as whole recordings."""
+
+    def __init__(self, corpus: Path, units: Path, split: str):
+        self.corpus = corpus
+        found = {row["id"]: row for row in read_jsonl(units, ("id", "units", "durations"))}
+        rows = read_jsonl(corpus / "manifest.jsonl", ("id", "wav", "speaker", "split"))
+        self.rows = [row | found[row["id"]] for row in rows if row["split"] == split and row["id"] in found]
+        if not self.rows and split == "train":
+            raise ValueError(f"{corpus}: no training recording has units in {units}; run the stage 'units' first")
+        frames = np.array([sum(row["durations"]) for row in self.rows], dtype=np.float64)
+        self.share = frames / frames.sum()  # a long recording is drawn more often than a short one
+
+    @lru_cache(maxsize=20_000)  # noqa: B019  (16-bit: 1.3 GB for 20,000 recordings of two seconds)
+    def wave(self, i: int) -> np.ndarray:
+        wav = audio.load(self.corpus / self.rows[i]["wav"])
+        return np.int16(wav / max(np.abs(wav).max(), 1e-3) * 0.95 * 32767)  # units do not say how loud
+
+    def crop(self, i: int, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (frames,) and the wave (frames * 320,) they stand for; what is missing at the end is silence."""
+        codes = np.repeat(self.rows[i]["units"], self.rows[i]["durations"])
+        start = rng.integers(max(1, len(codes) - frames + 1))
+        codes = codes[start:start + frames]
+        wave = self.wave(i)[start * 320:(start + len(codes)) * 320] / np.float32(32767)
+        return (np.pad(codes, (0, frames - len(codes)), "edge"),
+                np.pad(wave, (0, frames * 320 - len(wave))))
+
+    def batch(self, rng: np.random.Generator, size: int, frames: int) -> tuple[Tensor, ...]:
+        """Codes (B, frames), waves (B, frames * 320), speakers (B,); and for the duration predictor the units of
+        the whole recordings, their frames and which of them are no padding, each (B, U)."""
+        chosen = rng.choice(len(self.rows), size, p=self.share)
+        codes, waves = zip(*(self.crop(i, rng, frames) for i in chosen))
+        rows = [self.rows[i] for i in chosen]
+        units, lengths = torch.zeros(2, size, max(len(row["units"]) for row in rows), dtype=torch.long)
+        for b, row in enumerate(rows):
+            units[b, :len(row["units"])] = torch.tensor(row["units"])
+            lengths[b, :len(row["units"])] = torch.tensor(row["durations"])
+        speakers = torch.tensor([row["speaker"] for row in rows])
+        return (torch.tensor(np.stack(codes)), torch.tensor(np.stack(waves)), speakers, units, lengths,
+                lengths > 0)
+
+
+# ------------------------------------------------------------------------------------------------------ loop
+
+def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, out: Path, device: torch.device,
+          resume: bool = True, work: Path | None = None):
+    """Writes the folder `out`: config.json and generator.safetensors. State, metrics and samples go to `work`."""
+    out = Path(out)
+    work = Path(work or f"{out}.training")
+    speech, held_out = (Speech(Path(corpus), Path(units), split) for split in ("train", "heldout"))
+    check(model, stage, speech)
+    torch.manual_seed(stage.seed)
+    generator = UnitVocoder(model).to(device)
+    judges = nn.ModuleList([v.MultiPeriodDiscriminator(stage.mpd_periods, stage.mpd_channels),
+                            v.MultiScaleDiscriminator(stage.msd_scales, stage.msd_layers)]).to(device)
+    optimizer_g, optimizer_d = (torch.optim.AdamW(m.parameters(), stage.lr, stage.betas,
+                                                  weight_decay=stage.weight_decay) for m in (generator, judges))
+    parts = {"generator": generator, "judges": judges, "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    begun_with = {"stage": dataclasses.asdict(stage), "model": dataclasses.asdict(model)}
+    state = work / "state.safetensors"
+    first = load_state(state, parts, begun_with) if resume and state.exists() else 0
+    metrics = run.Metrics(work / "metrics.jsonl", first)
+    half = torch.autocast(device.type, torch.bfloat16) if stage.bf16 else contextlib.nullcontext()
+    bar = run.progress(stage.steps, first, "vocoder")
+
+    for step in range(first, stage.steps):
+        rng = np.random.default_rng([stage.seed, step, run.rank()])
+        torch.manual_seed(int(rng.integers(2**62)))
+        codes, real, speakers, *durations = (
+            t.to(device) for t in speech.batch(rng, stage.batch_size // run.world_size(), stage.segment))
+        lr = run.cosine(step, stage.warmup, stage.steps, stage.lr, stage.floor)
+        losses, numbers = {}, {}
+        with half:
+            fake = generator.generate(codes, speakers).float()
+        if adversarial := step >= stage.adversarial_start:
+            judges.requires_grad_(True)
+            with half:
+                loss = v.discriminator_loss(hear(judges, real), hear(judges, fake.detach()))
+            update(optimizer_d, lr, loss)
+            numbers["discriminator"] = loss.item()
+
+        losses["duration"] = generator.duration_loss(*durations) * stage.duration_weight
+        if stage.mel_weight:
+            losses["mel"] = v.mel_loss(fake, real) * stage.mel_weight
+        if stage.spectral_weight:
+            losses["spectral"] = v.spectral_loss(fake, real, stage.spectral_sizes) * stage.spectral_weight
+        if adversarial:
+            judges.requires_grad_(False)  # gradients pass through, and are not collected
+            with half:
+                heard_real, heard_fake = hear(judges, real), hear(judges, fake)
+                losses["adversarial"] = v.adversarial_loss(heard_fake) * stage.adversarial_weight
+                losses["feature"] = v.feature_loss(heard_real, heard_fake) * stage.feature_weight
+        norm = update(optimizer_g, lr, sum(losses.values()), stage.clip)
+
+        numbers = run.mean(numbers | {name: loss.item() for name, loss in losses.items()})
+        done = step + 1
+        if done % stage.eval_every == 0 or done == stage.steps:
+            numbers |= evaluate(generator, held_out, work / f"step-{done:06d}.wav")
+            bar.write(f"vocoder, step {done}: " + ", ".join(f"{k} {x:.3f}" for k, x in numbers.items()))
+        metrics.write(step=step, lr=lr, grad_norm=norm, **numbers)
+        if done % stage.save_every == 0 or done == stage.steps:
+            save_state(state, parts, begun_with | {"step": done})
+        bar.update()
+        bar.set_postfix_str(f"mel {numbers['mel']:.3f}" if "mel" in numbers else "", refresh=False)
+    bar.close()
+    if run.rank() == 0:
+        generator.save_pretrained(out)
+    run.wait()
+
+
+def hear(judges: nn.ModuleList, wav: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+    return [score_and_maps for judge in judges for score_and_maps in judge(wav)]
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: float = float("inf")) -> float:
+    """One step of the optimiser down the gradient of `loss`, averaged over the ranks; returns its norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    if dist.is_initialized():
+        flat = nn.utils.parameters_to_vector([p.grad for p in parameters])
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / run.world_size(), [p.grad for p in parameters])
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    return norm.item()
+
+
+@torch.no_grad()
+def evaluate(generator: UnitVocoder, held_out: Speech, sample: Path) -> dict[str, float]:
+    """Log-mel error on up to 16 held-out recordings; the first one is written as the model speaks it, `sample`."""
+    if not held_out.rows or run.rank() > 0:
+        return {}
+    generator.eval()
+    errors = []
+    for i, row in enumerate(held_out.rows[:16]):
+        fake = generator(row["units"], row["speaker"], row["durations"]).cpu()
+        real = torch.from_numpy(held_out.wave(i)[:len(fake)] / np.float32(32767))
+        errors.append(v.mel_loss(fake[None, :len(real)], real[None]).item())
+    row = held_out.rows[0]
+    audio.save(sample, generator(row["units"], row["speaker"]).cpu().numpy())  # its own durations here
+    generator.train()
+    return {"held_out_mel": float(np.mean(errors))}
+
+
+# ----------------------------------------------------------------------------------------- state and mistakes
+
+def check(model: VocoderConfig, stage: VocoderStage, speech: Speech):
+    """One clear line for a config that does not fit the corpus or the ranks."""
+    unit = max(max(row["units"]) for row in speech.rows)
+    speaker = max(row["speaker"] for row in speech.rows)
+    if unit >= model.num_embeddings:
+        raise ValueError(f"the corpus has unit {unit}; set vocoder_model.num_embeddings to at least {unit + 1}")
+    if speaker >= (model.num_speakers if model.speakers else 1):
+        raise ValueError(f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "
+                         f"vocoder_model.num_speakers to at least {speaker + 1}")
+    if stage.batch_size % run.world_size():
+        raise ValueError(f"vocoder.batch_size {stage.batch_size} does not divide among {run.world_size()} processes")
+    if stage.segment * 320 <= max(stage.spectral_sizes):
+        raise ValueError(f"vocoder.segment {stage.segment} is shorter than a window of vocoder.spectral_sizes")
+
+
+def save_state(path: Path, parts: dict, meta: dict):
+    """All modules and optimisers as one file, written on rank 0 (`checkpoint.save_state` is atomic)."""
+    if run.rank() > 0:
+        return
+    tensors = {}
+    for name, part in parts.items():
+        table = part.state_dict()
+        for i, moments in table.pop("state", {}).items():  # of an optimiser
+            table |= {f"{i}.{slot}": value for slot, value in moments.items()}
+        tensors |= {f"{name}.{key}": value for key, value in table.items() if isinstance(value, Tensor)}
+    checkpoint.save_state(path, tensors, meta)
+
+
+def load_state(path: Path, parts: dict, now: dict) -> int:
+    """Puts everything back; returns the step to go on with."""
+    tensors, meta = checkpoint.load_state(path)
+    for section, table in now.items():
+        for key, value in table.items():
+            if key not in HARMLESS and v.tuplify(meta[section].get(key)) != value:
+                raise ValueError(f"{path}: was begun with {key} = {meta[section].get(key)}, now it is {value}; "
+                                 f"set it back, or delete {path.parent} to begin anew")
+    for name, part in parts.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        if isinstance(part, nn.Module):
+            checkpoint.assign(part, own, str(path))
+        else:
+            moments = defaultdict(dict)
+            for key, value in own.items():
+                moments[int(key.split(".")[0])][key.split(".")[1]] = value.clone()
+            part.load_state_dict({"state": dict(moments), "param_groups": part.state_dict()["param_groups"]})
+    return meta["step"]
+
+
+@dataclass
+class Config:
+    corpus: str
+    out: str
+    device: str = "auto"
+    vocoder: VocoderStage = field(default_factory=VocoderStage)
+    vocoder_model: VocoderConfig = field(default_factory=VocoderConfig)
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise ValueError("usage: python train_vocoder.py CONFIG.toml [--vocoder.steps 100 ...]")
+    c = config.read(sys.argv[1], Config, sys.argv[2:])
+    device = run.device(c.device)
+    run.start(device)
+    corpus = Path(c.corpus)
+    train(c.vocoder, c.vocoder_model, corpus, corpus / "units.jsonl", Path(c.out), device)
+    run.finish()
+
+
+if __name__ == "__main__":
+    config.command_line(main)
