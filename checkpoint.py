@@ -16,7 +16,8 @@ that knows the opcodes which build data and has none that runs anything: see "Pi
 Whatever the format, a tensor is a view of a memory map, checked against the true size of the file before it is
 made: 27 GB of weights cost no memory until they are touched, and the kernel may drop clean pages of the map at any
 time. `assign` then converts them into a module one by one. A file that is damaged, or lies, is a ValueError of one
-line. Damage inside the numbers goes unseen: verifying a checksum would mean to read 27 GB once more.
+line. Damage inside the numbers is seen only by the checksums of a zip (of records up to MAX_CRC: more would mean to
+read 27 GB once more); the other formats have none.
 
 References: safetensors, https://github.com/huggingface/safetensors
             pickle opcodes, Lib/pickletools.py of Python
@@ -44,8 +45,9 @@ from torch import Tensor, nn
 # Bounds far above any honest file, so that a dishonest one costs little.
 MAX_JSON = 16 << 20     # bytes; the index of the largest LLaMA has 0.1 MB
 MAX_PICKLE = 64 << 20   # bytes without the tensors; SpeechGPT-7B has 0.05 MB
-MAX_STEPS = 500_000     # of the pickle machine; SpeechGPT-7B has 10,000
+MAX_STEPS = 250_000     # of the pickle machine; SpeechGPT-7B has 10,000
 MAX_RECORDS = 100_000   # in a zip archive; SpeechGPT-7B has 330
+MAX_CRC = 16 << 20      # bytes of a zip record whose checksum is verified: all but the matrices of an LLM
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -82,6 +84,10 @@ class MappedFile:
     def bytes(self, start: int, n: int) -> bytes:
         self.check(start, n)
         return self.map[start:start + n]
+
+    def verify(self, crc: int, start: int, n: int) -> None:
+        if crc and n <= MAX_CRC and zlib.crc32(self.bytes(start, n)) != crc:      # 0: torch was told not to compute it
+            raise ValueError(f"damaged: the checksum of {n} bytes at {start} does not match")
 
     def unpack(self, layout: str, start: int) -> tuple:
         return struct.unpack(layout, self.bytes(start, struct.calcsize(layout)))
@@ -313,16 +319,17 @@ def _storage_id(id: tuple) -> tuple[str, torch.dtype, int]:
     return key, dtype, count
 
 
-def _storages(file: MappedFile, places: dict[str, tuple[int, int]]) -> Callable:
-    """The function from persistent id to flat tensor, given the first byte and the size of each storage."""
+def _storages(file: MappedFile, places: dict[str, tuple[int, int, int]]) -> Callable:
+    """The function from persistent id to flat tensor, given first byte, size and CRC of each storage."""
     made: dict[str, Tensor] = {}
 
     def storage(id: tuple) -> Tensor:
         key, dtype, count = _storage_id(id)
-        start, size = places[key]
+        start, size, crc = places[key]
         if size != count * dtype.itemsize or (key in made and made[key].dtype != dtype):
             raise ValueError(f"storage {_show(key)} claims {_show(count)} numbers of {dtype} in {size} bytes")
         if key not in made:
+            file.verify(crc, start, size)
             made[key] = file.tensor(dtype, start, [count])
         return made[key]
 
@@ -337,13 +344,12 @@ def _read_zip(file: MappedFile) -> object:
     start, size, crc = records[f"{roots[0]}data.pkl"]
     if size > MAX_PICKLE:
         raise ValueError(f"a pickle of {size} bytes (at most {MAX_PICKLE})")
-    if crc and zlib.crc32(file.bytes(start, size)) != crc:      # 0: torch was told not to compute it
-        raise ValueError("the pickle inside is damaged: its CRC does not match")
+    file.verify(crc, start, size)
     order = records.get(f"{roots[0]}byteorder")
     if order and file.bytes(order[0], min(order[1], 9)) != b"little":
         raise ValueError("written on a big-endian machine, which is not read")
     data = f"{roots[0]}data/"
-    places = {name.removeprefix(data): span[:2] for name, span in records.items() if name.startswith(data)}
+    places = {name.removeprefix(data): place for name, place in records.items() if name.startswith(data)}
     return _unpickle(Stream(file, start, start + size), _storages(file, places))
 
 
@@ -447,7 +453,7 @@ def _read_legacy(file: MappedFile, at: int) -> object:
     for key in keys:
         if type(key) is not str or key not in sizes or file.unpack("<Q", at) != sizes[key][:1]:
             raise ValueError("the storages are not those that were announced")
-        places[key] = (at + 8, sizes[key][1])
+        places[key] = (at + 8, sizes[key][1], 0)
         at += 8 + sizes[key][1]
     if at != file.size:
         raise ValueError(f"the storages should end at byte {at}, the file has {file.size} (truncated?)")
@@ -589,7 +595,7 @@ def _replace(path: str | Path, write: Callable) -> None:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())                   # the content is on disk before its name
-                if not os.path.samestat(os.fstat(file.fileno()), os.stat(temp)):
+                if not temp.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(temp)):
                     raise OSError("another process is writing the same file")
                 os.replace(temp, path)
             except BaseException:
