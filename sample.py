@@ -121,8 +121,8 @@ def decode_one_token(model: Llama, last: Tensor, cache: Cache) -> Tensor:
 
 @contextmanager
 def one_thread(model: Llama):
-    """While a small model decodes on a CPU: its steps are shorter than it takes to wake a second thread, and on a busy
-    machine waiting for one made them 20 times slower."""
+    """For a small model on a CPU: its operations are shorter than it takes to wake a second thread, and on a busy
+    machine waiting for one made decoding 20 times slower."""
     threads = torch.get_num_threads()
     if model.lm_head.weight.device.type == "cpu" and weight_bytes(model) < 1e8:
         torch.set_num_threads(1)
@@ -309,12 +309,12 @@ class SpeechGPT:
     def ids(self, prompt: Prompt, **form) -> list[int]:
         return self.question(prompt, **form).ids
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embeddings(self, ids: list[int]) -> Tensor:
         """ids (T,) -> what the model makes of each, (T, C), after its last layer and norm."""
         return self.llama.hidden(torch.tensor([ids], device=self.llama.lm_head.weight.device))[0].float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, ids: list[int]) -> Tensor:
         """ids (T,) -> logits (T, V) of the token after each."""
         return self.llama(torch.tensor([ids], device=self.llama.lm_head.weight.device))[0].float()
@@ -480,7 +480,8 @@ def reply_paths(prompts: list[str], out: Path) -> list[Path]:
 
 def answer(model: SpeechGPT, prompts: list[str], paths: list[Path], **options) -> None:
     """Answers a batch, writes it to disk and prints it."""
-    replies = model.reply_batch(prompts, **options)
+    with one_thread(model.llama):
+        replies = model.reply_batch(prompts, **options)
     for prompt, path, reply in zip(prompts, paths, replies):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = {"heard": reply.transcript, "answer": reply.text, "note": reply.note, "spoken": ""}

@@ -1,0 +1,554 @@
+"""The engine against slow and simple versions of itself, and a tiny trained model that answers, from Python and from
+the command line."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import hubert
+import llama
+import lora
+import sample
+import tokenizer
+import vocoder
+from config import command_line
+from sample import GREEDY, PAPER, Sampling, SpeechGPT
+
+K = 20
+ASKED, ANSWERED, SPOKEN = "what is two plus two", "two plus two is four", [3, 7, 1, 7, 2, 19, 0, 5]
+ROOT = Path(sample.__file__).parent
+
+
+def chirp(seconds: float = 1.0, rate: int = 16000) -> np.ndarray:
+    t = np.arange(int(seconds * rate)) / rate
+    return (0.3 * np.sin(2 * np.pi * (200 + 700 * t) * t)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of random parts whose LLaMA has learned one dialogue by heart, in every form."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tok = tokenizer.Tokenizer.train([ASKED, ANSWERED] * 5, folder / "llama", 420, K)
+    ear = hubert.HuBERT(hubert.HuBERTConfig((16,) * 7, dim=32, n_layers=1, n_heads=2, ffn_dim=64, pos_groups=2))
+    with torch.no_grad():
+        frames = ear.eval().features(torch.from_numpy(chirp())[None], 1)[0]
+    extractor = hubert.UnitExtractor(ear, hubert.KMeans(frames[torch.linspace(0, len(frames) - 1, K).long()]), 1)
+    extractor.save_pretrained(folder / "hubert")
+    small = {"encoder_embed_dim": 8, "var_pred_hidden_dim": 8, "var_pred_kernel_size": 3, "var_pred_dropout": 0.0}
+    vocoder.UnitVocoder(vocoder.VocoderConfig(
+        num_embeddings=K, embedding_dim=8, model_in_dim=16, multispkr="from_input_file", num_speakers=2,
+        upsample_initial_channel=32, dur_predictor_params=small)).save_pretrained(folder / "vocoder")
+
+    heard, said = tokenizer.units_to_text(extractor(chirp())[0]), tokenizer.units_to_text(SPOKEN)
+    quadruplet = {"speech_i": heard, "text_i": ASKED, "text_r": ANSWERED, "speech_r": said}
+    dialogues = [form(mode, **quadruplet) for form in (tokenizer.chain_of_modality, tokenizer.standard)
+                 for mode in ("s2s", "s2t", "t2s", "t2t")]
+    dialogues.append(tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], heard, ASKED))
+    dialogues.append(tokenizer.cross_modal(tokenizer.TTS_INSTRUCTIONS[0], ANSWERED, said))
+    documents = [tok.document(*dialogue)[0] for dialogue in dialogues] + [tok.encode(heard)]
+    width = max(map(len, documents))
+    ids = torch.tensor([d + [0] * (width - len(d)) for d in documents])
+    mask = torch.tensor([[True] * len(d) + [False] * (width - len(d)) for d in documents])
+    model = llama.Llama(llama.LlamaConfig(len(tok), dim=64, n_layers=2, n_heads=4, hidden_dim=128, max_len=384))
+    optimizer = torch.optim.AdamW(model.parameters(), 6e-3)
+    for _ in range(120):
+        loss = llama.next_token_loss(model, ids, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5
+    model.save_pretrained(folder / "llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt(folder) -> SpeechGPT:
+    return SpeechGPT.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def wild(gpt) -> llama.Llama:
+    """Random weights, larger than usual so that no two logits are close."""
+    torch.manual_seed(1)
+    c = llama.LlamaConfig(len(gpt.tokenizer), dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, max_len=512)
+    model = llama.Llama(c).eval()
+    for p in model.parameters():
+        p.data *= 8 if p.dim() == 2 else 1
+    return model
+
+
+# ---- the engine
+
+
+def allowed(tok, ids: list[int]) -> set[int]:
+    """What the grammar lets follow, said slowly: by walking through all that came before."""
+    speaking, last = False, None
+    for i in ids:
+        speaking = i == tok.sosp or (speaking and i != tok.eosp)
+        last = i
+    if speaking:
+        return {*tok.unit_ids, tok.eosp} - {last}
+    return set(range(len(tok))) - {*tok.unit_ids, tok.eosp, tok.unk, tok.bos, tok.human, tok.speechgpt, tok.eoh}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_grammar_holds_for_thousands_of_tokens(gpt, wild, seed):
+    tok = gpt.tokenizer
+    prompts = [[tok.bos, tok.sosp], [tok.bos, 300, 301], [tok.bos, tok.sosp, tok.unit_id(3)], [tok.bos, tok.eosp]] * 2
+    hot = Sampling(temperature=20.0)                # nearly uniform: markers and units all have a chance
+    out = sample.generate(wild, prompts, tok, hot, hot, max_new=400, generator=torch.Generator().manual_seed(seed))
+    assert sum(map(len, out)) > 400
+    for prompt, new in zip(prompts, out):
+        for n, token in enumerate(new):
+            assert token in allowed(tok, prompt + new[:n]), (n, token)
+        assert not {tok.eos, tok.eoa} & set(new[:-1])
+        assert new[-1] in (tok.eos, tok.eoa) or len(new) == 400
+        units = [i for i in new if i in tok.unit_ids]
+        assert len(gpt.tokenizer.parse(prompt[1:] + new).ua) >= len(units) - len(new)
+
+
+def test_free_generation_breaks_the_grammar(gpt, wild):
+    tok, hot = gpt.tokenizer, Sampling(temperature=20.0)
+    new, = sample.generate(wild, [[tok.bos, 300]], tok, hot, hot, max_new=200, free=True,
+                           generator=torch.Generator().manual_seed(0))
+    assert any(token not in allowed(tok, [tok.bos, 300, *new[:n]]) for n, token in enumerate(new))
+
+
+def slow_greedy(model, tok, prompt: list[int], n: int) -> list[int]:
+    """No cache, no batch, no tables."""
+    ids = list(prompt)
+    for _ in range(n):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, -1]
+        ids.append(max(allowed(tok, ids), key=lambda i: logits[i].item()))
+        if ids[-1] in (tok.eos, tok.eoa):
+            break
+    return ids[len(prompt):]
+
+
+def test_batched_greedy_equals_one_by_one_equals_slow(gpt, wild):
+    tok = gpt.tokenizer
+    prompts = [[tok.bos, *range(300, 300 + n)] for n in (1, 7, 30)]
+    prompts += [[tok.bos, tok.sosp], [tok.bos, tok.sosp, tok.unit_id(4)]]
+    batch = sample.generate(wild, prompts, tok, GREEDY, GREEDY, max_new=40)
+    assert batch == [sample.generate(wild, [p], tok, GREEDY, GREEDY, max_new=40)[0] for p in prompts]
+    assert batch == [slow_greedy(wild, tok, p, 40) for p in prompts]
+    assert len({tuple(new) for new in batch}) > 1
+
+
+def test_batch_draws_what_single_prompts_would_draw_in_turn(gpt, wild):
+    tok, how = gpt.tokenizer, Sampling(2.0, 30, 0.9)
+    prompts = [[tok.bos, tok.sosp], [tok.bos, 300, 301, 302], [tok.bos, tok.sosp, tok.unit_id(4)]]
+    batch = sample.generate(wild, prompts, tok, how, how, 40, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    assert batch == [sample.generate(wild, [p], tok, how, how, 40, generator)[0] for p in prompts]
+    assert batch != sample.generate(wild, prompts, tok, how, how, 40, torch.Generator().manual_seed(4))
+
+
+def test_text_is_greedy_and_speech_is_drawn(gpt, wild):
+    tok, drawn = gpt.tokenizer, Sampling(5.0)
+    outs = [sample.generate(wild, [[tok.bos, tok.sosp]], tok, GREEDY, drawn, 100, torch.Generator().manual_seed(s))[0]
+            for s in range(6)]
+    assert len({tuple(new) for new in outs}) == 6
+    for new in outs:
+        if tok.eosp in new:                         # all that follows is the likeliest text
+            n = new.index(tok.eosp) + 1
+            text = [i for i in new[n:n + 10]]
+            assert text == slow_greedy(wild, tok, [tok.bos, tok.sosp, *new[:n]], 10)[:len(text)] or tok.sosp in text
+
+
+def test_the_context_is_the_limit(gpt, wild):
+    tok = gpt.tokenizer
+    prompt = [tok.bos] + [300] * 500
+    new, = sample.generate(wild, [prompt], tok, GREEDY, max_new=1000)
+    assert len(new) <= wild.config.max_len - len(prompt)
+    with pytest.raises(AssertionError, match="511"):
+        sample.generate(wild, [[300] * 512], tok)
+
+
+def test_nan_weights_are_one_line(gpt, wild):
+    broken = llama.Llama(wild.config)
+    broken.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="float32"):
+        sample.generate(broken, [[1, 300]], gpt.tokenizer)
+
+
+def reference(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
+    """The distribution by definition, with a sort of everything and loops."""
+    p = (logits.double() / how.temperature).softmax(0)
+    order = sorted(range(len(p)), key=lambda i: -p[i])[:how.top_k or len(p)]
+    p = {i: p[i].item() / sum(p[j].item() for j in order) for i in order}
+    kept, mass = [], 0.0
+    for i in order:                                 # the smallest set that holds top_p: the token that crosses is in
+        if mass >= how.top_p:
+            break
+        kept.append(i)
+        mass += p[i]
+    out = torch.zeros(len(logits), dtype=torch.double)
+    for i in kept:
+        out[i] = p[i] / mass
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.2, 3), st.integers(0, 40), st.floats(0.05, 1))
+def test_sample_token_has_the_right_distribution(seed, temperature, top_k, top_p):
+    how = Sampling(temperature, top_k, top_p)
+    logits = 3 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
+    grid = (torch.arange(4000) + 0.5) / 4000        # every draw once: frequencies are the distribution up to 1/4000
+    tokens = sample.sample_token(logits.expand(4000, -1), how, grid)
+    found = torch.bincount(tokens, minlength=30) / 4000
+    expected = reference(logits, how)
+    if (found - expected).abs().max() > 2 / 4000:
+        # a token on the very edge of top_p may fall to either side of it by rounding
+        nudged = [reference(logits, Sampling(temperature, top_k, min(1.0, top_p + d))) for d in (-1e-5, 1e-5)]
+        assert min((found - e).abs().max() for e in nudged) <= 2 / 4000
+
+
+@pytest.mark.parametrize("how", [PAPER, sample.OFFICIAL, Sampling(1.0), Sampling(0.5, top_p=0.3), Sampling(2.0, 3)])
+def test_sample_token_agrees_with_transformers(how):
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits = 4 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    chain = [warpers.TemperatureLogitsWarper(how.temperature)]
+    chain += [warpers.TopKLogitsWarper(how.top_k)] if how.top_k else []
+    chain += [warpers.TopPLogitsWarper(how.top_p)] if how.top_p < 1 else []
+    warped = logits
+    for warper in chain:
+        warped = warper(None, warped)
+    kept = warped.isfinite()
+    grid = torch.linspace(0, 1 - 1e-7, 500)
+    tokens = sample.sample_token(logits.repeat_interleave(500, 0), how, grid.repeat(50)).view(50, 500)
+    drawn = torch.zeros_like(kept).scatter_(1, tokens, True)
+    assert not (drawn & ~kept).any()
+    assert drawn[warped.softmax(-1) > 4e-3].all()
+
+
+def test_what_is_forbidden_is_never_drawn_whatever_the_chance():
+    logits = torch.full((1, 50), -torch.inf)
+    logits[0, [3, 4, 5]] = torch.tensor([1.0, 0.0, -30.0])
+    for how in (Sampling(1.0), Sampling(1.0, top_k=20), Sampling(0.1, 20, 1.0), PAPER):
+        for u in (0.0, 0.5, 1 - 2 ** -24):
+            assert sample.sample_token(logits, how, torch.tensor([u])).item() in (3, 4, 5)
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5),
+                                 dict(temperature=float("nan"))])
+def test_impossible_sampling_is_refused(bad):
+    with pytest.raises(ValueError, match="needs temperature"):
+        Sampling(**bad)
+
+
+def test_greedy_continuation_is_that_of_transformers(gpt, wild, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    wild.save_pretrained(tmp_path)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    tok, prompt = gpt.tokenizer, [1, 300, 301, 302]
+    theirs = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False,
+                             eos_token_id=[tok.eos, tok.eoa])
+    assert sample.generate(wild, [prompt], tok, GREEDY, GREEDY, 64, free=True)[0] == theirs[0, 4:].tolist()
+
+
+# ---- eight bits
+
+
+def test_int8_is_close_and_small(folder, gpt):
+    small = SpeechGPT.from_pretrained(folder, device="cpu", int8=True)
+    ids = gpt.ids(ASKED)
+    exact, rounded = gpt.logits(ids), small.logits(ids)
+    assert (exact - rounded).std() < 0.05 * exact.std()
+    blocks = small.llama.model.layers.state_dict()
+    assert all(t.dtype == torch.int8 for name, t in blocks.items() if name.endswith("proj.weight"))
+    weight = gpt.llama.model.layers[0].mlp.down_proj.weight
+    layer = sample.Int8Linear(weight, torch.device("cpu"))
+    assert ((layer.weight * layer.scale[:, None] - weight).abs() <= 0.5001 * layer.scale[:, None]).all()
+    assert small.reply(ASKED, "t2t").text == ANSWERED
+
+
+def test_adapter_is_merged_or_stays_beside_int8(folder, gpt, tmp_path):
+    (tmp_path / "llama").symlink_to(folder / "llama")
+    model = lora.apply(llama.Llama.from_pretrained(folder / "llama"), 4, 8, ["q_proj", "v_proj"])
+    for p in lora.parameters(model):
+        torch.nn.init.normal_(p, std=0.3)
+    lora.save(model, tmp_path / "lora")
+    ids = gpt.ids(ASKED, mode="t2t")
+    expected = model.eval()(torch.tensor([ids]))[0]
+    merged = SpeechGPT.from_pretrained(tmp_path, device="cpu")
+    assert not lora.adapters(merged.llama)
+    torch.testing.assert_close(merged.logits(ids), expected, atol=1e-3, rtol=1e-3)
+    rounded = SpeechGPT.from_pretrained(tmp_path, device="cpu", int8=True).logits(ids)
+    assert (rounded - expected).std() < 0.1 * expected.std() < (gpt.logits(ids) - expected).std()
+
+
+def test_int8_needs_every_matrix(folder, tmp_path):
+    tensors = checkpoint.read_tensors(folder / "llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    checkpoint.save_tensors(tmp_path / "model.safetensors", {k: t for k, t in tensors.items() if k != name})
+    checkpoint.write_json(tmp_path / "config.json", checkpoint.read_json(folder / "llama" / "config.json"))
+    with pytest.raises(ValueError, match=name):
+        sample.load_int8(tmp_path, torch.float32, torch.device("cpu"))
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("chain", [True, False])
+@pytest.mark.parametrize("mode", ["s2s", "s2t", "t2s", "t2t", "*2s"])
+def test_replies_in_four_directions(gpt, mode, chain):
+    prompt = chirp() if mode[0] in "s*" else ASKED
+    reply = gpt.reply(prompt, mode, chain=chain, speech=GREEDY)
+    assert reply.transcript == (ASKED if mode[0] in "s*" and chain else "")
+    assert reply.text == (ANSWERED if chain or mode[-1] == "t" else "")
+    assert reply.units == (SPOKEN if mode[-1] == "s" else [])
+    assert reply.note == "" and (reply.wav is not None) == (mode[-1] == "s")
+    if reply.wav is not None:
+        assert reply.wav.dtype == np.float32 and reply.wav.ndim == 1 and len(reply.wav) >= 320 * len(SPOKEN)
+        assert np.isfinite(reply.wav).all()
+    assert reply.stats["tokens_per_second"] > 0
+
+
+def test_tasks(gpt):
+    assert gpt.transcribe(chirp()).text == gpt.transcribe(chirp()).transcript == ASKED
+    assert gpt.speak(ANSWERED, speech=GREEDY).units == SPOKEN
+    units = gpt.units(chirp())
+    assert len(units) > 4
+    middle = gpt.ids(chirp(), task="continue")
+    assert middle == [gpt.tokenizer.bos, gpt.tokenizer.sosp] + [gpt.tokenizer.unit_id(u) for u in units]
+    reply = gpt.continue_speech(chirp(), speech=GREEDY)
+    assert reply.units[:len(units)] == units and reply.wav is not None and reply.note == ""
+    text = gpt.reply(ASKED, task="continue", max_new=1)
+    assert text.text.startswith(ASKED) and "cut off" in text.note
+
+
+def test_a_batch_mixes_speech_and_text_and_answers_as_one_by_one(gpt):
+    together = gpt.reply_batch([chirp(), ASKED, chirp()], speech=GREEDY)
+    for prompt, reply in zip([chirp(), ASKED, chirp()], together):
+        alone = gpt.reply(prompt, speech=GREEDY)
+        assert (reply.transcript, reply.text, reply.units) == (alone.transcript, alone.text, alone.units)
+        np.testing.assert_allclose(reply.wav, alone.wav)
+
+
+def test_a_seed_decides_everything(gpt):
+    hot = Sampling(3.0)
+    one, same, other = (gpt.reply(chirp(), speech=hot, seed=seed).units for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_speakers(gpt):
+    first, second = (gpt.speak(ANSWERED, speech=GREEDY, speaker=s).wav for s in (0, 1))
+    assert first.shape == second.shape and not np.allclose(first, second)
+    with pytest.raises(ValueError, match="no speaker 2"):
+        gpt.speak(ANSWERED, speaker=2)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_no_marker_leaks_whatever_is_generated(gpt, data):
+    tok = gpt.tokenizer
+    pool = st.sampled_from([tok.sosp, tok.eosp, tok.human, tok.eoh, tok.eoa, tok.eos, tok.bos, tok.unit_id(3),
+                            *tok.sp.encode("[tq] a; [ta] b; [ua] <eoa>. [Human] <sosp><1>")])
+    ids = data.draw(st.lists(pool, min_size=1, max_size=30))
+    reply = gpt.compose(sample.Question([tok.bos], "s", 0.0), ids, "chat", None)
+    for marker in ("[tq]", "[ta]", "[ua]", "<sosp>", "<eosp>", "<eoa>", "<eos>", "<eoh>", "[Human]", "<s>", "</s>"):
+        assert marker not in reply.transcript + reply.text
+    assert reply.wav is not None or reply.note      # never silent without saying so
+
+
+@pytest.mark.parametrize("written, target, note", [
+    ("[ta] four; [ua] <eoa>", "s", "text only"), ("<eoa>", "s", "said nothing"), ("<sosp><eosp><eoa>", "s", "nothing"),
+    ("<sosp><1><2>", "s", "cut off"), ("[ta] four", "t", "cut off"), ("<sosp><1><eosp><eoa>", "t", "only speech"),
+    ("[ta] four<eoa>", "t", ""), ("[ua] <sosp><1><eosp><eoa>", "s", "")])
+def test_notes(gpt, written, target, note):
+    ids = gpt.tokenizer.encode(written, bos=False)
+    reply = gpt.compose(sample.Question([1], target, 0.0), ids, "chat", None)
+    assert note in reply.note and bool(note) == bool(reply.note)
+
+
+def test_released_style_has_no_tq_and_keeps_the_lone_space(gpt):
+    tok = gpt.tokenizer
+    ids = gpt.ids(ASKED, style="released")
+    text = tok.decode(ids)
+    assert "Fudan" in text and "step by step" not in text
+    assert ids == tok.prompt(tokenizer.chain_of_modality("t2s", text_i=ASKED, style="released")[0], official=True)
+    assert "step" in tok.decode(gpt.ids(ASKED)) and gpt.ids(ASKED) == gpt.ids(ASKED, style="paper")
+
+
+def test_missing_parts_are_named(gpt):
+    mute = SpeechGPT(gpt.llama, gpt.tokenizer)
+    assert mute.reply(ASKED, "t2t").text == ANSWERED
+    with pytest.raises(ValueError, match="cannot speak"):
+        mute.reply(ASKED)
+    with pytest.raises(ValueError, match="cannot hear"):
+        mute.reply(chirp(), "s2t")
+
+
+def test_long_prompts_say_what_fits(gpt):
+    with pytest.raises(ValueError, match=r"lasts 120 s; about 15 s"):
+        gpt.reply(chirp(120))
+    noise = np.random.default_rng(0).normal(0, 0.1, 16000 * 12).astype(np.float32)
+    with pytest.raises(ValueError, match=r"about \d+\.\d of its 12\.0 s"):
+        gpt.reply(noise)
+    with pytest.raises(ValueError, match="shorten it"):
+        gpt.reply("word " * 300)
+
+
+def test_looking_inside(gpt):
+    ids = gpt.ids(ASKED)
+    logits, states = gpt.logits(ids), gpt.embeddings(ids)
+    assert logits.shape == (len(ids), len(gpt.tokenizer)) and states.shape == (len(ids), 64)
+    torch.testing.assert_close(gpt.llama.lm_head(states), logits)
+
+
+@pytest.mark.parametrize("prompt, sound", [("a.wav", True), ("b c.FLAC", True), (Path("x"), True), (np.zeros(3), True),
+                                           ("What is this?", False), ("", False), ("x" * 5000, False), ("a\0b", False)])
+def test_what_is_sound(prompt, sound):
+    assert sample.is_sound(prompt) == sound
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def cli(folder, tmp_path, monkeypatch, capsys):
+    """Runs sample.py's main in this process: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("q.wav", chirp(), 16000)
+
+    def run(*flags: str):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(folder), "--device", "cpu", *flags])
+        code = 0
+        try:
+            command_line(sample.main)
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_command_line_writes_wav_and_json(cli):
+    code, out, err = cli("q.wav", ASKED, "--greedy")
+    assert code == 0 and err == ""
+    for line in (f"heard   {ASKED}", f"answer  {ANSWERED}", "real-time factor", "tokens/s", "GB/s", "cpu"):
+        assert line in out
+    assert sorted(p.name for p in Path("out/replies").iterdir()) == [
+        "q.json", "q.wav", "what-is-two-plus-two.json", "what-is-two-plus-two.wav"]
+    row = json.loads(Path("out/replies/q.json").read_text())
+    assert (row["prompt"], row["transcript"], row["text"], row["units"], row["wav"]) == (
+        "q.wav", ASKED, ANSWERED, SPOKEN, "q.wav")
+    wav, rate = soundfile.read("out/replies/q.wav")
+    assert rate == 16000 and len(wav) >= 320 * len(SPOKEN)
+
+
+def test_command_line_forms(cli):
+    assert ANSWERED in cli("q.wav", "--to", "text", "--out", "t")[1] and not Path("t/q.wav").exists()
+    assert ANSWERED in cli("q.wav", "--to", "text", "--standard")[1]
+    assert ASKED in cli("q.wav", "--task", "asr")[1]
+    assert "named.wav" in cli(ANSWERED, "--task", "tts", "--out", "named.wav", "--speaker", "1")[1]
+    assert soundfile.info("named.wav").frames > 0
+    flags = "--batch 2 --preset paper --temperature 0.1 --out d".split()
+    code, out, _ = cli("q.wav", "q.wav", "q.wav", *flags)
+    assert code == 0 and sorted(p.name for p in Path("d").glob("*.wav")) == ["q-2.wav", "q-3.wav", "q.wav"]
+
+
+@pytest.mark.parametrize("name, rate, channels", [("a.flac", 22050, 2), ("b.ogg", 44100, 1), ("c.wav", 8000, 1)])
+def test_any_rate_and_format(cli, name, rate, channels):
+    soundfile.write(name, np.stack([chirp(1.0, rate)] * channels, 1), rate)
+    code, out, err = cli(name, "--to", "text", "--max-new", "5")
+    assert code == 0 and name in out, err
+
+
+BAD_FILES = {
+    "silent.wav": lambda path: soundfile.write(path, np.zeros(16000), 16000),
+    "one.wav": lambda path: soundfile.write(path, np.ones(1), 16000),
+    "nan.wav": lambda path: soundfile.write(path, np.full(16000, np.nan), 16000, "FLOAT"),
+    "long.wav": lambda path: soundfile.write(path, np.tile(chirp(60), 5), 16000),
+    "empty.wav": lambda path: Path(path).touch(),
+    "text.wav": lambda path: Path(path).write_text("not a sound"),
+    "cut.wav": lambda path: Path(path).write_bytes(Path("q.wav").read_bytes()[:5000]),
+}
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["missing.wav"], "missing.wav: no such file"), (["empty.wav"], "empty"), (["silent.wav"], "silent"),
+    (["one.wav"], "25 ms"), (["nan.wav"], "NaN"), (["long.wav"], "cut it into shorter"),
+    (["text.wav"], "not a sound"), (["cut.wav"], "cut short"), ([".", "--in", "speech"], "folder"), ([""], "empty"),
+    (["q.wav", "missing.wav"], "no such"), (["word " * 300], "shorten"),
+    (["q.wav", "--frobnicate"], "frobnicate"), (["q.wav", "--task", "sing"], "sing"),
+    (["q.wav", "--top-k", "x"], "top-k"), (["q.wav", "--top-p", "2"], "top_p"), (["q.wav", "--batch", "0"], "--batch"),
+    (["q.wav", "--model", "nowhere"], "nowhere"), (["q.wav", "--dtype", "int4"], "int4"),
+    (["q.wav", "--device", "abacus"], "abacus"), (["q.wav", "--greedy", "--top-k", "3"], "--greedy"),
+    (["q.wav", "--speaker", "9"], "speaker 9"), (["q.wav", ASKED, "--out", "x.wav"], "2 prompts"),
+    (["q.wav", "--out", "."], "overwrite"), (["q.wav", "--out", "q.wav/deep"], "q.wav")])
+def test_a_mistake_is_one_line_and_exit_code_1(cli, flags, says):
+    if flags[0] in BAD_FILES:
+        BAD_FILES[flags[0]](flags[0])
+    before = {p for p in Path().rglob("*") if p.is_file()}
+    code, out, err = cli(*flags)
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err
+    assert says in err, err
+    assert {p for p in Path().rglob("*") if p.is_file()} == before
+
+
+def test_a_full_disk_leaves_the_old_reply(cli, monkeypatch):
+    assert cli("q.wav", "--greedy")[0] == 0
+    old = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/replies/q.wav")
+
+    for name in ("os.replace", "soundfile.write"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            code, _, err = cli("q.wav", "--preset", "paper")
+        assert code == 1 and err.count("\n") == 1 and "No space left" in err
+        assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == old
+
+
+def program(folder: Path, *flags: str, **how) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(folder), "--device", "cpu", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **how)
+
+
+def test_a_mistake_ends_the_program_with_one_line(folder, tmp_path):
+    done = program(folder, "missing.wav", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: missing.wav: no such file\n")
+
+
+def test_conversation_from_a_pipe(folder, tmp_path):
+    soundfile.write(tmp_path / "q.wav", chirp(), 16000)
+    lines = ["/help", "", "nothere.wav", ASKED, "q.wav", str(tmp_path / "q.wav"), "/nonsense"]
+    done = program(folder, "--greedy", cwd=tmp_path, input="\n".join(lines) + "\n")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.count("Type a question") == 3 and done.stdout.count(f"answer  {ANSWERED}") == 3
+    assert "error: nothere.wav: no such file" in done.stdout
+    assert soundfile.info(tmp_path / "out/replies/q.wav").frames > 0
+
+
+def test_conversation_leaves_quietly(cli, monkeypatch):
+    for leave in (EOFError, KeyboardInterrupt):
+        def hang_up(_, leave=leave):
+            raise leave
+
+        monkeypatch.setattr("builtins.input", hang_up)
+        monkeypatch.setattr(sys.stdin, "reconfigure", lambda **_: None, raising=False)
+        assert cli()[0] == 0
