@@ -41,95 +41,85 @@ def load(path: str | Path, rate: int = RATE) -> np.ndarray:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the path of one sound file (wav, flac or ogg)")
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes): record or copy it again")
-    _check_whole(path)
+    _check_end(path)
     try:
-        wav, source_rate = _decode(path)
-    except (
-        soundfile.LibsndfileError,
-        TypeError,
-    ) as error:  # TypeError: headerless .raw, whose rate nobody knows
+        wav, found_rate = _decode(path)
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: .raw, whose rate nobody knows
         raise ValueError(f"{path} is not a sound file that can be read (wav, flac, ogg): {error}") from None
     if not np.isfinite(wav).all():
         raise ValueError(f"{path} contains samples that are not numbers (NaN or infinity): export it again")
-    if source_rate != rate:
-        wav = soxr.resample(wav, source_rate, rate)
+    if found_rate != rate:
+        wav = soxr.resample(wav, found_rate, rate)
     if len(wav) * RATE < MIN_SAMPLES * rate:
         raise ValueError(f"{path} holds {1000 * len(wav) / rate:.1f} ms of sound: at least 25 ms are needed")
     return np.ascontiguousarray(wav, dtype=np.float32)
 
 
 def _decode(path: Path) -> tuple[np.ndarray, int]:
-    """(N,) float32 at the file's own rate. Read in blocks, so that long stereo files are never held in stereo."""
+    """((N,) float32, its rate). Read in blocks, so that a long stereo file is never held in stereo."""
     with soundfile.SoundFile(path) as file:
-        promised = file.frames
-        if promised > MAX_SECONDS * file.samplerate:
-            hours = promised / file.samplerate / 3600
-            raise ValueError(f"{path} is {hours:.1f} hours long, the limit is 4: split it into shorter files")
-        blocks = [block.mean(axis=1) for block in file.blocks(1 << 18, dtype="float32", always_2d=True)]
-        rate = file.samplerate
-    wav = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+        rate, promised = file.samplerate, file.frames
+        if not 1000 <= rate <= 400_000:
+            raise ValueError(f"{path} claims a sample rate of {rate} Hz: no recording has that; export it again")
+        if promised > MAX_SECONDS * rate:
+            raise ValueError(f"{path} is {promised / rate / 3600:.1f} hours long, the limit is 4: split it")
+        blocks = file.blocks(max(1, (1 << 20) // file.channels), dtype="float32", always_2d=True)  # (N, channels)
+        wav = np.concatenate([block.mean(axis=1) for block in blocks] or [np.zeros(0, np.float32)])
     if len(wav) < promised:
         raise ValueError(_cut_short(path, promised / rate, len(wav) / rate))
     return wav, rate
 
 
 def _cut_short(path: Path, promised: float, found: float) -> str:
-    return (
-        f"{path} is cut short: its header promises {promised:.2f} s, {found:.2f} s are there; copy it again"
-    )
+    return f"{path} is cut short: {found:.2f} of {promised:.2f} s are there; copy it again"
 
 
-def _check_whole(path: Path) -> None:
+def _check_end(path: Path) -> None:
     """Raises ValueError when a wav file ends before its data chunk does, or an ogg file before its last page.
 
-    libsndfile reads both without a word. A data size of 0 or 0xFFFFFFFF means "unknown", as written by programs
-    that stream into a pipe, and is fine.
+    libsndfile reads both without a word. A data size of 0 or 0xFFFFFFFF, as written by programs that stream into a
+    pipe, means "unknown" and is fine.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         magic = file.read(12)
         if magic[:4] == b"RIFF" and magic[8:] == b"WAVE":
-            bytes_per_second = 0
+            bytes_per_second = 1
             while len(header := file.read(8)) == 8:
-                name, length = header[:4], struct.unpack("<I", header[4:])[0]
-                start = file.tell()
-                if name == b"fmt " and length >= 16:
-                    bytes_per_second = struct.unpack("<I", file.read(16)[8:12])[0]
+                name, length, start = header[:4], struct.unpack("<I", header[4:])[0], file.tell()
+                if name == b"fmt " and length >= 16 and len(format_ := file.read(16)) == 16:
+                    bytes_per_second = max(1, struct.unpack("<I", format_[8:12])[0])
                 if name == b"data":
                     if length not in (0, 0xFFFFFFFF) and start + length > size:
-                        per_second = bytes_per_second or 1
-                        raise ValueError(_cut_short(path, length / per_second, (size - start) / per_second))
+                        raise ValueError(_cut_short(path, length / bytes_per_second, (size - start) / bytes_per_second))
                     return
                 file.seek(start + length + length % 2)  # chunks are padded to even length
-            raise ValueError(f"{path} is a wav file without sound in it (cut short?): copy it again")
+            raise ValueError(f"{path} is cut short: a wav file without its data chunk; copy it again")
         if magic[:4] == b"OggS":
-            file.seek(max(0, size - (1 << 17)))  # a page is at most 65,307 bytes
+            file.seek(max(0, size - (1 << 17)))  # a page has at most 65,307 bytes
             tail = file.read()
-            last = tail.rfind(b"OggS")
-            if last < 0 or len(tail) < last + 6 or not tail[last + 5] & 4:  # bit 4: end of stream
-                raise ValueError(
-                    f"{path} is cut short: the last page of the ogg stream is missing; copy it again"
-                )
+            page = tail[max(0, tail.rfind(b"OggS")) :]
+            sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""  # of the page's segments
+            last = sizes and page[5] & 4  # this bit marks the last page of a stream
+            if not last or len(page) < 27 + len(sizes) + sum(sizes):
+                raise ValueError(f"{path} is cut short: the end of its ogg stream is missing; copy it again")
 
 
 def check_speech(wav: np.ndarray, name: str = "the recording") -> None:
     """Raises ValueError when there is nothing to hear in wav (N,): no 25 ms of it reach -60 dB."""
     frames = np.asarray(wav[: len(wav) // MIN_SAMPLES * MIN_SAMPLES], np.float32).reshape(-1, MIN_SAMPLES)
-    loudest = float(np.sqrt((frames**2).mean(axis=1)).max()) if len(frames) else 0.0
-    if loudest < SILENCE:
-        raise ValueError(
-            f"{name} is silent (nothing louder than -60 dB): check the microphone and record again"
-        )
+    if np.sqrt((frames**2).mean(axis=1)).max(initial=0.0) < SILENCE:
+        raise ValueError(f"{name} is silent (nothing louder than -60 dB): check the microphone and record again")
 
 
 def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
-    """Writes wav (N,) in [-1, 1] as 16-bit mono wav. Atomic: the old file stays until the new one is complete.
+    """Writes wav (N,) in [-1, 1] as 16-bit mono wav. Atomic: an old file stays until the new one is complete.
 
-    No fsync, for a corpus is thousands of small files that can be made again: after a power cut some may be empty.
+    No fsync: a corpus is thousands of small files that can be made again.
     """
     wav = np.asarray(wav, np.float32)
     assert wav.ndim == 1, f"expected (N,) samples, got shape {wav.shape}"
@@ -138,9 +128,7 @@ def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        soundfile.write(
-            part, (wav.clip(-1, 1) * 32767).round().astype(np.int16), rate, "PCM_16", format="WAV"
-        )
+        soundfile.write(part, (wav.clip(-1, 1) * 32767).round().astype(np.int16), rate, "PCM_16", format="WAV")
         os.replace(part, path)
     except soundfile.LibsndfileError as error:
         raise OSError(f"cannot write {path}: {error}") from None
@@ -149,30 +137,33 @@ def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
 
 
 def read_manifest(folder: str | Path) -> list[dict]:
-    """The rows of folder/manifest.jsonl with every field filled in (module docstring); ValueError names a bad line."""
+    """The rows of folder/manifest.jsonl with every field filled in (see the top); ValueError names a bad line."""
     path = Path(folder) / "manifest.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file; make a corpus with `python data/tiny/prepare.py {folder}`"
-        )
-    rows = []
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `python data/tiny/prepare.py {folder}` makes a corpus")
+    rows, names = [], set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON ({error}); mend or remove it") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("wav", "text")):
-            raise ValueError(f'{path}, line {number}: a row needs "wav" and "text", both strings')
+            raise ValueError(f'{where}: a row needs "wav" and "text", both strings')
         wav = Path(folder) / row["wav"]
+        row = {"id": Path(row["wav"]).stem, "speaker": 0, "kind": "statement", "split": "train", "family": "own"} | row
+        if not wav.is_file():
+            raise FileNotFoundError(f"{where}: {wav}: no such file")
+        if row["split"] not in ("train", "rendition", "heldout"):
+            raise ValueError(f"{where}: split is '{row['split']}'; choose train, rendition or heldout")
+        if row["id"] in names:
+            raise ValueError(f"{where}: id '{row['id']}' is used twice; give each recording its own")
+        names.add(row["id"])
         if "seconds" not in row:
             row["seconds"] = len(load(wav)) / RATE
-        elif not wav.exists():
-            raise FileNotFoundError(f"{path}, line {number}: {wav}: no such file")
-        rows.append(
-            {"id": wav.stem, "speaker": 0, "kind": "statement", "split": "train", "family": "own"} | row
-        )
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows: a corpus needs at least one recording")
     return rows

@@ -1,0 +1,243 @@
+"""data/audio.py: every usable file gives the same 16 kHz mono sound, every other file gives one clear line."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+
+from data import audio
+
+
+def tone(seconds: float = 0.5, rate: int = 16000, hertz: float = 440.0) -> np.ndarray:
+    fade = np.minimum(1, 20 * np.minimum(np.arange(1, 0, -1 / (seconds * rate)), np.arange(0, 1, 1 / (seconds * rate))))
+    return (0.5 * fade * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files that are fine
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_any_rate_and_stereo_give_the_same_sound(tmp_path, rate, channels):
+    wav = tone(0.5, rate)
+    soundfile.write(tmp_path / "a.wav", np.stack([wav] * channels, 1), rate, subtype="FLOAT")
+    loaded = audio.load(tmp_path / "a.wav")
+    assert loaded.dtype == np.float32 and loaded.flags.c_contiguous
+    assert abs(len(loaded) - 8000) <= 1
+    n = min(len(loaded), 8000)
+    assert np.abs(loaded[:n] - tone()[:n]).max() < 0.01
+
+
+@pytest.mark.parametrize("suffix, subtype, tolerance", [
+    ("wav", "PCM_U8", 0.01), ("wav", "PCM_16", 1e-4), ("wav", "PCM_24", 1e-6), ("wav", "PCM_32", 1e-6),
+    ("wav", "FLOAT", 0), ("wav", "DOUBLE", 0), ("flac", "PCM_16", 1e-4), ("flac", "PCM_24", 1e-6),
+    ("ogg", "VORBIS", 0.1),
+])  # fmt: skip
+def test_formats(tmp_path, suffix, subtype, tolerance):
+    soundfile.write(tmp_path / f"a.{suffix}", tone(), 16000, subtype=subtype)
+    loaded = audio.load(tmp_path / f"a.{suffix}")
+    assert len(loaded) == 8000 and np.abs(loaded - tone()).max() <= tolerance
+
+
+def test_stereo_is_the_mean_of_both_sides(tmp_path):
+    left, right = tone(hertz=300), tone(hertz=500)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), 16000, subtype="FLOAT")
+    np.testing.assert_allclose(audio.load(tmp_path / "a.wav"), (left + right) / 2, atol=1e-7)
+
+
+def test_other_target_rate(tmp_path):
+    audio.save(tmp_path / "a.wav", tone())
+    assert len(audio.load(tmp_path / "a.wav", rate=24000)) == 12000
+
+
+def test_thirty_minutes(tmp_path):
+    minute = tone(60, 8000)
+    with soundfile.SoundFile(tmp_path / "long.wav", "w", 8000, 2, subtype="PCM_16") as file:
+        for _ in range(30):
+            file.write(np.stack([minute, minute], 1))
+    assert len(audio.load(tmp_path / "long.wav")) == 30 * 60 * 16000
+
+
+def test_a_silent_file_loads_but_is_not_speech(tmp_path):
+    audio.save(tmp_path / "a.wav", np.zeros(16000))
+    wav = audio.load(tmp_path / "a.wav")
+    assert len(wav) == 16000 and not wav.any()
+    with pytest.raises(ValueError) as error:
+        audio.check_speech(wav, "a.wav")
+    one_line(error, "a.wav", "silent")
+    audio.check_speech(np.concatenate([wav, tone(0.1)]))  # a short word in a long silence is speech
+
+
+@pytest.mark.parametrize("length", [0, 0xFFFFFFFF])
+def test_streamed_wav_whose_length_was_never_filled_in(tmp_path, length):
+    audio.save(tmp_path / "a.wav", tone())
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[4:8] = data[40:44] = struct.pack("<I", length)
+    (tmp_path / "a.wav").write_bytes(data)
+    if length:
+        assert len(audio.load(tmp_path / "a.wav")) == 8000
+    else:  # libsndfile takes 0 at its word: one line, not a crash
+        with pytest.raises(ValueError, match="at least 25 ms"):
+            audio.load(tmp_path / "a.wav")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files that are not
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        audio.load(tmp_path / "nowhere.wav")
+    one_line(error, "nowhere.wav", "no such file")
+    with pytest.raises(IsADirectoryError) as error:
+        audio.load(tmp_path)
+    one_line(error, "folder")
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("empty.wav", b"", "empty"),
+    ("text.wav", b"What is three plus four?\n" * 100, "not a sound file"),
+    ("text.flac", b"What is three plus four?\n" * 100, "not a sound file"),
+    ("noise.ogg", bytes(range(256)) * 40, "not a sound file"),
+    ("head.wav", b"RIFF\x24\0\0\0WAVE", "cut short"),
+    ("half.wav", b"RIFF\x24\0\0\0WAVEfmt \x10\0", "cut short"),
+    ("tiny.wav", b"R", "not a sound file"),
+    ("headerless.raw", b"\0\1" * 8000, "not a sound file"),
+])  # fmt: skip
+def test_not_sound(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        audio.load(tmp_path / name)
+    one_line(error, name, words)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 399])
+def test_too_short(tmp_path, samples):
+    audio.save(tmp_path / "a.wav", np.full(samples, 0.5))
+    with pytest.raises(ValueError) as error:
+        audio.load(tmp_path / "a.wav")
+    one_line(error, "a.wav", "25 ms")
+    audio.save(tmp_path / "b.wav", np.full(400, 0.5))
+    assert len(audio.load(tmp_path / "b.wav")) == 400
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_not_a_number(tmp_path, value):
+    wav = tone()
+    wav[4000] = value
+    soundfile.write(tmp_path / "a.wav", wav, 16000, subtype="FLOAT")
+    with pytest.raises(ValueError) as error:
+        audio.load(tmp_path / "a.wav")
+    one_line(error, "a.wav", "NaN")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.6, 0.97])
+def test_truncated(tmp_path, suffix, kept):
+    noise = np.random.default_rng(0).normal(0, 0.1, 32000).astype(np.float32)
+    soundfile.write(tmp_path / f"a.{suffix}", noise, 16000)
+    data = (tmp_path / f"a.{suffix}").read_bytes()
+    (tmp_path / f"a.{suffix}").write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(ValueError) as error:
+        audio.load(tmp_path / f"a.{suffix}")
+    one_line(error, f"a.{suffix}")
+
+
+def test_absurd_headers(tmp_path):
+    audio.save(tmp_path / "a.wav", tone())
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[24:28] = struct.pack("<I", 4_000_000_000)
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(ValueError) as error:
+        audio.load(tmp_path / "a.wav")
+    one_line(error, "a.wav")
+    silence = np.zeros(16000, np.int16)
+    with soundfile.SoundFile(tmp_path / "day.flac", "w", 1000, 1) as file:  # small on disk, five hours long
+        for _ in range(5 * 3600 // 16 + 1):
+            file.write(silence)
+    with pytest.raises(ValueError, match="limit is 4"):
+        audio.load(tmp_path / "day.flac")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# saving, and other people's corpora
+
+
+def test_save_then_load_is_16_bit(tmp_path):
+    audio.save(tmp_path / "new folder" / "a.wav", tone())
+    assert soundfile.info(tmp_path / "new folder" / "a.wav").subtype == "PCM_16"
+    np.testing.assert_allclose(audio.load(tmp_path / "new folder" / "a.wav"), tone(), atol=1 / 32000)
+
+
+def test_save_clips_instead_of_wrapping(tmp_path):
+    audio.save(tmp_path / "a.wav", np.array([2.0, -2.0] * 400))
+    assert set(np.sign(audio.load(tmp_path / "a.wav"))[:2]) == {1, -1}
+    assert np.abs(audio.load(tmp_path / "a.wav")).min() > 0.99
+
+
+def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
+    audio.save(tmp_path / "a.wav", tone())
+
+    def full_disk(path, *args, **kwargs):
+        path.write_bytes(b"RIFF")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(soundfile, "write", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        audio.save(tmp_path / "a.wav", np.zeros(16000))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+    assert audio.load(tmp_path / "a.wav").any()
+
+
+def test_save_refuses_what_is_not_sound(tmp_path):
+    with pytest.raises(AssertionError, match="shape"):
+        audio.save(tmp_path / "a.wav", np.zeros((2, 100)))
+    with pytest.raises(AssertionError, match="finite"):
+        audio.save(tmp_path / "a.wav", np.array([0.0, np.nan]))
+    assert not list(tmp_path.iterdir())
+
+
+def write_manifest(folder, *rows) -> None:
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_own_recordings_need_only_wav_and_text(tmp_path):
+    audio.save(tmp_path / "mine" / "one.wav", tone(0.5))
+    soundfile.write(tmp_path / "two.flac", tone(1.0, 44100), 44100)
+    write_manifest(tmp_path, {"wav": "mine/one.wav", "text": "Hello."}, "",
+                   {"wav": "two.flac", "text": "Ça va ?", "speaker": 3, "split": "heldout"})  # fmt: skip
+    one, two = audio.read_manifest(tmp_path)
+    assert one == {"wav": "mine/one.wav", "text": "Hello.", "id": "one", "speaker": 0, "kind": "statement",
+                   "split": "train", "family": "own", "seconds": 0.5}  # fmt: skip
+    assert (two["speaker"], two["split"], two["text"]) == (3, "heldout", "Ça va ?")
+    assert abs(two["seconds"] - 1) < 1e-3
+
+
+@pytest.mark.parametrize("row, words", [
+    ("not json", "line 2: not JSON"), ("[1]", '"wav" and "text"'), ({"wav": "a.wav"}, '"wav" and "text"'),
+    ({"wav": 3, "text": "x"}, "strings"), ({"wav": "gone.wav", "text": "x"}, "no such file"),
+    ({"wav": "a.wav", "text": "x"}, "twice"), ({"wav": "a.wav", "text": "x", "id": "b", "split": "test"}, "split"),
+])  # fmt: skip
+def test_a_bad_row_is_named(tmp_path, row, words):
+    audio.save(tmp_path / "a.wav", tone())
+    write_manifest(tmp_path, {"wav": "a.wav", "text": "fine"}, row)
+    with pytest.raises((ValueError, OSError)) as error:
+        audio.read_manifest(tmp_path)
+    one_line(error, "manifest.jsonl", "line 2", words)
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        audio.read_manifest(tmp_path)
+    write_manifest(tmp_path)
+    with pytest.raises(ValueError, match="no rows"):
+        audio.read_manifest(tmp_path)
