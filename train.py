@@ -90,7 +90,7 @@ class HubertSection(Optimisation):
     frames: int = 99  # of 20 ms, in a crop
     mask_prob: float = 0.08
     mask_span: int = 10
-    unmasked_weight: float = 0.0
+    unmasked_weight: float = 0.0  # of the loss at frames that are not hidden (HuBERT paper eq. 2: (1 - alpha) / alpha)
     cluster_frames: int = 100_000  # k-means is fitted on so many
     model: HuBERTConfig = field(default_factory=HuBERTConfig)
 
@@ -166,6 +166,7 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": o.weight_decay},
                                    {"params": no_decay, "weight_decay": 0.0}],
                                   lr=o.lr, betas=tuple(o.betas), fused=device.type != "mps")
+    folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / "state.safetensors"
     first = load_training(state_file, trained, optimizer) if state_file.exists() else 0
     objective = Objective(model, loss).train()
@@ -258,8 +259,9 @@ def train_hubert(c: Config, folder: Path, device: torch.device):
 
 
 def mfcc_features(wav: Tensor) -> Tensor:
-    """(N,) -> (T, 39)."""
-    return mfcc(wav[None])[0]
+    """(N,) -> (T, 39). The mean of an utterance tells of the speaker and goes; the variances tell of the sounds."""
+    x = mfcc(wav[None], normalize=False)[0]
+    return x - x.mean(0)
 
 
 def layer_features(model: HuBERT, layer: int, wav: Tensor) -> Tensor:

@@ -1,0 +1,122 @@
+"""train.py as its user meets it: processes that are started, killed and started again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
+
+
+def train(*arguments, launcher=(sys.executable,)):
+    return subprocess.run([*launcher, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True,
+                          cwd=ROOT, env=ENVIRONMENT)
+
+
+def stages(out: Path, *names: str, flags=()):
+    for name in names:
+        done = train("configs/ci.toml", "--out", out, "--stage", name, *flags)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+def metrics(out: Path, name: str) -> list[dict]:
+    lines = [json.loads(line) for line in (out / f"metrics/{name}.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory) -> Path:
+    """A run as far as its units: what every stage of the language model starts from."""
+    out = tmp_path_factory.mktemp("run") / "ci"
+    stages(out, "corpus", "hubert", "units")
+    return out
+
+
+@pytest.fixture
+def out(spoken, tmp_path) -> Path:
+    return Path(shutil.copytree(spoken, tmp_path / "ci"))
+
+
+def test_all_stages_of_the_language_model_run_once_and_are_then_skipped(out):
+    stages(out, "text", "1", "2", "3")
+    for name in ("hubert1", "hubert2", "text", "stage1", "stage2", "stage3"):
+        lines = metrics(out, name)
+        assert [line["step"] for line in lines] == [0, 1, 2] and all(line["loss"] > 0 for line in lines)
+    assert (out / "model/llama/model.safetensors").exists() and (out / "model/lora/adapter_config.json").exists()
+    before = (out / "model/llama/model.safetensors").read_bytes()
+    again = train("configs/ci.toml", "--out", out, "--stage", "2")
+    assert again.returncode == 0 and "finished before" in again.stdout
+    assert (out / "model/llama/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("stage, name", [("text", "text"), ("hubert", "hubert1")])
+def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
+    section = {"text": "text"}.get(stage, stage)
+    flags = [f"--{section}.steps", 9, f"--{section}.save_every", 3, f"--{section}.eval_every", 4]
+    runs = {}
+    for way in ("whole", "killed"):
+        here = Path(shutil.copytree(spoken, tmp_path / way))
+        if stage == "hubert":
+            shutil.rmtree(here / "state/hubert")
+            shutil.rmtree(here / "metrics")
+        command = [sys.executable, str(ROOT / "train.py"), "configs/ci.toml", "--out", str(here), "--stage", stage]
+        command += map(str, flags)
+        if way == "killed":
+            process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+            log, state = here / f"metrics/{name}.jsonl", next(iter([here / f"state/{stage}"]))
+            deadline = time.time() + 120
+            while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 5):
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not (state / "done.json").exists()
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        runs[way] = metrics(here, name)
+    assert len(runs["whole"]) == 9
+    assert runs["killed"] == runs["whole"]  # every loss, to the last bit
+
+
+def test_two_processes_learn_what_one_learns(out, tmp_path):
+    other = Path(shutil.copytree(out, tmp_path / "two"))
+    flags = ["--text.clip", "1e9"]
+    stages(out, "text", flags=flags)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = train("configs/ci.toml", "--out", other, "--stage", "text", *flags, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # the same documents; only the average is taken over ranks instead of tokens
+    for one, two in zip(metrics(out, "text"), metrics(other, "text"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["configs/ci.toml", "--stage", "4"], "unknown stage '4'"),
+    (["configs/none.toml"], "no such config file"),
+    (["configs/ci.toml", "--stage3.step", "1"], "did you mean 'steps'"),
+    (["configs/ci.toml", "--verbose", "1"], "unknown key 'verbose'"),
+    (["configs/ci.toml", "--device", "tpu"], "unknown device"),
+    (["configs/ci.toml", "--stage", "2"], "needs stage 1"),
+])
+def test_mistakes_are_one_line_and_exit_code_1(tmp_path, arguments, said):
+    done = train(*arguments, "--out", tmp_path / "nothing")
+    assert done.returncode == 1 and said in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_config_that_does_not_fit_what_was_begun_is_refused_and_nothing_lost(out):
+    stages(out, "text")
+    before = (out / "text/model.safetensors").read_bytes()
+    done = train("configs/ci.toml", "--out", out, "--stage", "text", "--text.lr", "1")
+    assert done.returncode == 1 and "[text] lr" in done.stderr and "Traceback" not in done.stderr
+    done = train("configs/ci.toml", "--out", out, "--stage", "text", "--llama.dim", "64")
+    assert done.returncode == 1 and "[llama] dim" in done.stderr
+    assert (out / "text/model.safetensors").read_bytes() == before
