@@ -1,7 +1,7 @@
 """The language model: a LLaMA decoder over text pieces and speech units (SpeechGPT §3.2, §4.2, eq. 1-4).
 
-To the decoder a discrete speech unit is one more token. Growing the vocabulary from |V| text pieces to |V'| adds
-rows to the embedding and to the output layer and keeps the old ones (eq. 1-2); everything else is LLaMA
+To the decoder a discrete speech unit is one more token. Growing the vocabulary from |V| text pieces to |V'|
+adds rows to the embedding and to the output layer and keeps the old ones (eq. 1-2); everything else is LLaMA
 untouched, so the released LLaMA and SpeechGPT weights load here and ours load in `transformers`.
 
     ids (B, T) -> embed_tokens -> n_layers x [ x + attention(norm(x)) ; x + mlp(norm(x)) ] -> norm -> lm_head
@@ -9,8 +9,8 @@ untouched, so the released LLaMA and SpeechGPT weights load here and ours load i
 References: Touvron et al. 2023, arXiv:2302.13971 (LLaMA); Su et al. 2021, arXiv:2104.09864 (RoPE);
 Shazeer 2020, arXiv:2002.05202 (SwiGLU); Zhang & Sennrich 2019, arXiv:1910.07467 (RMSNorm).
 
-Modules bear the names of the released files (`model.layers.0.self_attn.q_proj.weight`), so no key table is
-needed for a Hugging Face folder.
+Modules bear the names of the released files (`model.layers.0.self_attn.q_proj.weight`): a Hugging Face folder
+needs no key table. Meta's own layout does, see META_KEYS.
 """
 import math
 from dataclasses import dataclass
@@ -37,7 +37,12 @@ class LlamaConfig:
     tie_embeddings: bool = False    # lm_head shares the matrix of embed_tokens
 
     def __post_init__(self):
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+        for name, value in vars(self).items():
+            kind = {"norm_eps": int | float, "rope_theta": int | float, "tie_embeddings": bool}.get(name, int)
+            most = 1000 if name == "n_layers" else 2**24
+            if not isinstance(value, kind) or not (kind is bool or 0 < value <= most):
+                raise ValueError(f"{name} = {value!r:.50} is impossible")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} must be an even multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
@@ -61,9 +66,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, head_dim) for integer positions (B, T); sin carries the signs of `rotate`."""
+    """cos and sin (B, T, 1, head_dim) for integer positions (B, T); sin carries the signs of `rotate`."""
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = positions[:, None, :, None].float() * inv_freq             # (B, 1, T, head_dim / 2)
+    angles = positions[:, :, None, None].float() * inv_freq             # (B, T, 1, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
@@ -86,10 +91,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
                 kv: "LayerCache | None") -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, n_heads, T, head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, n_kv_heads, T, head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                     # (B, T, n_heads, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)                     # (B, T, n_kv_heads, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, n_kv_heads, T, head_dim)
+        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
         if kv is not None:
             k, v = kv.append(k, v)                                           # all keys so far
         # Without a mask: a whole row is causal, a single cached token sees all that went before it.
@@ -174,6 +179,24 @@ class Cache:
         return seen[:, None]
 
 
+class Int8Linear(nn.Module):
+    """A linear layer for inference whose matrix takes a byte a number: W[i, j] = scale[i] * weight[i, j]."""
+
+    def __init__(self, W: Tensor):
+        super().__init__()
+        self.out_features, self.in_features = W.shape
+        scale = W.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (W / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0])                           # fp32 (out_features,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            # torch's kernel multiplies the bytes as they are: 10 times faster than converting them at each step.
+            y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.weight, self.scale.bfloat16())
+            return y.view(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+
 class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -202,7 +225,9 @@ class Llama(nn.Module):
         mask = None                                                          # plain causal attention
         if docs is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-            mask = ((docs[:, :, None] == docs[:, None, :]) & causal)[:, None]    # (B, 1, T, T)
+            seen = (docs[:, :, None] == docs[:, None, :]) & causal           # (B, T, T)
+            # Added to the scores. A bool mask would be turned into this one by every layer anew.
+            mask = x.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
         elif cache is not None:
             assert cache.used + T <= cache.length, f"{cache.used} + {T} tokens in a cache of {cache.length}"
             mask = cache.mask(T, ids.device)
@@ -212,8 +237,11 @@ class Llama(nn.Module):
             positions = torch.arange(T, device=ids.device)[None]
         cos, sin = rope_table(positions, c.head_dim, c.rope_theta, x.dtype)
         for i, layer in enumerate(self.model.layers):
+            device = layer.input_layernorm.weight.device
+            if device != x.device:                                           # the layers may be spread over GPUs
+                x, cos, sin, mask = (t if t is None else t.to(device) for t in (x, cos, sin, mask))
             x = layer(x, cos, sin, mask, cache.layers[i] if cache is not None else None)
-        return self.model.norm(x)
+        return self.model.norm(x.to(ids.device))
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, docs: Tensor | None = None,
                 cache: Cache | None = None) -> Tensor:
@@ -222,13 +250,14 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, length: int, pad: Tensor | None = None) -> Cache:
         """Room for `length` tokens of each of `batch` rows; pad (B,): how many of them are left padding."""
-        c, like = self.config, self.model.norm.weight
-        layers = [LayerCache(batch, c.n_kv_heads, length, c.head_dim, like) for _ in self.model.layers]
+        c = self.config
+        layers = [LayerCache(batch, c.n_kv_heads, length, c.head_dim, like=layer.input_layernorm.weight)
+                  for layer in self.model.layers]
         return Cache(layers, length, pad)
 
     @torch.no_grad()
     def resize_vocab(self, n: int) -> None:
-        """Grows (or cuts) the vocabulary to n tokens: the old rows of E stay (eq. 1-2), new ones ~ N(0, 0.02)."""
+        """Grows (or cuts) the vocabulary to n: the old rows of E stay (eq. 1-2), new ones ~ N(0, 0.02)."""
         for module in (self.model.embed_tokens, self.lm_head):
             old, keep = module.weight, min(n, module.weight.shape[0])
             weight = torch.empty(n, old.shape[1], dtype=old.dtype, device=old.device).normal_(std=0.02)
@@ -240,32 +269,49 @@ class Llama(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes folder/config.json and folder/model.safetensors in Hugging Face's layout."""
-        folder = Path(folder)
-        tensors = {name: t for name, t in self.state_dict().items() if not is_tied(name, self.config)}
-        foreign = [name for name in tensors if "lora_" in name]
-        if foreign:
-            raise ValueError(f"{foreign[0]}: the model carries an adapter: lora.merge or lora.save it")
+        folder, dtype = Path(folder), self.model.norm.weight.dtype
+        tensors = self.state_dict()
+        if self.config.tie_embeddings:
+            del tensors["lm_head.weight"]
+        for name in tensors:
+            if "lora_" in name or name.endswith(".scale"):
+                raise ValueError(f"{name}: only plain weights can be saved; lora.merge an adapter (or lora.save it), "
+                                 "and load without int8")
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-        dtype = self.model.norm.weight.dtype
+        checkpoint.save_tensors(folder / "model.safetensors", tensors)
         checkpoint.write_json(folder / "config.json", config_to_json(self.config, dtype))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
-                        device: torch.device | str | None = None) -> "Llama":
-        """Reads a Hugging Face LLaMA folder (single or sharded, safetensors or .bin)."""
+                        device: torch.device | str | list | None = None, int8: bool = False) -> "Llama":
+        """Reads a LLaMA folder in Hugging Face's layout (safetensors or .bin, single or sharded) or in Meta's.
+
+        dtype: None is float32, whatever the file has. device: a list spreads the layers over several, and all else
+        is on the first. int8: the layers' matrices become Int8Linear. Works tensor by tensor: the peak is the model
+        and one matrix."""
         folder = Path(folder)
-        path = folder / "config.json"
-        config = config_from_json(checkpoint.read_json(path), path)
-        with torch.device("meta"):                                          # no memory yet, no random numbers
+        config, tensors = read_hf(folder) if (folder / "config.json").exists() else read_meta(folder)
+        with torch.device("meta"):                                           # takes neither time nor memory
             model = cls(config)
-        tensors = {name: t for name, t in checkpoint.read_tensors(folder).items()
-                   if not name.endswith("rotary_emb.inv_freq") and not is_tied(name, config)}
+        leaves = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "weight")}
         if config.tie_embeddings:
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-        checkpoint.assign(model, tensors, str(folder), dtype, device)
-        if config.tie_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
+            del leaves["lm_head.weight"]
+            tensors.pop("lm_head.weight", None)
+        for name in sorted(leaves.keys() ^ tensors.keys()):
+            raise ValueError(f"{folder}: {name} is {'missing' if name in leaves else 'no part of this LLaMA'}")
+        devices = device if isinstance(device, list) else [device]
+        for name, leaf in leaves.items():
+            layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
+            on = devices[0 if layer is None else layer * len(devices) // config.n_layers]
+            rounded = int8 and layer is not None and isinstance(leaf, nn.Linear)
+            try:
+                weight = join(*tensors[name])
+            except RuntimeError:
+                raise ValueError(f"{folder}: the pieces of {name} do not fit together") from None
+            checkpoint.assign(leaf, {"weight": weight}, f"{folder}: {name}", None if rounded else dtype, on)
+            if rounded:
+                parent, _, child = name.removesuffix(".weight").rpartition(".")
+                setattr(model.get_submodule(parent), child, Int8Linear(leaf.weight.detach()))
         return model.eval()
 
 
@@ -277,31 +323,28 @@ def next_token_loss(model: Llama, ids: Tensor, mask: Tensor, positions: Tensor |
     target = mask[:, 1:]
     if docs is not None:
         target = target & (docs[:, 1:] == docs[:, :-1])
-    h = model.hidden(ids, positions, docs)
     row, column = target.nonzero(as_tuple=True)
-    logits = model.lm_head(h[row, column])                                   # (n targets, V)
-    loss = F.cross_entropy(logits.float(), ids[row, column + 1], reduction="sum")
-    return loss / max(len(row), 1)
+    h = model.hidden(ids, positions, docs)[row, column]                      # (n targets, C)
+    loss = F.cross_entropy(model.lm_head(h).float(), ids[row, column + 1], reduction="sum")
+    return loss / max(len(row), 1)                                           # no target: 0, with zero gradients
 
 
-# ---- Hugging Face's config.json ----------------------------------------------------------------------------
+# ---- Hugging Face's folder -----------------------------------------------------------------------------------
 
-CONFIG_KEYS = {                     # theirs -> ours
+CONFIG_KEYS = {                     # theirs -> ours; the first five must be there
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
     "intermediate_size": "hidden_dim",
+    "num_key_value_heads": "n_kv_heads",
     "rms_norm_eps": "norm_eps",
     "rope_theta": "rope_theta",
     "max_position_embeddings": "max_len",
     "tie_word_embeddings": "tie_embeddings",
 }
-
-
-def is_tied(name: str, config: LlamaConfig) -> bool:
-    return config.tie_embeddings and name == "lm_head.weight"
+ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "rope_type": "default"}     # what this file implements; other values are refused
 
 
 def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict:
@@ -313,26 +356,87 @@ def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict:
 
 def config_from_json(table: dict, path: Path) -> LlamaConfig:
     """The config of a Hugging Face folder; a LLaMA of another kind than this file's is refused."""
-    rope = table.get("rope_parameters") or table.get("rope_scaling") or {}  # transformers >= 5, and before
-    found = {
-        "model_type": table.get("model_type", "llama"),
-        "hidden_act": table.get("hidden_act", "silu"),
-        "attention_bias": table.get("attention_bias", False),
-        "mlp_bias": table.get("mlp_bias", False),
-        "rope type": rope.get("rope_type", rope.get("type", "default")),
-    }
-    expected_values = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-                       "rope type": "default"}
-    for key, expected in expected_values.items():
-        if found[key] != expected:
-            raise ValueError(f"{path}: {key} is {found[key]!r}; only {expected!r} is supported")
-    values = {**rope, **table}
-    missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                           "intermediate_size") if k not in values]
-    if missing:
-        raise ValueError(f"{path}: no {missing[0]!r}; is this the config of a LLaMA?")
-    config = LlamaConfig(**{ours: values[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in values})
-    if table.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(f"{path}: head_dim is {table['head_dim']}; only hidden_size / num_attention_heads "
-                         f"= {config.head_dim} is supported")
-    return config
+    try:
+        rope = table.get("rope_parameters") or table.get("rope_scaling") or {}           # transformers 5; before
+        table = {"rope_type": rope.get("type"), **rope, **table}
+        table = {key: value for key, value in table.items() if value is not None}
+        for key, value in ONLY.items():
+            if table.get(key, value) != value:
+                raise ValueError(f"{key} is {table[key]!r:.50}; only {value!r} is supported")
+        config = LlamaConfig(**{ours: table[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in table})
+        if table.get("head_dim", config.head_dim) != config.head_dim:
+            raise ValueError(f"head_dim is {table['head_dim']!r:.50}; only hidden_size / num_attention_heads is "
+                             "supported")
+        return config
+    except (AttributeError, TypeError) as e:                                 # not a dict; a key is missing
+        raise ValueError(f"{path}: not the config of a LLaMA ({e})") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+Pieces = tuple[list[Tensor], int | None, int | None]                         # the arguments of `join`
+
+
+def read_hf(folder: Path) -> tuple[LlamaConfig, dict[str, Pieces]]:
+    """Old files also hold the angles of RoPE, `rotary_emb.inv_freq`, at times rounded to bf16: left out, as
+    rope_table computes them."""
+    config = config_from_json(checkpoint.read_json(folder / "config.json"), folder / "config.json")
+    return config, {name: ([tensor], None, None) for name, tensor in checkpoint.read_tensors(folder).items()
+                    if not name.endswith("rotary_emb.inv_freq")}
+
+
+# ---- Meta's folder: params.json and consolidated.00.pth, consolidated.01.pth, ... ----------------------------
+
+META_KEYS = {                       # theirs -> ours, and the dimension along which the files share a matrix
+    "tok_embeddings": ("model.embed_tokens", 1),
+    "layers.*.attention_norm": ("model.layers.*.input_layernorm", None),     # None: each file has all of it
+    "layers.*.attention.wq": ("model.layers.*.self_attn.q_proj", 0),
+    "layers.*.attention.wk": ("model.layers.*.self_attn.k_proj", 0),
+    "layers.*.attention.wv": ("model.layers.*.self_attn.v_proj", 0),
+    "layers.*.attention.wo": ("model.layers.*.self_attn.o_proj", 1),
+    "layers.*.ffn_norm": ("model.layers.*.post_attention_layernorm", None),
+    "layers.*.feed_forward.w1": ("model.layers.*.mlp.gate_proj", 0),
+    "layers.*.feed_forward.w2": ("model.layers.*.mlp.down_proj", 1),
+    "layers.*.feed_forward.w3": ("model.layers.*.mlp.up_proj", 0),
+    "norm": ("model.norm", None),
+    "output": ("lm_head", 0),
+}
+
+
+def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Pieces]]:
+    """7B is one file, 13B two, 30B four, 65B eight: each belonged to a GPU that computed a slice of every product,
+    some of its outputs (dimension 0 of the matrix is split) or of its inputs (dimension 1)."""
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if not files or not (folder / "params.json").exists():
+        raise FileNotFoundError(f"{folder}: no LLaMA here: neither config.json nor params.json with consolidated.*.pth")
+    params, shards = checkpoint.read_json(folder / "params.json"), [checkpoint.read_tensors(file) for file in files]
+    try:
+        config = LlamaConfig(
+            dim=params["dim"], n_layers=params["n_layers"], n_heads=params["n_heads"],
+            n_kv_heads=params.get("n_kv_heads"), norm_eps=params["norm_eps"], rope_theta=params.get("rope_theta", 1e4),
+            vocab_size=sum(len(shard["output.weight"]) for shard in shards),             # params.json says -1
+            hidden_dim=sum(len(shard["layers.0.feed_forward.w1.weight"]) for shard in shards))
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{folder}: not a LLaMA in Meta's layout ({type(e).__name__}: {e})") from None
+    tensors = {}
+    for theirs, (ours, dim) in META_KEYS.items():
+        heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(theirs[-2:])
+        for i in range(config.n_layers) if "*" in theirs else [0]:
+            name = theirs.replace("*", str(i)) + ".weight"
+            if lacking := [file for file, shard in zip(files, shards) if name not in shard]:
+                raise ValueError(f"{lacking[0]}: {name} is missing")
+            tensors[ours.replace("*", str(i)) + ".weight"] = [shard.pop(name) for shard in shards], dim, heads
+    for file, shard in zip(files, shards):
+        for name in shard.keys() - {"rope.freqs"}:                           # angles, as above
+            raise ValueError(f"{file}: {name!r:.100} is no part of a LLaMA")
+    return config, tensors
+
+
+def join(pieces: list[Tensor], dim: int | None, heads: int | None) -> Tensor:
+    """One matrix in Hugging Face's layout. Meta's RoPE turns neighbouring rows (2j, 2j + 1) of a head, `rotate`
+    turns (j, j + head_dim / 2): W_q and W_k with their rows in that order give the same scores, and adapters trained
+    on the Hugging Face layout fit."""
+    W = pieces[0] if dim is None else torch.cat(pieces, dim)
+    if heads:
+        W = W.view(heads, -1, 2, W.shape[1]).transpose(1, 2).reshape(W.shape)            # (2j, 2j + 1) -> (j, .. )
+    return W

@@ -1,0 +1,393 @@
+"""llama.py: equal to transformers, cached equals uncached, packed equals padded, folders of both layouts."""
+import json
+import re
+
+import pytest
+import torch
+
+import checkpoint
+from llama import Int8Linear, Llama, LlamaConfig, next_token_loss
+
+CONFIG = dict(vocab_size=101, dim=48, n_layers=3, n_heads=6, hidden_dim=80, max_len=96)
+GROUPED = CONFIG | dict(n_kv_heads=2, rope_theta=5000.0, norm_eps=1e-5)
+
+
+def randomised(model: Llama, seed: int = 0) -> Llama:
+    """Large random weights, norms included: what an initialisation hides, these show."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2).add_(1 if p.dim() == 1 else 0)
+    return model.eval()
+
+
+def make(**changes) -> Llama:
+    return randomised(Llama(LlamaConfig(**GROUPED | changes)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, CONFIG["vocab_size"], (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    return folder
+
+
+# ---- The same function as transformers' ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [CONFIG, GROUPED, GROUPED | {"tie_embeddings": True}],
+                         ids=["plain", "grouped", "tied"])
+def test_our_folder_gives_equal_logits_in_transformers(changes, ids, tmp_path):
+    from transformers import LlamaForCausalLM
+    ours = randomised(Llama(LlamaConfig(**changes)))
+    ours.save_pretrained(tmp_path)
+    theirs, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4)
+        theirs.generation_config.eos_token_id = None               # never stop
+        greedy = theirs.generate(ids[:, :8], max_new_tokens=64, do_sample=False)
+        ours_greedy = ids[:, :8]
+        for _ in range(64):
+            ours_greedy = torch.cat([ours_greedy, ours(ours_greedy)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(ours_greedy, greedy)
+
+
+@pytest.mark.parametrize("safe, shard", [(True, "10GB"), (True, "40KB"), (False, "10GB"), (False, "40KB")])
+def test_a_folder_of_transformers_loads(safe, shard, ids, tmp_path):
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaForCausalLM
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(TheirConfig(
+        vocab_size=101, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+        intermediate_size=80, initializer_range=0.2, rope_parameters={"rope_type": "default", "rope_theta": 700.0}))
+    if safe:
+        theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    else:                                              # what transformers wrote before version 5
+        theirs.config.save_pretrained(tmp_path)
+        state = theirs.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4).bfloat16()}
+        halves = [dict(list(state.items())[i::2]) for i in range(2)] if shard == "40KB" else [state]
+        names = [f"pytorch_model-{i + 1:05}-of-00002.bin" for i in range(2)] if shard == "40KB" else \
+            ["pytorch_model.bin"]
+        for name, half in zip(names, halves):
+            torch.save(half, tmp_path / name)
+        if shard == "40KB":
+            where = {key: name for name, half in zip(names, halves) for key in half}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    ours = Llama.from_pretrained(tmp_path)
+    assert ours.config.rope_theta == 700 and ours.config.n_kv_heads == 3
+    with torch.no_grad():
+        assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4)
+
+
+def test_bfloat16_follows_transformers_order_of_rounding(saved, ids):
+    from transformers import LlamaForCausalLM
+    theirs = LlamaForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    ours = Llama.from_pretrained(saved, dtype=torch.bfloat16)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        exact = Llama.from_pretrained(saved)(ids)
+        a, b = (ours(ids).float() - exact).std(), (theirs(ids).logits.float() - exact).std()
+    assert a < 1.3 * b, "our half precision loses more than theirs"
+
+
+# ---- Decoding ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("chunks", [[24], [1] * 24, [10, 1, 1, 12], [9, 14, 1]])
+def test_cached_equals_full(model, ids, chunks):
+    cache, out = model.new_cache(3, 24), []
+    with torch.no_grad():
+        for part in ids.split(chunks, dim=1):
+            out.append(model(part, cache=cache))
+        assert torch.allclose(torch.cat(out, 1), model(ids), atol=1e-4)
+    assert cache.used == 24
+
+
+@pytest.mark.parametrize("chunks", [[24], [12] + [1] * 12, [3, 12, 1, 8]])
+def test_left_padding_changes_nothing(model, ids, chunks):
+    pad = torch.tensor([0, 7, 15])
+    padded = torch.stack([torch.cat([torch.full((n,), 13), row[n:]]) for n, row in zip(pad.tolist(), ids)])
+    cache = model.new_cache(3, 24, pad)
+    with torch.no_grad():
+        out = torch.cat([model(part, cache=cache) for part in padded.split(chunks, dim=1)], 1)
+        for row, n in enumerate(pad.tolist()):
+            assert torch.allclose(out[row, n:], model(ids[row:row + 1, n:])[0], atol=1e-4)
+    assert torch.isfinite(out).all()
+
+
+def test_a_full_cache_says_so(model, ids):
+    with pytest.raises(AssertionError, match="20"):
+        model(ids, cache=model.new_cache(3, 20))
+
+
+# ---- Causality, documents, loss ------------------------------------------------------------------------------
+
+def test_causal(model, ids):
+    changed = ids.clone()
+    changed[:, 10] = (changed[:, 10] + 1) % 101
+    with torch.no_grad():
+        difference = (model(ids) - model(changed)).abs().amax(-1)
+    assert difference[:, :10].max() == 0 and difference[:, 10:].min() > 1e-4
+
+
+def pack(documents: list[torch.Tensor], length: int):
+    """Documents one after another in a row; what remains is padding, a document of its own."""
+    rest = length - sum(map(len, documents))
+    pieces = [*documents, torch.zeros(rest, dtype=torch.long)]
+    return (torch.cat(pieces)[None], torch.cat([torch.arange(len(d)) for d in pieces])[None],
+            torch.cat([torch.full((len(d),), i) for i, d in enumerate(pieces)])[None])
+
+
+def test_documents_of_a_row_never_see_each_other(model, ids):
+    documents = [ids[0, :9], ids[1, :4], ids[2, :8]]
+    row, positions, docs = pack(documents, 24)
+    with torch.no_grad():
+        packed = model(row, positions, docs)[0]
+        alone = [model(d[None])[0] for d in documents]
+    assert torch.allclose(packed[:21], torch.cat(alone), atol=1e-4)
+    inputs = model.model.embed_tokens(row).detach().requires_grad_()
+    model.model.embed_tokens.register_forward_hook(hook := lambda *_: inputs)      # the gradient: an exact zero
+    try:
+        model(row, positions, docs)[0, 11].sum().backward()
+    finally:
+        model.model.embed_tokens._forward_hooks.clear()
+    assert hook and [i for i in range(24) if inputs.grad[0, i].abs().max() > 0] == [9, 10, 11]
+
+
+def test_packed_loss_equals_padded_loss(model, ids):
+    documents = [ids[0, :9], ids[1, :4], ids[2, :8]]
+    answer = [torch.arange(len(d)) >= 2 for d in documents]
+    row, positions, docs = pack(documents, 24)
+    mask = torch.cat([*answer, torch.zeros(3, dtype=torch.bool)])[None]
+    padded = torch.stack([torch.cat([d, torch.zeros(9 - len(d), dtype=torch.long)]) for d in documents])
+    padded_mask = torch.stack([torch.cat([a, torch.zeros(9 - len(a), dtype=torch.bool)]) for a in answer])
+    gradients = []
+    for arguments in ((row, mask, positions, docs), (padded, padded_mask)):
+        model.zero_grad()
+        loss = next_token_loss(model, *arguments)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()] + [loss[None]]))
+    model.zero_grad()
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_loss_is_the_mean_over_the_mask(model, ids):
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[0, 5] = mask[2, 9] = True
+    with torch.no_grad():
+        logp = model(ids).log_softmax(-1)
+        expected = -(logp[0, 4, ids[0, 5]] + logp[2, 8, ids[2, 9]]) / 2
+        assert torch.allclose(next_token_loss(model, ids, mask), expected, atol=1e-5)
+
+
+def test_first_tokens_are_no_targets(model, ids):
+    docs = torch.arange(24).expand(3, 24) // 8
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    inner = mask & (torch.arange(24) % 8 > 0)
+    with torch.no_grad():
+        assert torch.equal(next_token_loss(model, ids, mask, docs=docs), next_token_loss(model, ids, inner, docs=docs))
+        assert next_token_loss(model, ids, torch.zeros_like(mask)) == 0
+
+
+def test_a_model_learns():
+    torch.manual_seed(0)
+    small = Llama(LlamaConfig(**CONFIG | {"n_layers": 1}))
+    line = torch.randint(0, 101, (2, 20))
+    optimiser = torch.optim.AdamW(small.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = next_token_loss(small, line, torch.ones_like(line, dtype=torch.bool))
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert abs(losses[0] - torch.tensor(101.0).log()) < 0.2 and losses[-1] < 0.1
+
+
+# ---- Vocabulary ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_growing_the_vocabulary_keeps_the_rows(tied, ids):
+    m = make(tie_embeddings=tied)
+    before = m(ids).detach()
+    embedding = m.model.embed_tokens.weight.detach().clone()
+    m.resize_vocab(140)
+    after = m(ids)
+    assert after.shape[-1] == m.config.vocab_size == 140
+    assert torch.equal(m.model.embed_tokens.weight[:101], embedding)               # eq. 1-2
+    assert torch.allclose(after[..., :101], before, atol=1e-5)
+    assert 0.015 < m.model.embed_tokens.weight[101:].std() < 0.025
+    assert (m.lm_head.weight is m.model.embed_tokens.weight) == tied
+    m.resize_vocab(50)
+    assert torch.equal(m.model.embed_tokens.weight, embedding[:50])
+
+
+def test_a_grown_model_survives_its_folder(tmp_path, ids):
+    m = make()
+    m.resize_vocab(140)
+    m.save_pretrained(tmp_path)
+    assert torch.equal(Llama.from_pretrained(tmp_path)(ids), m(ids))
+
+
+# ---- Folders -------------------------------------------------------------------------------------------------
+
+def write_meta(m: Llama, folder, n_files: int) -> None:
+    """The model as Meta would have released it: other names, other order of rows, split over n_files."""
+    c, state = m.config, m.state_dict()
+
+    def interleave(W, heads):                          # (j, j + half) -> (2j, 2j + 1)
+        return W.view(heads, 2, -1, W.shape[1]).transpose(1, 2).reshape(W.shape)
+
+    meta = {"tok_embeddings.weight": (state["model.embed_tokens.weight"], 1),
+            "norm.weight": (state["model.norm.weight"], None), "output.weight": (state["lm_head.weight"], 0)}
+    for i in range(c.n_layers):
+        s = {k.removeprefix(f"model.layers.{i}."): v for k, v in state.items()}
+        for name, W, dim in (
+                ("attention.wq", interleave(s["self_attn.q_proj.weight"], c.n_heads), 0),
+                ("attention.wk", interleave(s["self_attn.k_proj.weight"], c.n_kv_heads), 0),
+                ("attention.wv", s["self_attn.v_proj.weight"], 0), ("attention.wo", s["self_attn.o_proj.weight"], 1),
+                ("feed_forward.w1", s["mlp.gate_proj.weight"], 0), ("feed_forward.w2", s["mlp.down_proj.weight"], 1),
+                ("feed_forward.w3", s["mlp.up_proj.weight"], 0), ("attention_norm", s["input_layernorm.weight"], None),
+                ("ffn_norm", s["post_attention_layernorm.weight"], None)):
+            meta[f"layers.{i}.{name}.weight"] = (W, dim)
+    for i in range(n_files):
+        part = {k: (W if dim is None else W.chunk(n_files, dim)[i]).clone() for k, (W, dim) in meta.items()}
+        torch.save(part | {"rope.freqs": torch.ones(4)}, folder / f"consolidated.{i:02}.pth")
+    (folder / "params.json").write_text(json.dumps({
+        "dim": c.dim, "multiple_of": 16, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads, "n_layers": c.n_layers,
+        "norm_eps": c.norm_eps, "vocab_size": -1, "rope_theta": c.rope_theta}))
+
+
+@pytest.mark.parametrize("n_files", [1, 2, 4])
+def test_metas_layout_round_trip(n_files, tmp_path, ids):
+    m = make(vocab_size=104, n_heads=8, n_kv_heads=4)
+    write_meta(m, tmp_path, n_files)
+    loaded = Llama.from_pretrained(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(m.parameters(), loaded.parameters()))
+    assert torch.equal(loaded(ids), m(ids))
+
+
+def test_metas_rotation_of_neighbours_is_ours_after_the_permutation():
+    """Scores with RoPE as Meta writes it (complex numbers from neighbouring channels) against ours."""
+    from llama import join, rope_table, rotate
+    heads, dim, T, generator = 3, 8, 7, torch.Generator().manual_seed(0)
+    x = torch.randn(1, T, heads * dim, generator=generator)
+    Wq, Wk = (torch.randn(heads * dim, heads * dim, generator=generator) for _ in range(2))
+    angles = torch.outer(torch.arange(T).float(), 1e4 ** (-torch.arange(0, dim, 2) / dim))
+    turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
+    q, k = (torch.view_as_real(torch.view_as_complex((x @ W.T).view(1, T, heads, -1, 2)) * turn).flatten(3)
+            for W in (Wq, Wk))
+    cos, sin = rope_table(torch.arange(T)[None], dim, 1e4, torch.float32)
+    q2, k2 = (rotate((x @ join([W], None, heads).T).view(1, T, heads, dim), cos, sin) for W in (Wq, Wk))
+    scores, scores2 = (torch.einsum("bthd,bshd->bhts", a, b) for a, b in ((q, k), (q2, k2)))
+    assert torch.allclose(scores, scores2, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, hidden, shapes", [("7B", 11008, (4096, 32, 32)), ("13B", 13824, (5120, 40, 40)),
+                                                  ("30B", 17920, (6656, 60, 52)), ("65B", 22016, (8192, 80, 64))])
+def test_released_sizes(name, hidden, shapes):
+    dim, n_layers, n_heads = shapes
+    with torch.device("meta"):
+        m = Llama(LlamaConfig(32000, dim, n_layers, n_heads, hidden))
+    billions = sum(p.numel() for p in m.parameters()) / 1e9
+    assert {"7B": 6.738, "13B": 13.016, "30B": 32.529, "65B": 65.286}[name] == pytest.approx(billions, abs=1e-3)
+
+
+def rewrite(folder, tmp_path, **changes):
+    """A copy of a folder whose config.json differs; None removes a key."""
+    checkpoint.save_tensors(tmp_path / "model.safetensors", checkpoint.read_tensors(folder))
+    table = checkpoint.read_json(folder / "config.json") | changes
+    checkpoint.write_json(tmp_path / "config.json", {k: v for k, v in table.items() if v is not None})
+    return tmp_path
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"model_type": "mistral"}, "model_type is 'mistral'"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
+    ({"rope_scaling": "yes"}, "not the config"), ({"head_dim": 12}, "head_dim"), ({"hidden_size": None}, "dim"),
+    ({"hidden_size": "48"}, "dim = '48'"), ({"num_hidden_layers": 10**9}, "n_layers"), ({"vocab_size": -1}, "vocab"),
+    ({"num_attention_heads": 7}, "n_heads"), ({"num_key_value_heads": 4}, "n_kv_heads"), ({"rms_norm_eps": 0}, "eps"),
+    ({"intermediate_size": 81}, "gate_proj"), ({"num_hidden_layers": 2}, "layers.2"), ({"vocab_size": 102}, "embed"),
+    ({"num_hidden_layers": 4}, "layers.3.*missing"), ({"tie_word_embeddings": 3}, "tie_embeddings"),
+])
+def test_configs_that_do_not_fit_are_refused_in_one_line(saved, tmp_path, changes, why):
+    with pytest.raises(ValueError, match=why) as error:
+        Llama.from_pretrained(rewrite(saved, tmp_path, **changes))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folders_that_hold_no_llama_are_refused_in_one_line(tmp_path, saved):
+    with pytest.raises(FileNotFoundError, match="no LLaMA"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not the config"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((saved / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage, why", [
+    (lambda part: part.pop("norm.weight"), "norm.weight is missing"),
+    (lambda part: part.update(extra=torch.ones(1)), "extra"),
+    (lambda part: part.pop("output.weight"), "not a LLaMA"),
+    (lambda part: part.update({"layers.1.attention.wo.weight": torch.ones(3, 5)}), "layers.1.self_attn.o_proj"),
+    (lambda part: part.update({"layers.1.attention.wq.weight": torch.ones(7, 5)}), "layers.1.self_attn.q_proj"),
+])
+def test_damaged_meta_folders_are_refused_in_one_line(damage, why, tmp_path):
+    write_meta(make(vocab_size=104, n_heads=8, n_kv_heads=4), tmp_path, 2)
+    part = torch.load(tmp_path / "consolidated.01.pth", weights_only=True)
+    damage(part)
+    torch.save(part, tmp_path / "consolidated.01.pth")
+    with pytest.raises(ValueError, match=re.escape(why)) as error:
+        Llama.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_of_devices_spreads_the_layers(saved, ids, model):
+    """With one real device the arithmetic can be checked; where each layer went, with the meta device."""
+    both = Llama.from_pretrained(saved, device=["cpu", "cpu"])
+    assert torch.equal(both(ids), model(ids))
+    split = Llama.from_pretrained(saved, device=["cpu", "meta"])
+    where = [layer.self_attn.q_proj.weight.device.type for layer in split.model.layers]
+    assert where == ["cpu", "cpu", "meta"] and split.lm_head.weight.device.type == "cpu"
+    cache = split.new_cache(3, 24)
+    assert [layer.k.device.type for layer in cache.layers] == where
+
+
+# ---- Eight bits ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_int8_error_is_at_most_half_a_step(dtype, tolerance):
+    torch.manual_seed(0)
+    W = torch.randn(32, 64) * torch.logspace(-3, 2, 32)[:, None]                   # rows of very different size
+    layer, x = Int8Linear(W), torch.randn(2, 5, 64)
+    step = W.abs().amax(1) / 127
+    back = layer.weight.float() * layer.scale[:, None]
+    assert ((back - W).abs() <= step[:, None] * 0.501).all() and layer.weight.dtype == torch.int8
+    y, exact = layer(x.to(dtype)), x.to(dtype).float() @ back.T
+    assert y.dtype == dtype and y.shape == (2, 5, 32)
+    assert ((y.float() - exact).abs() <= tolerance * exact.abs().amax((0, 1))).all()
+    assert torch.isfinite(Int8Linear(torch.zeros(4, 8))(torch.ones(1, 8))).all()   # a row of zeros
+
+
+def test_int8_model_is_close_and_small(saved, model, ids):
+    rounded = Llama.from_pretrained(saved, int8=True)
+    kinds = {name for name, m in rounded.named_modules() if isinstance(m, Int8Linear)}
+    assert len(kinds) == 3 * 7 and "lm_head" not in kinds
+    with torch.no_grad():
+        exact, near = model(ids), rounded(ids)
+    assert 1e-4 < (near - exact).std() / exact.std() < 0.05
+    with pytest.raises(ValueError, match="int8"):
+        rounded.save_pretrained(saved / "rounded")
