@@ -1,0 +1,389 @@
+"""The released SpeechGPT-7B: fetches the official files into one folder that sample.py can talk with.
+
+    python data/released/prepare.py weights/speechgpt-7b                # 28 GB; a broken download goes on where it was
+    python data/released/prepare.py weights/speechgpt-7b --check        # what is there, what is missing; no network
+    python sample.py --model weights/speechgpt-7b question.wav
+
+Nothing that is fetched is run or opened here: a file is written to NAME.part, its size and, where the server says it,
+its SHA-256 are checked, and only then does it get its name. What was found is noted in OUT/downloaded.json, and
+--check compares the files with it ever after.
+
+    OUT/llama/     fnlp/SpeechGPT-7B-cm: LLaMA-7B after stage 2, float32, with its tokenizer
+    OUT/lora/      fnlp/SpeechGPT-7B-com: the adapter of stage 3
+    OUT/hubert/    mHuBERT and the k-means of its 11th layer; or --parts mhubert-base for the same encoder as
+                   voidful/mhubert-base holds it, a third of the size (without the state of its optimiser)
+    OUT/vocoder/   unit HiFi-GAN, voice of LJSpeech
+
+Behind a firewall, or from a copy of your own: --mirror https://huggingface.co=https://YOUR.MIRROR
+
+References: https://github.com/0nutation/SpeechGPT (what to download), the pages of fnlp and voidful on
+https://huggingface.co (sizes), and fairseq's examples/speech_to_speech/docs/textless_s2st_real_data.md (mHuBERT).
+"""
+
+import argparse
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # run as a script: let it find the other files
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+PATIENCE = 5  # attempts without a single new byte before giving up
+TIMEOUT = 30  # seconds of silence from a server
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Remote(NamedTuple):
+    path: str  # below OUT
+    url: str
+    size: str  # as its page shows it: "507 B" is exact, "16.8 MB" is rounded, "" is not published
+    purpose: str
+    instead: tuple[str, ...] = ()  # files that make it unnecessary
+
+
+class Part(NamedTuple):
+    files: list[Remote]
+    licence: str
+
+
+HUGGING_FACE = "https://huggingface.co/"
+CM = HUGGING_FACE + "fnlp/SpeechGPT-7B-cm/resolve/main/"
+COM = HUGGING_FACE + "fnlp/SpeechGPT-7B-com/resolve/main/"
+META = "https://dl.fbaipublicfiles.com/"
+VOCODER = META + "fairseq/speech_to_speech/vocoder/code_hifigan/mhubert_vp_en_es_fr_it3_400k_layer11_km1000_lj/"
+MHUBERT = HUGGING_FACE + "voidful/mhubert-base/resolve/main/"
+KM1000 = "mhubert_base_vp_en_es_fr_it3_L11_km1000.bin"
+LLAMA_LICENCE = "no licence on its page; derived from LLaMA-1, whose weights are for research only"
+FAIRSEQ_LICENCE = "MIT (fairseq, which says that this covers its models)"
+
+PARTS = {
+    "llama": Part([
+        Remote("llama/pytorch_model.bin", CM + "pytorch_model.bin", "27 GB", "the language model", (
+            "llama/model.safetensors", "llama/model.safetensors.index.json", "llama/pytorch_model.bin.index.json")),
+        Remote("llama/config.json", CM + "config.json", "507 B", "its shape"),
+        Remote("llama/tokenizer.model", CM + "tokenizer.model", "500 kB", "pieces of text"),
+        Remote("llama/added_tokens.json", CM + "added_tokens.json", "18 kB", "ids of the units and markers"),
+        Remote("llama/special_tokens_map.json", CM + "special_tokens_map.json", "435 B", "names of <s> and </s>"),
+        Remote("llama/tokenizer_config.json", CM + "tokenizer_config.json", "747 B", "how text is prepared"),
+    ], LLAMA_LICENCE),
+    "lora": Part([
+        Remote("lora/adapter_model.bin", COM + "adapter_model.bin", "16.8 MB", "stage 3, chain of modality",
+               ("lora/adapter_model.safetensors",)),
+        Remote("lora/adapter_config.json", COM + "adapter_config.json", "406 B", "its rank, alpha and targets"),
+    ], LLAMA_LICENCE),
+    "hubert": Part([
+        Remote("hubert/mhubert_base_vp_en_es_fr_it3.pt", META + "hubert/mhubert_base_vp_en_es_fr_it3.pt", "",
+               "speech -> frames", ("hubert/pytorch_model.bin", "hubert/model.safetensors")),
+        Remote("hubert/" + KM1000, META + "hubert/" + KM1000, "3.08 MB", "frames -> 1000 units",
+               ("hubert/kmeans.safetensors",)),
+    ], FAIRSEQ_LICENCE),
+    "vocoder": Part([
+        Remote("vocoder/g_00500000", VOCODER + "g_00500000", "53.9 MB", "units -> speech",
+               ("vocoder/vocoder.pt", "vocoder/generator.safetensors")),
+        Remote("vocoder/config.json", VOCODER + "config.json", "", "its shape"),
+    ], FAIRSEQ_LICENCE),
+    "mhubert-base": Part([
+        Remote("hubert/pytorch_model.bin", MHUBERT + "pytorch_model.bin", "378 MB", "speech -> frames",
+               ("hubert/model.safetensors",)),
+        Remote("hubert/config.json", MHUBERT + "config.json", "1.38 kB", "its shape"),
+        Remote("hubert/" + KM1000, MHUBERT + KM1000, "3.08 MB", "frames -> 1000 units"),
+    ], FAIRSEQ_LICENCE),
+}
+TALKING = ("llama", "lora", "hubert", "vocoder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and sums
+
+
+def bounds(size: str) -> tuple[int, int]:
+    """"507 B" -> (507, 507); "16.8 MB" -> (16_700_000, 16_900_000), a step of the last digit; "" -> anything."""
+    if not size:
+        return 1, 1 << 62
+    number, unit = size.split()
+    scale = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}[unit]
+    step = 0 if unit == "B" else scale / 10 ** len(number.partition(".")[2])
+    return round(float(number) * scale - step), round(float(number) * scale + step)
+
+
+def fits(size: int, remote: Remote) -> bool:
+    low, high = bounds(remote.size)
+    return low <= size <= high
+
+
+def show(size: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size} B"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, _bar(f"checking {path.name}", path.stat().st_size) as bar:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def _bar(title: str, total: int | None, done: int = 0) -> tqdm:
+    return tqdm(desc=title, total=total, initial=done, unit="B", unit_scale=True, dynamic_ncols=True,
+                leave=total is None or total > 1 << 20, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One file
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only to https, or from this machine to itself.
+
+    Hugging Face answers with a redirect to its storage, and names the SHA-256 of large files in that first answer.
+    """
+
+    sha256: str | None = None
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        if not _allowed(url, local=urllib.parse.urlsplit(request.full_url).hostname in LOOPBACK):
+            raise OSError(f"{request.full_url} redirects to {url}, which is not https: refused")
+        named = (headers.get("X-Linked-Etag") or "").strip('"')
+        self.sha256 = named if re.fullmatch("[0-9a-f]{64}", named) else self.sha256
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def _allowed(url: str, local: bool) -> bool:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme == "https" or (local and parts.scheme == "http" and parts.hostname in LOOPBACK)
+
+
+def fetch(remote: Remote, url: str, out: Path) -> dict:
+    """Downloads one file, from where an earlier attempt stopped. Returns its entry in downloaded.json."""
+    path, part = out / remote.path, out / (remote.path + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failures, named = 0, None
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            total, named = _receive(remote, url, part)
+            break
+        except urllib.error.HTTPError as error:
+            raise OSError(f"{url}: the server says {error.code} {error.reason}; {_advice(error.code)}") from None
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            after = part.stat().st_size if part.exists() else 0
+            failures = 0 if after > before else failures + 1
+            reason = getattr(error, "reason", None) or error
+            if failures >= PATIENCE:
+                raise OSError(f"{url}: {reason}; {show(after)} are kept, run the same command again") from None
+            time.sleep(min(30, 0.1 * 4**failures))
+    found = part.stat().st_size
+    if found != total or not fits(found, remote):
+        _forget(part)
+        raise OSError(f"{url} gave {found:,} bytes, expected {remote.size or f'{total:,}'}: try again, or see its page")
+    digest = sha256(part)
+    if named and digest != named:
+        _forget(part)
+        raise OSError(f"{url}: SHA-256 is {digest[:16]}..., should be {named[:16]}...; removed, run the command again")
+    os.replace(part, path)
+    _forget(part)
+    return {"url": url, "size": found, "sha256": digest}
+
+
+def _receive(remote: Remote, url: str, part: Path) -> tuple[int, str | None]:
+    """Adds to `part` until it is whole: (size, SHA-256 if named). Raises what urllib raises when it is cut off."""
+    tag = part.with_name(part.name + ".etag")  # which version the bytes so far belong to
+    done = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "speechgpt", "Accept-Encoding": "identity"}
+    if done:
+        headers["Range"] = f"bytes={done}-"
+        if tag.exists():
+            headers["If-Range"] = tag.read_text()  # another version by now: the server sends all of it
+    redirects = Redirects()
+    opener, request = urllib.request.build_opener(redirects), urllib.request.Request(url, headers=headers)
+    try:
+        response = opener.open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing is left to send
+            raise
+        total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
+        if total and int(total[1]) == done:
+            return done, redirects.sha256
+        _forget(part)
+        raise ConnectionError("the file has changed on the server") from None
+    with response:
+        start = 0
+        if response.status == 206:
+            span = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            if not span or int(span[1]) != done:
+                _forget(part)
+                raise ConnectionError("the server sent another range than was asked for")
+            start, total = done, int(span[2])
+        else:  # all of it: the beginning, or a server that cannot go on in the middle
+            total = int(response.headers.get("Content-Length") or -1)
+        if total < 0:
+            raise OSError(f"{url}: the server does not say how large it is; use another --mirror")
+        if not fits(total, remote):
+            raise OSError(f"{url} has {total:,} bytes, expected {remote.size}: moved or replaced? See its page")
+        if not start:
+            _forget(part)
+            part.touch()
+            if (etag := response.headers.get("ETag", "")).startswith('"'):  # a weak one promises nothing about bytes
+                tag.write_text(etag)
+        with open(part, "ab") as file, _bar(remote.path, total, start) as bar:
+            while block := response.read(1 << 18):
+                file.write(block)
+                bar.update(len(block))
+                start += len(block)
+    if start < total:
+        raise ConnectionError(f"the connection ended at {start:,} of {total:,} bytes")
+    return total, redirects.sha256
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    part.with_name(part.name + ".etag").unlink(missing_ok=True)
+
+
+def _advice(code: int) -> str:
+    return {
+        401: "the page may ask for an account: download it in a browser and put it into place",
+        403: "the page may ask for an account: download it in a browser and put it into place",
+        404: "it may have moved: look at its page, or use --mirror",
+    }.get(code, "try again later, what is there is kept")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def read_notes(out: Path) -> dict:
+    path = out / "downloaded.json"
+    if not path.exists():
+        return {}
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(note["size"], int) and isinstance(note["sha256"], str) for note in notes.values()):
+            return notes
+        raise ValueError("unexpected fields")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not what this program wrote ({error}): remove it") from None
+
+
+def write_notes(out: Path, notes: dict) -> None:
+    part = out / "downloaded.json.part"
+    part.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, out / "downloaded.json")
+
+
+def present(out: Path, remote: Remote) -> Path | None:
+    """The file itself or one that makes it unnecessary, whatever is in it."""
+    return next((out / name for name in (remote.path, *remote.instead) if (out / name).is_file()), None)
+
+
+def verdict(out: Path, remote: Remote, notes: dict, deep: bool) -> str:
+    """"ok", or what is wrong with a file; `deep` reads it whole to compare its SHA-256 with the one noted."""
+    path = present(out, remote)
+    if path is None:
+        part = out / (remote.path + ".part")
+        return f"incomplete ({show(part.stat().st_size)})" if part.exists() else "missing"
+    if path != out / remote.path:
+        return "ok"
+    size, note = path.stat().st_size, notes.get(remote.path)
+    if not fits(size, remote) or (note and note["size"] != size):
+        return "wrong size"
+    if deep and note and sha256(path) != note["sha256"]:
+        return "damaged"
+    return "ok"
+
+
+def check(out: Path, parts: list[str]) -> int:
+    """Prints the table of files, and the licences; returns how many files are not as they should be."""
+    notes, bad = read_notes(out), 0
+    width = max(len(remote.path) for part in parts for remote in PARTS[part].files)
+    print(f"{'file':{width}}  {'found':>8}  {'expected':>8}  {'':12}  what it is for")
+    for part in parts:
+        for remote in PARTS[part].files:
+            path, state = present(out, remote), verdict(out, remote, notes, deep=True)
+            bad += state != "ok"
+            found = show(path.stat().st_size) if path else "-"
+            name = remote.path if path in (None, out / remote.path) else str(path.relative_to(out))
+            if state == "ok" and name in notes:
+                state = "ok, SHA-256"
+            print(f"{name:{width}}  {found:>8}  {remote.size or '?':>8}  {state:12}  {remote.purpose}")
+    print()
+    for part in parts:
+        print(f"{part}: {PARTS[part].licence}")
+    return bad
+
+
+def prepare(out: str | Path, parts: list[str] = TALKING, mirrors: list[str] = ()) -> None:
+    """Downloads what is missing of `parts` into `out`. OSError or ValueError, one line each."""
+    out, parts = Path(out), check_parts(parts)
+    notes = read_notes(out)
+    wanted = [remote for part in parts for remote in PARTS[part].files
+              if verdict(out, remote, notes, deep=False) != "ok"]  # fmt: skip
+    urls = {remote: mirrored(remote.url, mirrors) for remote in wanted}
+    out.mkdir(parents=True, exist_ok=True)
+    needed = sum(bounds(remote.size)[1] for remote in wanted if remote.size)
+    needed -= sum(path.stat().st_size for remote in wanted if (path := out / (remote.path + ".part")).exists())
+    if needed > (free := shutil.disk_usage(out).free):
+        raise OSError(f"{out}: {show(needed)} are needed and {show(free)} are free: choose another disk")
+    for remote in wanted:
+        notes[remote.path] = fetch(remote, urls[remote], out)
+        write_notes(out, notes)
+
+
+def check_parts(parts: list[str]) -> list[str]:
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"unknown part '{part}'; choose from {', '.join(PARTS)}")
+    if {"hubert", "mhubert-base"} <= set(parts):
+        raise ValueError("hubert and mhubert-base are the same model in two forms: choose one")
+    return list(dict.fromkeys(parts))
+
+
+def mirrored(url: str, mirrors: list[str]) -> str:
+    """url with the first fitting FROM replaced by its TO; each mirror is FROM=TO, two beginnings of URLs."""
+    for mirror in mirrors:
+        old, equals, new = mirror.partition("=")
+        if not equals or not _allowed(new, local=True):
+            raise ValueError(f"--mirror {mirror}: expected FROM=TO, as in https://huggingface.co=https://YOUR.MIRROR")
+        if url.startswith(old):
+            return new.rstrip("/") + "/" + url[len(old) :].lstrip("/")
+    return url
+
+
+def main() -> None:
+    def refuse(message: str) -> None:
+        raise ValueError(f"{message}; --help lists the options")
+
+    parser = argparse.ArgumentParser(description="Downloads the released SpeechGPT-7B, or checks a copy of it.")
+    parser.error = refuse  # one line, as for every other mistake
+    parser.add_argument("out", type=Path, help="folder to fill or to check")
+    parser.add_argument("--check", action="store_true", help="download nothing, print what is there")
+    parser.add_argument("--parts", nargs="+", default=list(TALKING), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--mirror", action="append", default=[], metavar="FROM=TO", help="another place to fetch from")
+    options = parser.parse_args()
+    parts = check_parts(options.parts)
+    if not options.check:
+        prepare(options.out, parts, options.mirror)
+    if bad := check(options.out, parts):
+        raise ValueError(f"{options.out}: {bad} files are missing or wrong; run again without --check to fetch them")
+
+
+if __name__ == "__main__":
+    from config import command_line
+
+    command_line(main)
