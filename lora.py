@@ -1,11 +1,11 @@
-"""Low-rank adaptation: train two thin matrices beside a frozen one (SpeechGPT §4.2, chain-of-modality stage).
+"""Low-rank adaptation: two thin trained matrices beside a frozen one (SpeechGPT §4.2, chain-of-modality stage).
 
     y = W x + (alpha / r) B A dropout(x)        A (r, in) random, B (out, r) zero: at first nothing changes
 
 Reference: Hu et al. 2021, arXiv:2106.09685. On disk the layout is that of the `peft` library:
 
     folder/adapter_config.json        {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": [..], ..}
-    folder/adapter_model.safetensors  base_model.model.<name of the linear layer>.lora_A.weight and .lora_B.weight
+    folder/adapter_model.safetensors  base_model.model.<name of the linear layer>.lora_A.weight, .lora_B.weight
 """
 import math
 from pathlib import Path
@@ -17,12 +17,12 @@ import checkpoint
 
 
 class LoRALinear(nn.Module):
-    """A linear layer (of any kind) with its adapter. A and B stay in fp32 whatever the base is stored in."""
+    """A linear layer (plain or int8) with its adapter. A and B are fp32 whatever the base is stored in."""
 
-    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Module, target: str, r: int, alpha: float, dropout: float):
         super().__init__()
-        device = next(iter(base.state_dict().values())).device
-        self.base_layer = base
+        device = base.weight.device
+        self.base_layer, self.target = base, target    # the name by which it was chosen
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device)
         self.dropout = nn.Dropout(dropout)
@@ -32,7 +32,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        delta = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
+        delta = self.lora_B(self.lora_A(self.dropout(x.float())))
         return y + (self.scale * delta).to(y.dtype)
 
 
@@ -43,86 +43,100 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     """What an optimiser should train: every A and B."""
-    return [p for m in adapters(model).values() for p in (m.lora_A.weight, m.lora_B.weight)]
+    return [half.weight for m in adapters(model).values() for half in (m.lora_A, m.lora_B)]
+
+
+def new_adapters(model: nn.Module, r: int, alpha: float, targets: list[str], dropout: float) -> dict[str, LoRALinear]:
+    """An adapter for each linear layer whose name ends with one of `targets` ("q_proj", "self_attn.q_proj")."""
+    assert r > 0 and not adapters(model), f"rank {r}, {len(adapters(model))} adapters already there"
+    linear = {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
+    found = {name: target for target in targets for name in linear if f".{name}".endswith(f".{target}")}
+    for target in targets:
+        if target not in found.values():
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ValueError(f"no linear layer is called {target!r:.50}; there are {known}")
+    return {name: LoRALinear(linear[name], target, r, alpha, dropout) for name, target in found.items()}
+
+
+def attach(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)               # A and B of the layer are new, hence not frozen
+    return model
 
 
 def apply(model: nn.Module, r: int, alpha: float, targets: list[str], dropout: float = 0.0) -> nn.Module:
-    """Freezes the model and puts an adapter on each linear layer whose name ends with one of `targets`,
-    e.g. ["q_proj", "v_proj"]. Changes the model in place and returns it."""
-    assert r > 0 and not adapters(model), f"rank {r}; a model takes one adapter"
-    model.requires_grad_(False)
-    for target in targets:
-        names = [n for n, m in model.named_modules()
-                 if f".{n}".endswith(f".{target}") and hasattr(m, "in_features")]
-        if not names:
-            raise ValueError(f"no linear layer is called {target!r}: LoRA targets are names such as 'q_proj'")
-        for name in names:
-            parent, _, leaf = name.rpartition(".")
-            parent = model.get_submodule(parent)
-            setattr(parent, leaf, LoRALinear(getattr(parent, leaf), r, alpha, dropout))
-    return model
+    """Freezes the model and puts a new adapter on each target layer. Changes the model in place, returns it."""
+    return attach(model, new_adapters(model, r, alpha, targets, dropout))
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Folds each adapter into its layer, W' = W + (alpha / r) B A, and removes it: same output, no cost."""
+    """Folds each adapter into its layer, W' = W + (alpha / r) B A, and removes it: equal output at no cost."""
     for name, m in adapters(model).items():
-        assert isinstance(m.base_layer, nn.Linear), f"{name} is {type(m.base_layer).__name__}"
+        if not isinstance(m.base_layer, nn.Linear):
+            raise ValueError(f"{name} is int8, too coarse to merge an adapter into: leave it beside, or load without")
         W = m.base_layer.weight
-        W.copy_(W.float() + m.scale * (m.lora_B.weight.float() @ m.lora_A.weight.float()))
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, m.base_layer)
+        W.copy_(W.float() + m.scale * (m.lora_B.weight @ m.lora_A.weight))
+        model.set_submodule(name, m.base_layer)
     return model
 
 
-# ---- peft's folder -----------------------------------------------------------------------------------------
+# ---- peft's folder -------------------------------------------------------------------------------------------
 
-def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters under peft's names."""
+def named(layers: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
+    """The parameters of adapted layers under peft's names."""
     return {f"base_model.model.{name}.{half}.weight": getattr(m, half).weight
-            for name, m in adapters(model).items() for half in ("lora_A", "lora_B")}
+            for name, m in layers.items() for half in ("lora_A", "lora_B")}
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    folder, found = Path(folder), adapters(model)
-    assert found, "the model has no adapter to save"
-    m = next(iter(found.values()))
+    """Writes the adapter alone, as peft does."""
+    folder, layers = Path(folder), adapters(model)
+    assert layers, "the model has no adapter to save"
+    m = next(iter(layers.values()))
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_tensors(folder / "adapter_model.safetensors", dict(tensors(model)), {"format": "pt"})
+    checkpoint.save_tensors(folder / "adapter_model.safetensors", named(layers))
     checkpoint.write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
-        "inference_mode": True, "r": m.r, "lora_alpha": m.alpha, "lora_dropout": m.dropout.p,
-        "target_modules": sorted({name.rpartition(".")[2] for name in found}),
-        "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None})
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
+        "r": m.r, "lora_alpha": m.alpha, "lora_dropout": m.dropout.p,
+        "target_modules": sorted({m.target for m in layers.values()}), "bias": "none", "fan_in_fan_out": False,
+        "init_lora_weights": True, "modules_to_save": None})
 
 
-UNSUPPORTED = ("fan_in_fan_out", "modules_to_save", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-               "layers_to_transform", "layers_pattern")
-
-
-@torch.no_grad()
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Applies the adapter that peft (or `save`) wrote; rank, alpha and targets come from its config."""
-    folder = Path(folder)
-    path = folder / "adapter_config.json"
+    """Applies the adapter that peft or `save` wrote; rank, alpha and targets come from its config. One that does not
+    fit is refused, and the model then unchanged."""
+    path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     config = checkpoint.read_json(path)
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: peft_type {config.get('peft_type')!r}, bias {config.get('bias')!r}; "
-                         "only a LORA adapter with bias 'none' is supported")
-    odd = [key for key in UNSUPPORTED if config.get(key)]
-    if odd or not isinstance(config.get("target_modules"), list):
-        key = odd[0] if odd else "target_modules"
-        raise ValueError(f"{path}: {key} = {config.get(key)!r} is not supported")
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists():
-        weights = folder / "adapter_model.bin"
-    stored = checkpoint.read_tensors(weights)
-    apply(model, config["r"], config["lora_alpha"], config["target_modules"], config.get("lora_dropout", 0.0))
-    wanted = tensors(model)
-    for name in wanted.keys() ^ stored.keys():
-        raise ValueError(f"{weights}: {name} is {'missing' if name in wanted else 'not used by the model'}")
-    for name, p in wanted.items():
-        if (found := stored[name].shape) != p.shape:
-            raise ValueError(f"{weights}: {name} is {tuple(found)}, the model needs {tuple(p.shape)}")
-        p.copy_(stored[name])
-    return model
+    tensors = checkpoint.read_tensors(weights if weights.exists() else weights.with_suffix(".bin"))
+    try:
+        layers = new_adapters(model, *read_config(config))
+        for name in sorted(named(layers).keys() ^ tensors.keys()):
+            raise ValueError(f"{name:.200} {'has no place in this model' if name in tensors else 'is missing'}")
+        for name, p in named(layers).items():
+            if tensors[name].shape != p.shape:
+                raise ValueError(f"{name} is {list(tensors[name].shape)}, the model needs {list(p.shape)}")
+            p.data.copy_(tensors[name])
+    except ValueError as e:
+        raise ValueError(f"{path.parent}: {e}") from None
+    return attach(model, layers)
+
+
+def read_config(config: dict) -> tuple[int, float, list[str], float]:
+    """The arguments of `apply`, from peft's config. What changes the function that a layer computes, and is not
+    implemented here, is refused."""
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise ValueError("not the config of a LORA adapter with bias 'none'")
+    for key in ("fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
+                "layers_to_transform", "layer_replication", "alora_invocation_tokens"):
+        if config.get(key):
+            raise ValueError(f"{key} = {config[key]!r:.50} is not supported")
+    r, alpha, targets, dropout = (config.get(key) for key in ("r", "lora_alpha", "target_modules", "lora_dropout"))
+    if not isinstance(r, int) or not 0 < r <= 4096 or not isinstance(alpha, int | float):
+        raise ValueError(f"r = {r!r:.50}, lora_alpha = {alpha!r:.50} is impossible")
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"target_modules = {targets!r:.50}: only a list of names is supported")
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise ValueError(f"lora_dropout = {dropout!r:.50} is impossible")
+    return r, alpha, targets, dropout
