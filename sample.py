@@ -33,8 +33,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import checkpoint
 import lora
@@ -43,7 +43,7 @@ import tokenizer
 from config import command_line
 from data import audio
 from hubert import UnitExtractor
-from llama import Cache, Llama, config_from_json
+from llama import Cache, Llama
 from tokenizer import Tokenizer
 from vocoder import UnitVocoder
 
@@ -72,6 +72,7 @@ class Grammar:
     """Adds -inf to the logits of tokens that cannot follow the last one. `free` only tells speech from text."""
 
     def __init__(self, tok: Tokenizer, vocab_size: int, device: torch.device, free: bool = False):
+        rows, vocab_size = vocab_size, max(vocab_size, len(tok))  # a text model has no rows for units yet
         unit = torch.zeros(vocab_size, dtype=torch.bool)
         unit[torch.tensor(list(tok.unit_ids))] = True
         outside = torch.zeros(vocab_size).masked_fill(unit, -torch.inf)
@@ -81,9 +82,9 @@ class Grammar:
         inside = torch.full((vocab_size,), -torch.inf).masked_fill(unit, 0.0)
         inside[tok.eosp] = 0.0
         repeat = torch.zeros(vocab_size).masked_fill(unit, -torch.inf)  # units are deduplicated: none comes twice
-        self.in_speech = unit.index_fill(0, torch.tensor([tok.sosp]), True).to(device)  # (V,)
-        self.bias = torch.stack([outside, inside]).to(device)              # (2, V)
-        self.repeat = repeat.to(device)                                    # (V,)
+        self.in_speech = unit.index_fill(0, torch.tensor([tok.sosp]), True)[:rows].to(device)  # (V,)
+        self.bias = torch.stack([outside, inside])[:, :rows].to(device)    # (2, V)
+        self.repeat = repeat[:rows].to(device)                             # (V,)
         self.free = free
 
     def __call__(self, logits: Tensor, last: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def one_thread(model: Llama):
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], tok: Tokenizer, text: Sampling = GREEDY, speech: Sampling = PAPER,
              max_new: int | None = None, generator: torch.Generator | None = None, free: bool = False,
-             stop: tuple[int, ...] = ()) -> list[list[int]]:
+             stop: tuple[int, ...] = (), show: bool = False) -> list[list[int]]:
     """New ids of each prompt, up to and with its end (</s>, <eoa> or <eos>, or one of `stop`) or the context's end.
 
     `text` and `speech` say how tokens outside and inside speech are drawn; `free` lifts the grammar. Chance comes from
@@ -154,7 +155,7 @@ def generate(model: Llama, prompts: list[list[int]], tok: Tokenizer, text: Sampl
     if not torch.isfinite(logits).all():
         raise ValueError("the model computes NaN: its weights are damaged, or it needs --dtype float32")
     with one_thread(model):
-        for step in range(steps):
+        for step in tqdm(range(steps), "thinking", unit=" tokens", leave=False, disable=not show):
             if step:
                 logits = decode_one_token(model, last, cache)
             logits, chance = grammar(logits, last), uniform[:, step]
@@ -175,44 +176,6 @@ def generate(model: Llama, prompts: list[list[int]], tok: Tokenizer, text: Sampl
 def weight_bytes(model: nn.Module) -> int:
     """Bytes that one step of decoding reads: all weights but the embedding, of which it needs a row."""
     return sum(t.nbytes for name, t in model.state_dict().items() if "embed_tokens" not in name)
-
-
-# ---- Weights in eight bits -----------------------------------------------------------------------------------
-
-
-class Int8Linear(nn.Module):
-    """A linear layer without bias in a quarter of the memory: a row of W is int8 times one scale of its own."""
-
-    def __init__(self, weight: Tensor, device: torch.device):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        weight = weight.to(device, torch.float32)
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
-
-
-def load_int8(folder: Path, dtype: torch.dtype, device: torch.device) -> Llama:
-    """Llama.from_pretrained, with the matrices of the blocks as Int8Linear. They are rounded one by one, straight from
-    the mapped file: what is held at any moment is the int8 model and one matrix."""
-    config = config_from_json(checkpoint.read_json(folder / "config.json"), folder / "config.json")
-    with torch.device("meta"):
-        model = Llama(config)
-    tensors = {name: t for name, t in checkpoint.read_tensors(folder).items() if not name.endswith(".inv_freq")}
-    for name, module in list(model.model.layers.named_modules(prefix="model.layers")):
-        if isinstance(module, nn.Linear):
-            weight = tensors.get(f"{name}.weight")
-            if weight is None or weight.shape != module.weight.shape:
-                raise ValueError(f"{folder}: {name}.weight is missing or not {tuple(module.weight.shape)}")
-            parent, _, leaf = name.rpartition(".")
-            quantized = Int8Linear(weight, device)
-            setattr(model.get_submodule(parent), leaf, quantized)
-            tensors |= {f"{name}.{key}": t for key, t in quantized.state_dict().items()}
-    checkpoint.assign(model, tensors, folder, dtype, device)
-    return model.eval()
 
 
 # ---- A model that talks --------------------------------------------------------------------------------------
@@ -253,17 +216,20 @@ class SpeechGPT:
     """The parts of a folder, put together. Without extractor it cannot hear, without vocoder it cannot speak."""
 
     llama: Llama
-    tokenizer: Tokenizer
+    tok: Tokenizer
     extractor: UnitExtractor | None = None
     vocoder: UnitVocoder | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "auto", dtype: str = "auto",
                         int8: bool = False) -> "SpeechGPT":
-        """Reads folder/llama and, where they are, folder/{lora,hubert,vocoder}. The adapter is merged into its
-        matrices, or stays beside them if those are int8. dtype "auto" is float32 on a CPU for files of up to 4 GB,
-        else bfloat16 (float16 on Apple's GPUs); HuBERT and the vocoder are always float32."""
-        folder, device, dtype = Path(folder), run.device(str(device)), str(dtype).removeprefix("torch.")
+        """Reads folder/llama and, where they are, folder/{lora,hubert,vocoder}. device "cuda:0,cuda:1" spreads the
+        LLaMA over two GPUs. The adapter is merged into its matrices, or stays beside them if those are int8. dtype
+        "auto" is float32 on a CPU for files of up to 4 GB, else bfloat16 (float16 on Apple's GPUs); HuBERT and the
+        vocoder are always float32."""
+        folder, dtype = Path(folder), str(dtype).removeprefix("torch.")
+        devices = [run.device(name) for name in str(device).split(",")]
+        device = devices[0]
         if not (folder / "llama").is_dir():
             raise FileNotFoundError(f"{folder} is no model: there is no {folder}/llama; make one with "
                                     "`python train.py configs/tiny.toml`, or name another folder")
@@ -273,8 +239,7 @@ class SpeechGPT:
         if dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"unknown dtype '{dtype}'; choose auto, float32, float16 or bfloat16")
         tok = Tokenizer.from_pretrained(folder / "llama")
-        load = load_int8 if int8 else Llama.from_pretrained
-        llama = load(folder / "llama", dtype=getattr(torch, dtype), device=device)
+        llama = Llama.from_pretrained(folder / "llama", getattr(torch, dtype), devices, int8)
         tok.check_vocab(llama.config.vocab_size, f"{folder}/llama")
         if (folder / "lora").is_dir():
             lora.load(llama, folder / "lora")
@@ -287,6 +252,11 @@ class SpeechGPT:
         if (folder / "vocoder").is_dir():
             model.vocoder = UnitVocoder.from_pretrained(folder / "vocoder").to(device).eval()
         return model
+
+    @property
+    def n_speakers(self) -> int:
+        voices = getattr(self.vocoder, "spkr", None)
+        return voices.num_embeddings if isinstance(voices, nn.Embedding) else 1
 
     # -- what each step gives
 
@@ -325,20 +295,22 @@ class SpeechGPT:
         released weights; "auto" is "paper" for a tokenizer with a piece "[tq]", as Tokenizer.train makes it."""
         assert task in TASKS and mode in MODES, f"task {task!r} of {TASKS}, mode {mode!r} of {MODES}"
         if style == "auto":
-            style = "released" if self.tokenizer.sp.piece_to_id("▁[tq]") == self.tokenizer.unk else "paper"
+            style = "released" if self.tok.sp.piece_to_id("▁[tq]") == self.tok.unk else "paper"
         source, target = {"asr": "s2t", "tts": "t2s"}.get(task, mode).split("2")
         if source == "*":
             source = "s" if is_sound(prompt) else "t"
         if task == "continue":
             target = source
+        if source == "t" and (not isinstance(prompt, str) or task == "tts" and is_sound(prompt)):
+            raise ValueError("a text is needed here, not " + (prompt if isinstance(prompt, str) else "a recording"))
         if target == "s" and self.vocoder is None:
             raise ValueError("this model has no vocoder/ in its folder and cannot speak; ask for text")
         units, seconds = self.hear(prompt) if source == "s" else ([], 0.0)
-        said = tokenizer.units_to_text(units) if source == "s" else str(prompt).strip()
+        said = tokenizer.units_to_text(units) if source == "s" else prompt.strip()
         if not said:
             raise ValueError("the prompt is empty: write a question or name a sound file")
         if task == "continue":
-            ids = self.tokenizer.encode(said.removesuffix("<eosp>"))
+            ids = self.tok.encode(said.removesuffix("<eosp>"))
         else:
             form = partial(tokenizer.chain_of_modality, style=style) if chain else tokenizer.standard
             if task == "chat" and source == "s":
@@ -348,7 +320,7 @@ class SpeechGPT:
             else:
                 instructions = tokenizer.ASR_INSTRUCTIONS if task == "asr" else tokenizer.TTS_INSTRUCTIONS
                 text, _ = tokenizer.cross_modal(instructions[0], said, style=style)
-            ids = self.tokenizer.prompt(text, official=style == "released")
+            ids = self.tok.prompt(text, official=style == "released")
         room = self.llama.config.max_len - MIN_ANSWER - len(ids)
         if room < 0:
             fit = f"about {seconds * (1 + room / len(units)):.1f} of its {seconds:.1f} s do" if units else "shorten it"
@@ -376,19 +348,17 @@ class SpeechGPT:
 
     def reply_batch(self, prompts: list[Prompt], mode: str = "*2s", task: str = "chat", chain: bool = True,
                     style: str = "auto", text: Sampling = GREEDY, speech: Sampling = PAPER, max_new: int | None = None,
-                    seed: int = 0, speaker: int | None = None, free: bool = False) -> list[Reply]:
+                    seed: int = 0, speaker: int | None = None, free: bool = False, show: bool = False) -> list[Reply]:
         """Answers several prompts at once. task: chat (by chain of modality, or with chain=False by standard
         prompting), asr, tts or continue; seed: of every draw; the rest as in `question` and `generate`."""
-        speakers = getattr(self.vocoder, "spkr", None)
-        n_speakers = speakers.num_embeddings if isinstance(speakers, nn.Embedding) else 1
-        if speaker is not None and not 0 <= speaker < n_speakers:
-            raise ValueError(f"there is no speaker {speaker}: this vocoder has {n_speakers}, counted from 0")
+        if speaker is not None and not 0 <= speaker < self.n_speakers:
+            raise ValueError(f"there is no speaker {speaker}: this vocoder has {self.n_speakers}, counted from 0")
         clock = [time.perf_counter()]
         questions = [self.question(prompt, mode, task, chain, style) for prompt in prompts]
         clock.append(time.perf_counter())
-        answers = generate(self.llama, [q.ids for q in questions], self.tokenizer, text, speech, max_new,
+        answers = generate(self.llama, [q.ids for q in questions], self.tok, text, speech, max_new,
                            torch.Generator().manual_seed(seed), free,
-                           stop=(self.tokenizer.eosp,) if task == "continue" else ())
+                           (self.tok.eosp,) if task == "continue" else (), show)
         clock.append(time.perf_counter())
         replies = [self.compose(question, ids, task, speaker) for question, ids in zip(questions, answers)]
         clock.append(time.perf_counter())
@@ -407,9 +377,9 @@ class SpeechGPT:
 
     def compose(self, question: Question, ids: list[int], task: str, speaker: int | None) -> Reply:
         """The generated ids as a reply, with its speech synthesised and a note of whatever is missing."""
-        parts = self.tokenizer.parse(question.ids[1:] + ids if task == "continue" else ids)
+        parts = self.tok.parse(question.ids[1:] + ids if task == "continue" else ids)
         wav, notes = None, []
-        if not parts.complete and not (task == "continue" and ids[-1] == self.tokenizer.eosp):
+        if not parts.complete and not (task == "continue" and ids[-1] == self.tok.eosp):
             notes.append("the answer was cut off: it came to the limit on its length before its end")
         if question.target == "s" and parts.ua:
             wav = self.vocoder(parts.ua, speaker=speaker).float().cpu().numpy()
@@ -448,7 +418,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--max-new", type=int, help="tokens in an answer (default: what the context holds)")
     p.add_argument("--speaker", type=int, help="number of the voice, for a vocoder with several")
     p.add_argument("--batch", type=int, default=8, help="prompts answered at the same time")
-    p.add_argument("--device", default="auto", help="cpu, cuda or mps")
+    p.add_argument("--device", default="auto", help="cpu, cuda, mps, or several: cuda:0,cuda:1")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
     p.add_argument("--int8", action="store_true", help="keep the matrices of the language model in eight bits")
     p.add_argument("--out", type=Path, default="out/replies", help="folder for replies, or a .wav for the only one")
@@ -481,7 +451,7 @@ def reply_paths(prompts: list[str], out: Path) -> list[Path]:
 def answer(model: SpeechGPT, prompts: list[str], paths: list[Path], **options) -> None:
     """Answers a batch, writes it to disk and prints it."""
     with one_thread(model.llama):
-        replies = model.reply_batch(prompts, **options)
+        replies = model.reply_batch(prompts, show=sys.stderr.isatty(), **options)
     for prompt, path, reply in zip(prompts, paths, replies):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = {"heard": reply.transcript, "answer": reply.text, "note": reply.note, "spoken": ""}
