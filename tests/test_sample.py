@@ -266,7 +266,7 @@ def test_greedy_continuation_is_that_of_transformers(gpt, wild, tmp_path):
     assert sample.generate(wild, [prompt], tok, GREEDY, GREEDY, 64, free=True)[0] == theirs[0, 4:].tolist()
 
 
-# ---- eight bits
+# ---- loading
 
 
 def test_int8_is_close_and_small(folder, gpt):
@@ -277,6 +277,14 @@ def test_int8_is_close_and_small(folder, gpt):
     blocks = small.llama.model.layers.state_dict()
     assert all(t.dtype == torch.int8 for name, t in blocks.items() if name.endswith("proj.weight"))
     assert small.reply(ASKED, "t2t").text == ANSWERED
+
+
+@pytest.mark.parametrize("how", [dict(device="cpu,cpu"), dict(dtype="bfloat16"), dict(dtype=torch.float16),
+                                 dict(dtype="bfloat16", int8=True)])
+def test_other_places_and_precisions_answer_alike(folder, how):
+    gpt = SpeechGPT.from_pretrained(folder, **{"device": "cpu", **how})
+    assert str(gpt.llama.lm_head.weight.dtype).removeprefix("torch.") in str(how.get("dtype", "float32"))
+    assert [reply.text for reply in gpt.reply_batch([ASKED, chirp()], "*2t")] == [ANSWERED] * 2
 
 
 def test_adapter_is_merged_or_stays_beside_int8(folder, gpt, tmp_path):
