@@ -554,6 +554,7 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], source: str | Path,
     for name, weight in wanted.items():
         if id(weight) not in given:
             raise ValueError(f"{source}: {name} {_show(weight.shape)} is missing")
+    tied: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in wanted:
             place = type(module).__name__
@@ -563,6 +564,9 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], source: str | Path,
             raise ValueError(f"{source}: {name} is {_show(tensor.shape)}, expected {_show(weight.shape)}")
         if weight.is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"{source}: {name} is {tensor.dtype}, expected {weight.dtype}")
+        twin = tied.setdefault(id(weight), tensor)
+        if twin is not tensor and not torch.equal(twin, tensor):
+            raise ValueError(f"{source}: {name} differs from the weight that it is tied to")
     for name, tensor in tensors.items():
         weight = wanted[name]
         to = (dtype or weight.dtype) if weight.is_floating_point() else weight.dtype

@@ -144,6 +144,13 @@ def test_assign_keeps_ties(names):
     assert model[0].weight is model[1].weight and torch.equal(model[0].weight, value.half())
 
 
+def test_tied_weights_that_differ_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"here: 1\.weight"):
+        assign(model, {"0.weight": torch.ones(3, 3), "1.weight": torch.zeros(3, 3)}, "here")
+
+
 @pytest.mark.parametrize("change, named", [
     (lambda t: t.pop("1.bias"), "1.bias"),
     (lambda t: t.update(extra=torch.ones(1)), "extra"),
@@ -928,7 +935,7 @@ def test_the_valid_files_are_valid(valid):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12), st.binary(max_size=12)), min_size=1, max_size=4))
 def test_mutated_files_are_refused_or_read(valid, kind, edits):
     """Each edit replaces some bytes by others, maybe fewer or more."""
@@ -958,7 +965,7 @@ def test_random_bytes_are_refused(valid, kind, data, start):
         path.write_bytes(original)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(code=st.lists(st.sampled_from([
     b"}", b"]", b")", b"(", b"0", b"a", b"e", b"s", b"u", b"t", b"\x85", b"\x86", b"\x87", b"R", b"b", b"\x81",
     b"Q", b"K\1", b"N",
@@ -1165,9 +1172,11 @@ def convert(folder: Path, tensors: int, mb: int) -> dict[str, float]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("tensors, mb", [(40, 8), pytest.param(64, 64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tensors, mb", [(40, 8), pytest.param(68, 64, marks=pytest.mark.slow)])
 def test_converting_needs_the_memory_of_the_result_only(tmp_path, tensors, mb):
-    """320 MB of fp32 (slow: 4 GB) become bf16: reading costs nothing, converting half of the file's size."""
+    """320 MB of fp32 become bf16: reading costs nothing, converting half of the file's size.
+
+    The slow one has more than 4 GB, where zip archives change to 64 bits."""
     used = convert(tmp_path, tensors, mb)
     assert used["read"] < 16
     assert used["peak"] < tensors * mb / 2 * 1.05 + 2 * mb
