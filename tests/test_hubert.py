@@ -1,0 +1,539 @@
+"""hubert.py: equal to transformers and fairseq's layout on tiny random weights; exact batches, pieces and units."""
+
+import argparse
+import copy
+import pickle
+import sys
+import time
+import types
+from dataclasses import replace
+from functools import partial
+
+import joblib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans as SklearnKMeans
+from sklearn.cluster import MiniBatchKMeans
+
+import hubert
+from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, dedup, expand, mfcc, n_frames, span_mask
+
+TINY = HuBERTConfig(conv_dim=(16, 16, 24, 24, 32, 32, 32), dim=32, n_layers=3, n_heads=4, ffn_dim=64, pos_kernel=16,
+                    pos_groups=4, proj_dim=16)
+LARGE = replace(TINY, extractor_norm="layer", pre_norm=True, conv_bias=True)  # HuBERT large's arrangement
+BOTH = pytest.mark.parametrize("cfg", [TINY, LARGE, replace(TINY, conv_bias=True), replace(LARGE, normalize=True),
+                                       replace(TINY, normalize=True, pos_kernel=15)],
+                               ids=["group-post", "layer-pre", "group-bias", "large", "group-normalize"])
+
+
+def randomized(cfg: HuBERTConfig, seed: int = 0) -> HuBERT:
+    """Every parameter random, so that a forgotten bias or norm shows."""
+    torch.manual_seed(seed)
+    model = HuBERT(cfg).eval()
+    for name, p in model.named_parameters():
+        p.data.add_(torch.randn_like(p) * (0.02 if name.startswith("feature_extractor") else 0.1))
+    return model
+
+
+def speech(seconds: float, seed: int = 0) -> torch.Tensor:
+    """Something with pauses, loudness and pitch that change: (N,)."""
+    g = torch.Generator().manual_seed(seed)
+    n = int(seconds * 16000)
+    loud = F.interpolate(torch.rand(1, 1, int(seconds * 8) + 2, generator=g), n, mode="linear")[0, 0] ** 2
+    pitch = F.interpolate(80 + 120 * torch.rand(1, 1, int(seconds * 3) + 2, generator=g), n, mode="linear")[0, 0]
+    phase = (pitch * (2 * torch.pi / 16000)).cumsum(0)
+    tone = sum(torch.sin(k * phase) / k for k in range(1, 20))
+    return 0.1 * loud * tone + 0.02 * loud * torch.randn(n, generator=g) + 0.003
+
+
+def hf_model(cfg: HuBERTConfig):
+    from transformers import HubertConfig, HubertModel
+
+    table = {k: v for k, v in hubert.to_hugging_face(cfg).items() if k not in ("architectures", "model_type")}
+    theirs = HubertModel(HubertConfig(**table, hidden_dropout=0, attention_dropout=0, activation_dropout=0)).eval()
+    torch.manual_seed(1)
+    for p in theirs.parameters():
+        p.data.add_(torch.randn_like(p) * 0.05)
+    return theirs
+
+
+def extractor(cfg: HuBERTConfig = TINY, k: int = 20, layer: int = 2) -> UnitExtractor:
+    model = randomized(cfg)
+    with torch.no_grad():
+        x = model.features(speech(6)[None], layer)[0]
+    return UnitExtractor(model, KMeans.fit(x, k), layer)
+
+
+# ---- the encoder
+
+
+@BOTH
+def test_hidden_states_equal_those_of_transformers(cfg, tmp_path):
+    theirs = hf_model(cfg)
+    theirs.save_pretrained(tmp_path)
+    ours = HuBERT.from_pretrained(tmp_path)
+    wav = torch.stack([speech(1.3, 1), speech(1.3, 2)])
+    with torch.no_grad():
+        heard = wav if not cfg.normalize else F.layer_norm(wav, wav.shape[1:])
+        want = theirs(heard, output_hidden_states=True)
+        got = ours.hidden_states(wav)
+        if cfg.pre_norm:  # what transformers puts out last has the final norm
+            got[-1] = ours.encoder.layer_norm(got[-1])
+    assert len(got) == len(want.hidden_states) == cfg.n_layers + 1
+    for a, b in zip(got, [*want.hidden_states[:-1], want.last_hidden_state]):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert want.last_hidden_state.std() > 0.1  # not equal because both are nothing
+
+
+@BOTH
+def test_what_we_save_loads_in_transformers(cfg, tmp_path):
+    from transformers import HubertModel
+
+    ours = randomized(replace(cfg, n_classes=7))
+    ours.save_pretrained(tmp_path)
+    theirs, report = HubertModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    wav = speech(1.1)[None]
+    with torch.no_grad():
+        heard = wav if not cfg.normalize else F.layer_norm(wav, wav.shape[1:])
+        got = theirs.eval()(heard).last_hidden_state
+        want = ours.features(wav, cfg.n_layers)
+        want = ours.encoder.layer_norm(want) if cfg.pre_norm else want
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    again = HuBERT.from_pretrained(tmp_path)
+    assert replace(again.config, proj_dim=cfg.proj_dim) == cfg
+    torch.testing.assert_close(again.features(wav, 2), ours.features(wav, 2), atol=1e-5, rtol=0)
+
+
+@given(st.integers(400, 5000))
+@settings(max_examples=30, deadline=None)
+def test_number_of_frames(n):
+    model = _ONE.setdefault("model", randomized(TINY))
+    assert model.features(torch.randn(1, n), 1).shape == (1, n_frames(n), TINY.dim)
+    assert mfcc(torch.randn(2, n)).shape == (2, n_frames(n), 39)
+
+
+_ONE: dict = {}
+
+
+def test_number_of_frames_of_known_lengths():
+    assert [n_frames(n) for n in (400, 719, 720, 16000, 160000, 1_600_000)] == [1, 1, 2, 49, 499, 4999]
+
+
+def test_a_layer_does_not_need_the_layers_above(tmp_path):
+    model = randomized(TINY)
+    model.save_pretrained(tmp_path)
+    low = HuBERT.from_pretrained(tmp_path, n_layers=2)
+    assert len(low.encoder.layers) == 2 and low.config.n_layers == 2
+    wav = speech(1)[None]
+    assert torch.equal(low.features(wav, 2), model.features(wav, 2))
+    for layer in model.encoder.layers[2:]:  # and does not run them
+        layer.forward = None
+    model.features(wav, 2)
+    with pytest.raises(ValueError, match="layer 4 asked for"):
+        HuBERT.from_pretrained(tmp_path, n_layers=4)
+
+
+@BOTH
+def test_pieces_and_gradients_give_the_same_features(cfg):
+    """Without gradients the convolutions run two seconds at a time, with them at once."""
+    model, wav = randomized(cfg), speech(5.003)[None]
+    with torch.no_grad():
+        pieces = model.features(wav, 3)
+    torch.testing.assert_close(pieces, model.features(wav, 3).detach(), atol=2e-5, rtol=0)
+
+
+@BOTH
+def test_padded_batch_equals_one_by_one(cfg):
+    model = randomized(cfg)
+    wavs = [speech(s, i) for i, s in enumerate((1.0, 0.3, 2.345, 0.025))]
+    padded = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True, padding_value=9.0)  # padding is never heard
+    if cfg.normalize or cfg.extractor_norm == "group":
+        assert not torch.allclose(model.features(padded, 3)[0, :49], model.features(wavs[0][None], 3)[0], atol=1e-2)
+    batch = model.features(padded, 3, torch.tensor([len(w) for w in wavs]))
+    for wav, row in zip(wavs, batch):
+        alone = model.features(wav[None], 3)[0]
+        torch.testing.assert_close(row[: len(alone)], alone, atol=2e-5, rtol=0)
+
+
+def test_group_norm_in_the_weights_has_the_gradients_of_group_norm():
+    model, wav = randomized(TINY), torch.stack([speech(0.5, 1), speech(0.5, 2)])
+    layer = model.feature_extractor.conv_layers[0]
+    plain = copy.deepcopy(layer)
+    want = plain.layer_norm(F.conv1d(wav[:, None], plain.conv.weight, stride=5)).transpose(1, 2)
+    weight, bias = model.feature_extractor.first(wav, None)
+    got = torch.baddbmm(bias, model.feature_extractor.windows(wav), weight)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    signal = torch.randn(got.shape)
+    (got * signal).sum().backward()
+    (want * signal).sum().backward()
+    for a, b in zip(layer.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=2e-3, rtol=1e-3)
+
+
+def test_silence_gives_numbers():
+    for cfg in (TINY, LARGE, replace(LARGE, normalize=True)):
+        assert torch.isfinite(randomized(cfg).features(torch.zeros(1, 4000), 3)).all()
+    assert torch.isfinite(mfcc(torch.zeros(1, 4000))).all()
+
+
+# ---- training
+
+
+def test_span_mask():
+    mask = span_mask(400, 99, prob=0.08, span=10, generator=torch.Generator().manual_seed(0))
+    assert 0.5 < mask.float().mean() < 0.62  # 8 starts x 10 frames of 99, overlaps away
+    assert mask.any(1).all() and not mask.all(1).any()
+    for row in mask[:50].tolist():  # every run of hidden frames is a whole span or more
+        runs = dedup([int(hidden) for hidden in row])
+        assert all(n >= 10 for hidden, n in zip(*runs) if hidden)
+    assert mask[:, :10].float().mean() > 0.2 and mask[:, -10:].float().mean() > 0.2  # the ends too
+    assert torch.equal(mask, span_mask(400, 99, 0.08, 10, torch.Generator().manual_seed(0)))
+    assert not torch.equal(mask, span_mask(400, 99, 0.08, 10, torch.Generator().manual_seed(1)))
+    assert span_mask(5, 3).any(1).all() and span_mask(1, 1).all()
+    with pytest.raises(AssertionError):
+        span_mask(2, 99, prob=0.8, span=10)
+
+
+@pytest.mark.parametrize("cfg", [TINY, LARGE])
+def test_masked_loss_sees_hidden_frames_only(cfg):
+    model = randomized(replace(cfg, n_classes=11))
+    wav = torch.stack([speech(1, 1), speech(1, 2)])
+    labels, mask = torch.randint(0, 11, (2, 49)), span_mask(2, 49)
+    loss, accuracy = model.masked_loss(wav, labels, mask)
+    other = torch.where(mask, labels, (labels + 1) % 11)
+    assert model.masked_loss(wav, other, mask)[0] == loss
+    assert model.masked_loss(wav, torch.where(mask, (labels + 1) % 11, labels), mask)[0] != loss
+    assert model.masked_loss(wav, torch.where(mask, labels, -1), mask)[0] == loss
+    assert model.masked_loss(wav, other, mask, unmasked_weight=0.5)[0] != loss
+    assert 0 <= accuracy <= 1
+    # eq. 3 in full: cosines of every frame with every codeword, over 0.1
+    x = model.hidden_states(wav, mask=mask)[-1]
+    x = model.encoder.layer_norm(x) if cfg.pre_norm else x
+    logits = torch.cosine_similarity(model.final_proj(x)[:, :, None], model.label_embs, dim=-1) / 0.1
+    torch.testing.assert_close(loss, F.cross_entropy(logits[mask], labels[mask]))
+    # a hidden frame's own sound is gone: its feature is the mask's, wherever the sound goes
+    quiet = model.hidden_states(wav, 0, mask=torch.ones_like(mask))[0]
+    loud = model.hidden_states(wav.flip(1), 0, mask=torch.ones_like(mask))[0]
+    assert torch.equal(quiet, loud)
+
+
+@pytest.mark.parametrize("cfg", [TINY, LARGE])
+def test_masked_prediction_learns(cfg):
+    torch.manual_seed(0)
+    wav = torch.stack([speech(1, i) for i in range(6)])
+    labels = KMeans.fit(mfcc(wav).flatten(0, 1), 6).predict(mfcc(wav))
+    model = HuBERT(replace(cfg, n_classes=6))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(40):
+        loss, _ = model.masked_loss(wav, labels, span_mask(6, 49))
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for n, p in model.named_parameters()
+                   if n != "encoder.layer_norm.bias" and not n.startswith("feature_extractor.conv_layers.0.conv.bias"))
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2, losses
+
+
+def test_mfcc():
+    wav = 10 * speech(2)[None]
+    x = mfcc(wav)
+    torch.testing.assert_close(x.mean(1), torch.zeros(1, 39), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std(1), torch.ones(1, 39), atol=2e-2, rtol=0)
+    raw, louder = mfcc(wav, normalize=False), mfcc(4 * wav, normalize=False)
+    # loudness is the first coefficient alone: log 16 in each of 26 bands, times sqrt(2 / 26)
+    torch.testing.assert_close(louder[..., 0] - raw[..., 0], torch.full((1, 99), np.log(16) * 52**0.5),
+                               atol=1, rtol=0)
+    torch.testing.assert_close(louder[..., 1:], raw[..., 1:], atol=0.3, rtol=0)
+    torch.testing.assert_close(raw[:, 2:-2, 13:26] * 10, (raw[:, 3:-1] - raw[:, 1:-3] + 2 * (raw[:, 4:] - raw[:, :-4]))
+                               [..., :13])
+    assert torch.equal(mfcc(wav[:, : 400 + 320 * 5], normalize=False)[:, :4, :13], raw[:, :4, :13])  # causal frames
+    # different pitches, same cepstrum more or less; a high and a low band of noise: not at all
+    noise = torch.fft.rfft(torch.randn(1, 16000, generator=torch.Generator().manual_seed(0)))
+    low, high = noise.clone(), noise.clone()
+    low[:, 2000:], high[:, :4000] = 0, 0
+    c_low, c_high = (mfcc(torch.fft.irfft(s), normalize=False)[..., 1].mean() for s in (low, high))
+    assert c_low > 5 > -5 > c_high
+
+
+# ---- units
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
+def test_dedup_then_expand_is_the_identity(frames):
+    units, durations = dedup(frames)
+    assert expand(units, durations) == frames
+    assert all(a != b for a, b in zip(units, units[1:])) and min(durations) >= 1
+    assert dedup(torch.tensor(frames)) == (units, durations)
+
+
+def test_dedup_of_the_docstring():
+    assert dedup([63, 63, 63, 991, 162, 162]) == ([63, 991, 162], [3, 1, 2])
+    assert dedup([]) == ([], [])
+
+
+def test_kmeans_predicts_as_sklearn(tmp_path):
+    x = np.random.default_rng(0).normal(size=(3000, 13)).astype(np.float32)
+    theirs = MiniBatchKMeans(25, random_state=0, n_init=1).fit(x)
+    joblib.dump(theirs, tmp_path / "x_km25.bin")
+    ours = KMeans.from_pretrained(tmp_path / "x_km25.bin")
+    assert torch.equal(ours.predict(torch.from_numpy(x)), torch.from_numpy(theirs.predict(x)).long())
+    assert ours.predict(torch.from_numpy(x).view(3, 1000, 13)).shape == (3, 1000)
+    ours.save(tmp_path)
+    assert torch.equal(KMeans.from_pretrained(tmp_path).centers, ours.centers)
+    assert KMeans(torch.tensor([[1.0], [1.0], [-1.0]])).predict(torch.tensor([[2.0], [0.0]])).tolist() == [0, 0]
+
+
+def test_kmeans_finds_clusters():
+    torch.manual_seed(0)
+    centers = torch.randn(8, 5) * 10
+    truth = torch.arange(4000) % 8
+    km = KMeans.fit(centers[truth] + torch.randn(4000, 5), 8, seed=1)
+    got = km.predict(centers[truth])
+    assert len({(a, b) for a, b in zip(truth.tolist(), got.tolist())}) == 8
+    assert torch.equal(KMeans.fit(centers[truth], 8, seed=1).centers, KMeans.fit(centers[truth], 8, seed=1).centers)
+    with pytest.raises(ValueError, match="3 frames of speech cannot make 8 clusters"):
+        KMeans.fit(torch.randn(3, 5), 8)
+
+
+@BOTH
+def test_units_of_a_batch_are_those_of_one_by_one(cfg):
+    unit = extractor(cfg)
+    wavs = [speech(s, i) for i, s in enumerate((1.0, 0.3, 2.345, 0.025, 1.7, 1.71))]
+    batch = unit.frames_batch(wavs, seconds=4)
+    one_by_one = [unit.frames(wav) for wav in wavs]
+    assert [len(b) for b in batch] == [n_frames(len(w)) for w in wavs]
+    differing = sum((a != b).sum().item() for a, b in zip(batch, one_by_one))
+    assert differing <= 1  # a frame exactly between two clusters may fall to either
+    assert len(set(torch.cat(one_by_one).tolist())) > 5
+    units, durations = unit(wavs[2].numpy())
+    assert expand(units, durations) == one_by_one[2].tolist()
+
+
+@pytest.mark.parametrize("cfg", [TINY, replace(LARGE, normalize=True)], ids=["group", "large"])
+def test_chunks_agree_with_one_pass(cfg):
+    torch.manual_seed(0)
+    model, wav = HuBERT(cfg).eval(), speech(30.01)
+    wav[: 16000 * 10] *= 0.1  # chunks differ in loudness, so statistics of their own would show
+    x = model.features(wav[None], 2)[0].detach()
+    unit = UnitExtractor(model, KMeans.fit(x, 20), 2)
+    whole = unit.frames(wav)
+    assert torch.equal(whole, unit.kmeans.predict(x)) and len(whole) == 1500
+    unit.CHUNK, unit.CONTEXT, lengths, forward = 500, 125, [], model.encoder.forward
+    model.encoder.forward = lambda x, *rest: lengths.append(x.shape[1]) or forward(x, *rest)
+    chunked = unit.frames(wav)
+    assert lengths == [625, 750, 625]  # memory is that of a chunk
+    assert len(chunked) == 1500 and (chunked == whole).float().mean() >= 0.98
+
+
+@pytest.mark.parametrize("cfg", [TINY, replace(LARGE, normalize=True)], ids=["group", "large"])
+def test_official_chunks(cfg):
+    unit = extractor(cfg)
+    unit.OFFICIAL = 16000
+    for extra in (0, 399, 400, 5000):
+        wav = speech(2 + extra / 16000)[: 32000 + extra]
+        heard = F.layer_norm(wav, wav.shape) if cfg.normalize else wav
+        unit.model.config = replace(cfg, normalize=False)
+        pieces = [heard[:16000], heard[16000:32000]] + ([heard[32000:]] if extra >= 400 else [])
+        want = torch.cat([unit.frames(piece) for piece in pieces])
+        unit.model.config = cfg
+        got = unit.frames(wav, official=True)
+        assert torch.equal(got, want) and len(got) == 2 * 49 + (n_frames(extra) if extra >= 400 else 0)
+        assert unit(wav, official=True) == dedup(want)
+    assert UnitExtractor.OFFICIAL == 1_600_000
+
+
+def test_bad_recordings_are_one_line():
+    unit = extractor()
+    for wav, why in ((torch.zeros(399), "399 samples"), (torch.zeros(0), "0 samples"), (np.zeros(1), "1 samples"),
+                     (torch.zeros(2, 16000), "one channel"), (torch.full((4000,), float("nan")), "NaN"),
+                     (np.full(4000, np.inf), "NaN or infinity")):
+        for call in (unit, unit.frames, lambda w: unit.frames_batch([w])):
+            with pytest.raises(ValueError, match=why) as caught:
+                call(wav)
+            assert "\n" not in str(caught.value)
+
+
+def test_our_folder(tmp_path):
+    unit, wav = extractor(), speech(2)
+    unit.save_pretrained(tmp_path)
+    again = UnitExtractor.from_pretrained(tmp_path)
+    assert again.layer == 2 and len(again.model.encoder.layers) == 2 and not again.training
+    assert torch.equal(again.frames(wav), unit.frames(wav))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "kmeans.safetensors", "model.safetensors",
+                                                          "units.json"]
+    (tmp_path / "units.json").write_text('{"layer": "two"}')
+    with pytest.raises(ValueError, match="units.json"):
+        UnitExtractor.from_pretrained(tmp_path)
+
+
+# ---- other people's files
+
+
+class Dictionary:
+    """As in fairseq.data.dictionary: what makes torch refuse the file."""
+
+    def __init__(self):
+        self.symbols, self.count, self.indices, self.nspecial = ["<s>", "a"], [1, 1], {"<s>": 0, "a": 1}, 1
+
+
+def fairseq_file(model: HuBERT, path, monkeypatch, cfg="cfg"):
+    """Written by hand after formats.md: the names spelled out, the classes of fairseq, the optimiser's state."""
+    c, ours, theirs = model.config, model.state_dict(), {}
+
+    def put(name, source):
+        theirs[name] = ours[source].clone()
+
+    for i in range(7):
+        put(f"feature_extractor.conv_layers.{i}.0.weight", f"feature_extractor.conv_layers.{i}.conv.weight")
+        for p in ("weight", "bias"):
+            if c.conv_bias and p == "bias":
+                put(f"feature_extractor.conv_layers.{i}.0.bias", f"feature_extractor.conv_layers.{i}.conv.bias")
+            if c.extractor_norm == "layer" or i == 0:
+                norm = "2.1" if c.extractor_norm == "layer" else "2"
+                put(f"feature_extractor.conv_layers.{i}.{norm}.{p}",
+                    f"feature_extractor.conv_layers.{i}.layer_norm.{p}")
+    put("mask_emb", "masked_spec_embed")
+    put("encoder.pos_conv.0.weight_g", "encoder.pos_conv_embed.conv.weight_g")
+    put("encoder.pos_conv.0.weight_v", "encoder.pos_conv_embed.conv.weight_v")
+    put("encoder.pos_conv.0.bias", "encoder.pos_conv_embed.conv.bias")
+    for p in ("weight", "bias"):
+        put(f"layer_norm.{p}", f"feature_projection.layer_norm.{p}")
+        put(f"post_extract_proj.{p}", f"feature_projection.projection.{p}")
+        put(f"encoder.layer_norm.{p}", f"encoder.layer_norm.{p}")
+        for i in range(c.n_layers):
+            for n in ("q", "k", "v", "out"):
+                put(f"encoder.layers.{i}.self_attn.{n}_proj.{p}", f"encoder.layers.{i}.attention.{n}_proj.{p}")
+            put(f"encoder.layers.{i}.self_attn_layer_norm.{p}", f"encoder.layers.{i}.layer_norm.{p}")
+            put(f"encoder.layers.{i}.fc1.{p}", f"encoder.layers.{i}.feed_forward.intermediate_dense.{p}")
+            put(f"encoder.layers.{i}.fc2.{p}", f"encoder.layers.{i}.feed_forward.output_dense.{p}")
+            put(f"encoder.layers.{i}.final_layer_norm.{p}", f"encoder.layers.{i}.final_layer_norm.{p}")
+    theirs |= {"final_proj.weight": torch.randn(256, c.dim), "final_proj.bias": torch.randn(256),
+               "label_embs_concat": torch.randn(504, 256)}
+    settings = {"encoder_attention_heads": c.n_heads, "layer_norm_first": c.pre_norm}
+    for name in ("fairseq", "fairseq.data", "fairseq.data.dictionary"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["fairseq.data.dictionary"].Dictionary = Dictionary
+    monkeypatch.setattr(Dictionary, "__module__", "fairseq.data.dictionary")
+    saved = {"args": None, "cfg": None, "model": theirs, "task_state": {"dictionaries": [Dictionary()]},
+             "last_optimizer_state": {"state": {0: {"exp_avg": torch.randn(5)}}}, "extra_state": {"epoch": 3}}
+    if cfg == "cfg":
+        saved["cfg"] = {"model": settings, "task": {"normalize": c.normalize, "sample_rate": 16000}}
+    elif cfg == "args":
+        saved["args"] = argparse.Namespace(**settings, normalize=c.normalize)
+    torch.save(saved, path, pickle_protocol=2)
+    monkeypatch.undo()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["cfg", "args"])
+def test_fairseq_file(cfg, where, tmp_path, monkeypatch):
+    model = randomized(cfg)
+    fairseq_file(model, tmp_path / "mhubert.pt", monkeypatch, where)
+    loaded = HuBERT.from_pretrained(tmp_path / "mhubert.pt")
+    assert replace(loaded.config, proj_dim=cfg.proj_dim) == cfg
+    wav = speech(1)[None]
+    torch.testing.assert_close(loaded.features(wav, 3), model.features(wav, 3), atol=1e-5, rtol=0)
+
+
+def test_fairseq_file_without_settings_is_guessed_from_its_shapes(tmp_path, monkeypatch):
+    cfg = replace(LARGE, normalize=True, dim=128, n_heads=2)  # heads of 64, as in every released HuBERT
+    fairseq_file(randomized(cfg), tmp_path / "large.pt", monkeypatch, None)
+    loaded = HuBERT.from_pretrained(tmp_path / "large.pt").config
+    assert (loaded.n_heads, loaded.pre_norm, loaded.normalize, loaded.extractor_norm) == (2, True, True, "layer")
+
+
+def test_released_folder(tmp_path, monkeypatch):
+    """mhubert .pt beside the joblib k-means, and Hugging Face's files beside it: layer 11 of 12, no final norm."""
+    cfg = replace(TINY, n_layers=12)
+    model, wav = randomized(cfg), speech(1.5)
+    x = model.features(wav[None], 11)[0].detach()
+    km = SklearnKMeans(10, n_init=1, random_state=0).fit(x.numpy())
+    fairseq, hf = tmp_path / "fairseq", tmp_path / "hf"
+    for folder in (fairseq, hf):
+        folder.mkdir()
+        joblib.dump(km, folder / "mhubert_base_vp_en_es_fr_it3_L11_km1000.bin")
+    fairseq_file(model, fairseq / "mhubert_base_vp_en_es_fr_it3.pt", monkeypatch)
+    model.save_pretrained(hf)
+    tensors = {n.replace("weight_g", "parametrizations.weight.original0")
+                .replace("weight_v", "parametrizations.weight.original1"): t for n, t in model.state_dict().items()}
+    torch.save(tensors, hf / "pytorch_model.bin")
+    (hf / "model.safetensors").unlink()
+    (hf / "preprocessor_config.json").write_text('{"do_normalize": true}')  # wrong for mHuBERT
+    want = torch.from_numpy(km.predict(x.numpy())).long()
+    for folder in (fairseq, hf):
+        unit = UnitExtractor.from_pretrained(folder)
+        assert unit.layer == 11 and len(unit.model.encoder.layers) == 11 and not unit.model.config.normalize
+        assert (unit.frames(wav) == want).float().mean() >= 0.98
+    assert UnitExtractor.from_pretrained(hf, layer=5).layer == 5
+
+
+def test_files_that_do_not_fit_are_one_line(tmp_path):
+    unit = extractor()
+    unit.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+
+    def refused(why, load=UnitExtractor.from_pretrained, path=tmp_path):
+        with pytest.raises((ValueError, OSError), match=why) as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+
+    for old, new, why in (('"gelu"', '"relu"', "hidden_act|feat_extract_activation"),
+                          ('"hubert"', '"wav2vec2"', "model_type"),
+                          ('"hidden_size": 32', '"hidden_size": "big"', "hidden_size"),
+                          ('"hidden_size": 32', '"hidden_size": 64', "expected"),
+                          ('"num_hidden_layers": 3', '"num_hidden_layers": 1', "layer 2 asked for"),
+                          ('"group"', '"batch"', "extractor_norm must be"),
+                          ('"num_attention_heads": 4', '"num_attention_heads": 5', "heads")):
+        assert old in config
+        (tmp_path / "config.json").write_text(config.replace(old, new))
+        refused(why)
+    (tmp_path / "config.json").write_text(config)
+    tensors = dict(unit.model.state_dict())
+    del tensors["masked_spec_embed"]
+    hubert.checkpoint.save_tensors(tmp_path / "model.safetensors", tensors)
+    refused("masked_spec_embed")
+    hubert.checkpoint.save_tensors(tmp_path / "model.safetensors", unit.model.state_dict() | {"extra": torch.zeros(1)})
+    refused("extra")
+    unit.save_pretrained(tmp_path)
+    KMeans(torch.randn(4, 99)).save(tmp_path)
+    refused("different models")
+    hubert.checkpoint.save_tensors(tmp_path / "kmeans.safetensors", {"weight": torch.zeros(3)})
+    refused("not a k-means")
+    refused("missing|no such file|No such file", path=tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused("found none", path=empty)
+    torch.save({"model": {"decoder.weight": torch.zeros(2)}}, empty / "other.pt")
+    refused("not a HuBERT of fairseq", path=empty)
+
+
+# ---- speed
+
+
+@pytest.mark.slow
+def test_base_is_as_fast_as_transformers():
+    """HuBERT base, random weights, all 12 layers, interleaved; run with -s to see the times."""
+    from transformers import HubertConfig, HubertModel
+
+    torch.set_num_threads(2)
+    ours, theirs = HuBERT(HuBERTConfig()).eval(), HubertModel(HubertConfig()).eval()
+    for seconds in (4, 15):
+        wav, best = speech(seconds)[None], {}
+        with torch.inference_mode():
+            for _ in range(6):
+                for name, run in (("ours", partial(ours.features, layer=12)), ("transformers", theirs)):
+                    start = time.perf_counter()
+                    run(wav)
+                    best[name] = min(best.get(name, 1e9), time.perf_counter() - start)
+        print({name: f"{s:.3f} s, {seconds / s:.1f} x real time" for name, s in best.items()},
+              f"ratio {best['transformers'] / best['ours']:.2f}")
+        assert best["ours"] <= best["transformers"]
