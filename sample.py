@@ -72,7 +72,7 @@ class Grammar:
     """Adds -inf to the logits of tokens that cannot follow the last one. `free` only tells speech from text."""
 
     def __init__(self, tok: Tokenizer, vocab_size: int, device: torch.device, free: bool = False):
-        rows, vocab_size = vocab_size, max(vocab_size, len(tok))  # a text model has no rows for units yet
+        rows, vocab_size = vocab_size, max(vocab_size, len(tok))  # a model of text has no rows for units yet
         unit = torch.zeros(vocab_size, dtype=torch.bool)
         unit[torch.tensor(list(tok.unit_ids))] = True
         outside = torch.zeros(vocab_size).masked_fill(unit, -torch.inf)
@@ -323,9 +323,10 @@ class SpeechGPT:
             ids = self.tok.prompt(text, official=style == "released")
         room = self.llama.config.max_len - MIN_ANSWER - len(ids)
         if room < 0:
-            fit = f"about {seconds * (1 + room / len(units)):.1f} of its {seconds:.1f} s do" if units else "shorten it"
+            fit = seconds * max(0, 1 + room / max(1, len(units)))
+            advice = f"about {fit:.1f} of its {seconds:.1f} s do" if units else "shorten it"
             raise ValueError(f"the prompt is too long: its {len(ids)} tokens and an answer do not fit in the model's "
-                             f"context of {self.llama.config.max_len}; {fit}")
+                             f"context of {self.llama.config.max_len}; {advice}")
         return Question(ids, target, seconds)
 
     # -- answers

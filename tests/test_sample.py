@@ -5,6 +5,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,13 @@ def test_the_context_is_the_limit(gpt, wild):
     assert len(new) <= wild.config.max_len - len(prompt)
     with pytest.raises(AssertionError, match="511"):
         sample.generate(wild, [[300] * 512], tok)
+
+
+def test_a_model_of_text_alone_generates(gpt, wild):
+    text = llama.Llama(replace(wild.config, vocab_size=gpt.tok.n_text)).eval()
+    hot = Sampling(20.0)
+    new, = sample.generate(text, [[1, 300]], gpt.tok, hot, hot, 50, torch.Generator().manual_seed(0))
+    assert 0 < len(new) <= 50 and max(new) < gpt.tok.n_text and gpt.tok.bos not in new
 
 
 def test_nan_weights_are_one_line(gpt, wild):
