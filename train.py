@@ -35,7 +35,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import train_vocoder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,10 +44,11 @@ import llama
 import lora
 import run
 import sample
+import train_vocoder
 from data import batches, instruct
 from data import units as unit_files
 from data.tiny import prepare
-from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, span_mask
+from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask
 from llama import Llama, LlamaConfig
 from tokenizer import Tokenizer
 from vocoder import VocoderConfig
@@ -85,6 +85,7 @@ class CorpusSection:
 class HubertSection(Optimisation):
     """Two rounds (HuBERT paper §3): on clusters of MFCCs, then on clusters of the first round's `layer`."""
 
+    recordings: int | None = None  # learn from so many of the training recordings; None: from all
     clusters: tuple[int, ...] = (100, 500)  # of each round; the number of rounds is how many there are
     layer: int = 6  # whose clusters teach the second round
     frames: int = 99  # of 20 ms, in a crop
@@ -99,6 +100,7 @@ class HubertSection(Optimisation):
 class UnitsSection:
     clusters: int = 1000
     layer: int = 11
+    smooth: int = 1  # frames averaged before clustering (odd)
     cluster_frames: int = 200_000
 
 
@@ -255,7 +257,7 @@ def train_hubert(c: Config, folder: Path, device: torch.device):
     teacher, model = mfcc_features, None
     for number, clusters in enumerate(c.hubert.clusters, 1):
         model = hubert_round(c, folder, device, number, clusters, teacher, model)
-        teacher = partial(layer_features, model, c.hubert.layer)
+        teacher = partial(layer_features, model, c.hubert.layer, 1)
 
 
 def mfcc_features(wav: Tensor) -> Tensor:
@@ -264,9 +266,9 @@ def mfcc_features(wav: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
-def layer_features(model: HuBERT, layer: int, wav: Tensor) -> Tensor:
-    """(N,) -> (T, C)."""
-    return model.features(wav[None], layer)[0]
+def layer_features(model: HuBERT, layer: int, frames: int, wav: Tensor) -> Tensor:
+    """(N,) -> (T, C), each frame averaged over `frames`."""
+    return smooth(model.features(wav[None], layer), frames)[0]
 
 
 def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clusters: int, teacher: Callable,
@@ -279,6 +281,7 @@ def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clu
         model.load_state_dict(previous.state_dict() | {"label_embs": model.label_embs})
     if not weights.exists():
         rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
+        rows = random.Random(c.seed).sample(rows, min(len(rows), h.recordings or len(rows)))
         if not labels_file.exists() and run.rank() == 0:
             kmeans = fit_clusters(corpus, rows, teacher, clusters, h.cluster_frames, c.seed, device)
             labels = unit_files.map_speech(corpus, rows, lambda wav: kmeans.predict(teacher(wav)), device,
@@ -337,9 +340,9 @@ def make_units(c: Config, folder: Path, device: torch.device):
         checkpoint.assign(model, tensors, str(weights))
         model.to(device).eval()
         rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
-        kmeans = fit_clusters(corpus, rows, partial(layer_features, model, c.units.layer), c.units.clusters,
-                              c.units.cluster_frames, c.seed, device)
-        extractor = UnitExtractor(model, kmeans, c.units.layer)
+        features = partial(layer_features, model, c.units.layer, c.units.smooth)
+        kmeans = fit_clusters(corpus, rows, features, c.units.clusters, c.units.cluster_frames, c.seed, device)
+        extractor = UnitExtractor(model, kmeans, c.units.layer, c.units.smooth)
         unit_files.extract(corpus, extractor, device)
         extractor.save_pretrained(Path(c.out) / "model/hubert")
     run.wait()
@@ -451,7 +454,9 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
 
 def make_vocoder(c: Config, folder: Path, device: torch.device):
     train_vocoder.train(c.vocoder, c.vocoder_model, corpus_folder(c), corpus_folder(c) / "units.jsonl",
-                        Path(c.out) / "model/vocoder", device)
+                        Path(c.out) / "model/vocoder", device, work=folder)
+    if run.rank() == 0:
+        shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")
 
 
 def judge(c: Config, folder: Path, device: torch.device):
