@@ -618,6 +618,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor],
     end = 0
     for name in order:
         t = tensors[name]
+        assert t.dtype in names, f"{name}: safetensors has no name for {t.dtype}"
         span = [end, end + t.nbytes]
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": span}
         end += t.nbytes
