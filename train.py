@@ -440,11 +440,13 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
     def probe() -> tuple[dict, str]:
         packed = batches.pack(shown, o.max_len)
         numbers = {"held_out_loss": loss(model, [t.to(device) for t in packed])[0].item()}
-        ids, mask = shown[0]
-        given = mask.index(True) if not mask[1] else len(ids) // 2  # the prompt, or half of what has none
-        said = sample.generate(model, [ids[:given]], tok, max_new=len(ids))[0]
-        texts = {"given": ids[:given], "says": said, "expected": ids[given:]}
-        return numbers, "".join(f"\n  {key:8} {tok.decode(value)}" for key, value in texts.items())
+        said = ""
+        for ids, mask in shown[:3]:
+            given = mask.index(True) if not mask[1] else len(ids) // 2  # the prompt, or half of what has none
+            reply = sample.generate(model, [ids[:given]], tok, max_new=len(ids))[0]
+            texts = {"given": ids[:given], "says": reply, "expected": ids[given:]}
+            said += "".join(f"\n  {key:8} {tok.decode(value)}" for key, value in texts.items())
+        return numbers, said
 
     optimise(f"stage{name}" if name.isdigit() else name, folder, model, loss, batch_at, o, c, probe)
     if run.rank() == 0:
