@@ -343,7 +343,7 @@ def make_units(c: Config, folder: Path, device: torch.device):
         features = partial(layer_features, model, c.units.layer, c.units.smooth)
         kmeans = fit_clusters(corpus, rows, features, c.units.clusters, c.units.cluster_frames, c.seed, device)
         extractor = UnitExtractor(model, kmeans, c.units.layer, c.units.smooth)
-        unit_files.extract(corpus, extractor, device)
+        unit_files.extract(corpus, extractor, device, folder)
         extractor.save_pretrained(Path(c.out) / "model/hubert")
     run.wait()
 

@@ -7,12 +7,12 @@ Units are reduced (no unit twice in a row); `durations` counts the 20 ms frames 
 """
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+import checkpoint
 import run
 from data import audio
 
@@ -69,10 +69,10 @@ def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.dev
     return results
 
 
-def extract(corpus: str | Path, extractor, device: torch.device, portion: int = 500):
-    """Writes corpus/units.jsonl. A killed run keeps its finished portions in units.jsonl.part and goes on there."""
+def extract(corpus: str | Path, extractor, device: torch.device, work: Path, portion: int = 500):
+    """Writes corpus/units.jsonl. A killed run keeps its finished portions in the folder `work` and goes on there."""
     corpus = Path(corpus)
-    rows, part = read_manifest(corpus), corpus / "units.jsonl.part"
+    rows, part = read_manifest(corpus), work / "units.jsonl.part"
     finished = set()
     if part.exists():
         lines = [line for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
@@ -85,4 +85,5 @@ def extract(corpus: str | Path, extractor, device: torch.device, portion: int = 
         with part.open("a", encoding="utf-8") as file:
             for row, (units, durations) in zip(some, pairs):
                 file.write(json.dumps({"id": row["id"], "units": units, "durations": durations}) + "\n")
-    os.replace(part, corpus / "units.jsonl")
+    checkpoint.write_atomic(corpus / "units.jsonl", part.read_bytes())  # perhaps on another disk: no rename
+    part.unlink()
