@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -271,10 +271,13 @@ def measure(model: SpeechGPT, recogniser: Recogniser, corpus: Path, items: int, 
 
         def note(measure: str, split: str, rows: list[dict], expected: list[str], got: list):
             """got: texts, or recordings (None where there is none) for the judge to hear."""
-            if not all(isinstance(text, str) for text in got):
-                got = background.submit(recogniser.hear, got, bar.update)
-            found.append((measure, split, rows, expected, got))
-            return got
+            if all(isinstance(text, str) for text in got):
+                texts = Future()
+                texts.set_result(got)
+            else:
+                texts = background.submit(recogniser.hear, got, bar.update)
+            found.append((measure, split, rows, expected, texts))
+            return texts
 
         for split, rows in speech.items():
             texts, wavs = [row["text"] for row in rows], [audio.load(corpus / row["wav"]) for row in rows]
@@ -302,10 +305,9 @@ def measure(model: SpeechGPT, recogniser: Recogniser, corpus: Path, items: int, 
             found.append(("spoken", split, rows, own, heard))
             talks.append((rows, replies, heard))
         done = [Item(key, row["id"], split, row["speaker"], row["family"], row["text"], text, said)
-                for key, split, rows, expected, got in found
-                for row, text, said in zip(rows, expected, got if isinstance(got, list) else got.result())]
-    examples = [three for rows, replies, heard in talks
-                for three in zip(rows, replies, heard if isinstance(heard, list) else heard.result())]
+                for key, split, rows, expected, texts in found
+                for row, text, said in zip(rows, expected, texts.result())]
+    examples = [talk for rows, replies, heard in talks for talk in zip(rows, replies, heard.result())]
     five = [examples[i * len(examples) // 5] for i in range(5)] if len(examples) > 5 else examples
     return done, [u for u, _ in units["heldout"]], [write_example(out, corpus, *e) for e in enumerate(five, 1)]
 
@@ -360,7 +362,8 @@ def about(folder: Path, corpus: Path, items: int, seed: int, device: torch.devic
     except OSError:
         commit = ""
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return {"model": str(folder), "corpus": str(corpus), "items": items, "seed": seed, "commit": commit or "unknown",
+    return {"model": str(folder), "corpus": str(corpus), "seed": seed, "commit": commit or "unknown",
+            "items": "all" if items == sys.maxsize else f"up to {items} a row",
             "hardware": f"{cpu}, {os.cpu_count()} cores{gpu}", "seconds": round(seconds, 1),
             "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "faster-whisper", "jiwer"))
             + f", Python {platform.python_version()}"}
@@ -470,6 +473,9 @@ def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int
     curves = plot_curves(Path(metrics or folder.parent / "metrics"), out)
     facts = about(folder, corpus, items, seed, device, time.perf_counter() - began)
     write_report(out, facts, rows, found, examples, curves)
+    for row in rows:
+        print(f"{row.name:56} {row.show(row.value):>10}   {row.target}")
+    print(f"the whole report: {out}/report.md", flush=True)
     return {row.key: row.value for row in rows}
 
 
@@ -483,9 +489,7 @@ def main():
     p.add_argument("--device", default="auto", help="cpu, cuda or mps")
     p.add_argument("--metrics", help="folder of training curves (default: beside the model's)")
     a = p.parse_args()
-    for key, value in evaluate(a.model, a.corpus, a.out, a.items, a.seed, a.device, a.metrics).items():
-        print(f"{key:24} {'-' if value is None else f'{value:.3f}'}")
-    print(f"{a.out}/report.md")
+    evaluate(a.model, a.corpus, a.out, a.items, a.seed, a.device, a.metrics)
 
 
 if __name__ == "__main__":

@@ -107,11 +107,11 @@ class Recogniser:
 
     It writes no digits (those tokens are barred), so "six seven eight" cannot turn into "678". Beam 5, no timestamps,
     no earlier text, no second temperature: the same sound always gives the same words. Silence of 0.3 s goes before
-    and after. Whisper pads everything to 30 s; a window of WINDOW s costs a quarter, but now and then it reads a
+    and after. Whisper pads everything to 30 s; a window of 10 s costs a fifth, but now and then it reads a
     sentence twice. So whatever comes out with a phrase repeated on the spot is heard again in 30 s, which decides.
     """
 
-    WINDOW, FULL, SILENCE, BATCH = 12, 30, 0.3, 8
+    WINDOW, FULL, SILENCE, BATCH = 10, 30, 0.3, 8
 
     def __init__(self, workers: int = 2):
         from faster_whisper import WhisperModel
