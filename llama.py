@@ -131,7 +131,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.dim), freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
 
@@ -185,9 +185,12 @@ class Int8Linear(nn.Module):
     def __init__(self, W: Tensor):
         super().__init__()
         self.out_features, self.in_features = W.shape
-        scale = W.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (W / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0])                           # fp32 (out_features,)
+        self.register_buffer("weight", torch.empty(W.shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(len(W)))                   # fp32 (out_features,)
+        for rows, weight, scale in zip(W.split(64), self.weight.split(64), self.scale.split(64)):
+            rows = rows.float()                                              # a few at a time: W stays in its file
+            scale.copy_(rows.abs().amax(1).clamp(min=1e-12) / 127)
+            weight.copy_((rows / scale[:, None]).round())
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:
@@ -206,7 +209,7 @@ class Llama(nn.Module):
         # N(0, 0.02); matrices that write into the residual stream are scaled down as in GPT-2, so that its
         # variance at the start of training does not grow with depth.
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if p.dim() == 2 and not p.is_meta:           # on meta there is nothing to draw, and 1.7 s to import
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if into_residual else 0.02)
         if config.tie_embeddings:
@@ -303,15 +306,17 @@ class Llama(nn.Module):
         for name, leaf in leaves.items():
             layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
             on = devices[0 if layer is None else layer * len(devices) // config.n_layers]
-            rounded = int8 and layer is not None and isinstance(leaf, nn.Linear)
             try:
                 weight = join(*tensors[name])
             except RuntimeError:
                 raise ValueError(f"{folder}: the pieces of {name} do not fit together") from None
-            checkpoint.assign(leaf, {"weight": weight}, f"{folder}: {name}", None if rounded else dtype, on)
-            if rounded:
-                parent, _, child = name.removesuffix(".weight").rpartition(".")
-                setattr(model.get_submodule(parent), child, Int8Linear(leaf.weight.detach()))
+            if int8 and layer is not None and isinstance(leaf, nn.Linear):
+                if weight.shape != leaf.weight.shape or not weight.is_floating_point():
+                    raise ValueError(f"{folder}: {name} is {list(weight.shape)}, {weight.dtype}; expected "
+                                     f"{list(leaf.weight.shape)}, of floating point")
+                model.set_submodule(name.removesuffix(".weight"), Int8Linear(weight).to(on or "cpu"))
+            else:
+                checkpoint.assign(leaf, {"weight": weight}, f"{folder}: {name}", dtype, on)
         return model.eval()
 
 

@@ -1,9 +1,14 @@
 """llama.py: equal to transformers, cached equals uncached, packed equals padded, folders of both layouts."""
 import json
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from build_7b import build
 
 import checkpoint
 from llama import Int8Linear, Llama, LlamaConfig, next_token_loss
@@ -391,3 +396,30 @@ def test_int8_model_is_close_and_small(saved, model, ids):
     assert 1e-4 < (near - exact).std() / exact.std() < 0.05
     with pytest.raises(ValueError, match="int8"):
         rounded.save_pretrained(saved / "rounded")
+
+
+# ---- Memory --------------------------------------------------------------------------------------------------
+
+BUILD = Path(__file__).with_name("build_7b.py")
+
+
+def peak_ratio(folder, kind: str) -> float:
+    """Peak of anonymous memory while loading, in a process of its own, over the size of the weights in bf16."""
+    out = subprocess.run([sys.executable, BUILD, folder, "--load", kind], capture_output=True, text=True, check=True)
+    result = json.loads(out.stdout)
+    assert result["finite"]
+    return result["peak_ratio"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("size, limits", [
+    pytest.param({"layers": 8, "dim": 1024, "hidden": 2752, "vocab": 1000}, {"bf16": 1.15, "int8": 0.7}, id="0.1B"),
+    pytest.param({}, {"bf16": 1.15, "int8": 0.65}, id="7B", marks=pytest.mark.slow),       # 14 GB disk, 16 GB memory
+])
+def test_loading_needs_little_more_than_the_model(size, limits, tmp_path):
+    build(tmp_path, **size)
+    try:
+        for kind, limit in limits.items():
+            assert 0.5 < peak_ratio(tmp_path, kind) < limit, kind
+    finally:
+        shutil.rmtree(tmp_path)
