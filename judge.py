@@ -105,10 +105,13 @@ def need_extra():
 class Recogniser:
     """Whisper tiny.en, int8, on the CPU. What it may do was fixed once, by its word error rate on SOURCE audio alone.
 
-    It writes no digits (those tokens are barred), so "six seven eight" cannot turn into "678". Beam 5, no timestamps,
-    no earlier text, no second temperature: the same sound always gives the same words. Silence of 0.3 s goes before
-    and after. Whisper pads everything to 30 s; a window of 10 s costs a fifth, but now and then it reads a
-    sentence twice. So whatever comes out with a phrase repeated on the spot is heard again in 30 s, which decides.
+    It writes no digits (those tokens are barred), so "seven six five" cannot become "765". Beam 5, no timestamps, no
+    earlier text, no second temperature: the same sound always gives the same words. Silence of 0.3 s goes before and
+    after. Whisper pads everything to 30 s; a window of 10 s costs a sixth, but now and then a sentence is read twice.
+    So what comes out with a phrase repeated on the spot is heard again in 30 s, and that counts.
+
+    On 240 recordings of the tiny world (five speakers): 0.8 % of the words wrong, 0.12 s of one core for each; always
+    30 s: 0.9 %, 0.70 s; with digits: 1.4 %. What is left are mostly "four" as "for" and "two" as "to".
     """
 
     WINDOW, FULL, SILENCE, BATCH = 10, 30, 0.3, 8
