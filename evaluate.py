@@ -49,7 +49,7 @@ from tokenizer import units_to_text
 
 # ---- What is measured ------------------------------------------------------------------------------------------
 
-SPLITS = {"rendition": "new renditions", "heldout": "held out"}  # of sentences of train; of sentences never trained on
+SPLITS = ("rendition", "heldout")  # new recordings of sentences of train; sentences in no training example
 
 
 class Measure(NamedTuple):
@@ -58,7 +58,8 @@ class Measure(NamedTuple):
     key: str
     name: str
     wer: bool = True  # else the share of items that are exactly right
-    split: bool = True  # a row for each split
+    split: bool = True  # a row for each split, called:
+    names: tuple[str, str] = ("new renditions", "held out")
     beside: dict[str, str] = {}  # baselines that are measures themselves, on the same recordings where there are
     target: tuple[str, ...] = ()  # of each row: the 25-minute run / weights/tiny
 
@@ -70,10 +71,10 @@ MEASURES = (
     Measure("resynthesis.own", "resynthesis: the source's voice and durations", split=False,
             beside={"source audio": "source"}),
     Measure("asr", "speech to text (ASR)", beside={"judge": "source"}, target=("≤ 5 % / ≤ 1 %", "≤ 10 % / ≤ 3 %")),
-    Measure("tts", "text to speech (TTS)", beside={"source audio": "source"}),
+    Measure("tts", "text to speech (TTS)", names=("train sentences", "held out"), beside={"source audio": "source"}),
     Measure("answer", "spoken question, exact answer", wer=False, beside={"read": "text"},
             target=("≥ 90 % / ≥ 98 %", "≥ 60 % / ≥ 90 %")),
-    Measure("text", "text question, exact answer", wer=False),
+    Measure("text", "text question, exact answer", wer=False, names=("train sentences", "held out")),
     Measure("standard", "spoken question, standard prompting", wer=False, beside={"by chain": "answer"}),
     Measure("spoken", "spoken reply against its own text", split=False, beside={"source audio": "source"},
             target=("≤ 20 % / ≤ 5 %",)),
@@ -149,7 +150,7 @@ def score_all(items: list[Item], memory: "Memory") -> list[Row]:
         for i, split in enumerate(SPLITS if m.split else [""]):
             mine = [item for item in of.get(m.key, []) if item.split == split or not m.split]
             ids = {item.id for item in mine}
-            row = Row(f"{m.key}.{split}" if split else m.key, m.name + (f", {SPLITS[split]}" if split else ""),
+            row = Row(f"{m.key}.{split}" if split else m.key, m.name + (f", {m.names[i]}" if split else ""),
                       *score(m, mine), len(mine), target=m.target[i] if m.target else "")
             for label, key in m.beside.items():
                 others = of.get(key, [])
@@ -186,8 +187,8 @@ class Memory:
         return self.asked[question]
 
     def score(self, items: list[Item]) -> dict[str, float | None]:
-        guess = {"majority answer": lambda item: self.majority(),
-                 "majority of the family": lambda item: self.majority(item.family),
+        guess = {"majority": lambda item: self.majority(),
+                 "majority of its family": lambda item: self.majority(item.family),
                  "nearest train question": lambda item: self.nearest(item.question)}
         return {name: wilson([same(item.expected, say(item)) for item in items])[0] for name, say in guess.items()}
 
@@ -371,7 +372,7 @@ def about(folder: Path, corpus: Path, items: int, seed: int, device: torch.devic
 
 def table(head: list[str], rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    clean = [[str(cell).replace("|", "/").replace("\n", " ") for cell in line] for line in lines]
+    clean = [[" ".join(str(cell).replace("|", "/").split())[:240] for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in clean) + "\n"
 
 
@@ -401,11 +402,11 @@ def write_report(out: Path, facts: dict, rows: list[Row], items: list[Item], exa
                                         "speech to text": ("asr", "")})
     text += "## By family\n\nShare of exact answers.\n\n"
     text += by_group([i for i in items if i.measure in ("answer", "text")], "family", {
-        f"{how}, {name}": (key, split) for key, how in (("answer", "heard"), ("text", "read"))
-        for split, name in SPLITS.items()})
+        "heard, new renditions": ("answer", "rendition"), "heard, held out": ("answer", "heldout"),
+        "read, train": ("text", "rendition"), "read, held out": ("text", "heldout")})
     text += "## Examples\n\n" + table(["asked", "heard", "answered", "the judge heard", "right answer", ""], [
         [f"[{e['asked']}]({e['question']})", e["heard"], e["answered"],
-         f"[{e['judge'] or '(nothing)'}]({e['reply']})" if e["reply"] else e["note"], e["right"], SPLITS[e["split"]]]
+         f"[{e['judge'] or '(nothing)'}]({e['reply']})" if e["reply"] else e["note"], e["right"], e["split"]]
         for e in examples])
     text += "## Training\n\n" + "".join(f"![{curve}]({curve})\n" for curve in curves)
     checkpoint.write_atomic(out / "report.md", text.encode())

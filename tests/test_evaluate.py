@@ -62,7 +62,7 @@ def test_baselines_know_the_train_split_by_heart_and_no_more():
     assert memory.nearest("what is one plus ONE") == "Two." and memory.nearest("Is the red sky high?") == "Yes."
     items = [answer_item("answer", "Three.", "", question="Tell me: is the sky high?"),
              answer_item("answer", "Yes", "", family="sky", question="Is the sky so blue?")]
-    assert memory.score(items) == {"majority answer": 0.5, "majority of the family": 1.0, "nearest train question": 0.5}
+    assert memory.score(items) == {"majority": 0.5, "majority of its family": 1.0, "nearest train question": 0.5}
     assert Memory([]).score(items)["nearest train question"] == 0
 
 
@@ -226,8 +226,8 @@ def test_the_report_has_every_row_with_its_number_of_items_and_baseline(reported
         assert row["baseline"] or key.startswith(("source", "first")), f"{key} has no baseline"
         assert f"| {row['name']} | " in text, f"{key} is not in report.md"
     assert rows["asr.heldout"]["baseline"] == {"judge": 0.0} and rows["asr.heldout"]["target"].startswith("≤ 10")
-    assert rows["answer.heldout"]["baseline"] == {"read": 1.0, "majority answer": pytest.approx(1 / 3),
-                                                  "majority of the family": pytest.approx(1 / 3),
+    assert rows["answer.heldout"]["baseline"] == {"read": 1.0, "majority": pytest.approx(1 / 3),
+                                                  "majority of its family": pytest.approx(1 / 3),
                                                   "nearest train question": pytest.approx(1 / 3)}
     assert rows["answer.rendition"]["n"] == 3 and rows["source.rendition"]["n"] == 4 and rows["spoken"]["n"] == 6
     assert rows["bits"]["unit"] == "bits" and set(rows["bits"]["baseline"]) == {"unigram", "bigram"}
