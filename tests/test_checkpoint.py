@@ -1046,6 +1046,7 @@ def fork(function) -> int:
     """Starts function() in a child process that shares nothing with this one; returns its id."""
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # the other threads of torch did not come along: waiting for them would be for ever
         try:
             function()
         finally:
