@@ -97,7 +97,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
         if kv is not None:
             k, v = kv.append(k, v)                                           # all keys so far
-        # Without a mask: a whole row is causal, a single cached token sees all that went before it.
+        # softmax(q k / sqrt(head_dim)) v. Without a mask: a whole row is causal, a single cached token sees all
+        # that went before it.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -154,17 +155,16 @@ class Cache:
     """Static KV cache of a batch. Prompts of different lengths are padded on the left: row b starts with
     pad[b] slots that no token may attend to, and its positions count from its first real token."""
 
-    def __init__(self, layers: list[LayerCache], length: int, pad: Tensor | None):
-        self.layers, self.length = layers, length
-        self.pad = pad if pad is not None and bool(pad.any()) else None      # None: the fast path
+    def __init__(self, c: LlamaConfig, batch: int, length: int, pad: Tensor | None, likes: list[Tensor]):
+        self.length, self.pad = length, pad if pad is not None and bool(pad.any()) else None   # None: the fast path
+        self.layers = [LayerCache(batch, c.n_kv_heads, length, c.head_dim, like) for like in likes]
+        slots = torch.arange(length, device=likes[0].device)[None]           # (1, length)
+        positions = slots if self.pad is None else (slots - self.pad[:, None]).clamp(min=0)
+        self.cos, self.sin = rope_table(positions, c.head_dim, c.rope_theta, likes[0].dtype)
 
     @property
     def used(self) -> int:
         return self.layers[0].used
-
-    def positions(self, T: int, device: torch.device) -> Tensor:
-        slots = torch.arange(self.used, self.used + T, device=device)[None]  # (1, T)
-        return slots if self.pad is None else (slots - self.pad[:, None]).clamp(min=0)
 
     def mask(self, T: int, device: torch.device) -> Tensor | None:
         """(B or 1, 1, T, used + T), True where a new token may look; None: causal suffices."""
@@ -222,23 +222,24 @@ class Llama(nn.Module):
         docs (B, T): number of the document each token belongs to, for rows into which several were packed;
         attention is then causal and stays inside a document. With a cache the tokens are appended to it."""
         T, c = ids.shape[1], self.config
-        assert cache is None or docs is None, "packed documents are for training, a cache for generation"
+        assert cache is None or positions is docs is None, "a cache keeps its own positions, and has no documents"
         x = self.model.embed_tokens(ids)
-        # Positions, cosines and mask are the same in every layer: computed once.
+        # Cosines, sines and mask are the same in every layer: computed once.
         mask = None                                                          # plain causal attention
         if docs is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
             seen = (docs[:, :, None] == docs[:, None, :]) & causal           # (B, T, T)
             # Added to the scores. A bool mask would be turned into this one by every layer anew.
             mask = x.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
-        elif cache is not None:
-            assert cache.used + T <= cache.length, f"{cache.used} + {T} tokens in a cache of {cache.length}"
-            mask = cache.mask(T, ids.device)
-            positions = cache.positions(T, ids.device) if positions is None else positions
-        if positions is None:
-            # Also right for packed rows: RoPE sees only differences of positions inside a document.
-            positions = torch.arange(T, device=ids.device)[None]
-        cos, sin = rope_table(positions, c.head_dim, c.rope_theta, x.dtype)
+        if cache is not None:
+            new = slice(cache.used, cache.used + T)
+            assert new.stop <= cache.length, f"{cache.used} + {T} tokens in a cache of {cache.length}"
+            mask, cos, sin = cache.mask(T, ids.device), cache.cos[:, new], cache.sin[:, new]
+        else:
+            if positions is None:
+                # Also right for packed rows: RoPE sees only differences of positions inside a document.
+                positions = torch.arange(T, device=ids.device)[None]
+            cos, sin = rope_table(positions, c.head_dim, c.rope_theta, x.dtype)
         for i, layer in enumerate(self.model.layers):
             device = layer.input_layernorm.weight.device
             if device != x.device:                                           # the layers may be spread over GPUs
@@ -253,10 +254,7 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, length: int, pad: Tensor | None = None) -> Cache:
         """Room for `length` tokens of each of `batch` rows; pad (B,): how many of them are left padding."""
-        c = self.config
-        layers = [LayerCache(batch, c.n_kv_heads, length, c.head_dim, like=layer.input_layernorm.weight)
-                  for layer in self.model.layers]
-        return Cache(layers, length, pad)
+        return Cache(self.config, batch, length, pad, [layer.input_layernorm.weight for layer in self.model.layers])
 
     @torch.no_grad()
     def resize_vocab(self, n: int) -> None:
@@ -308,7 +306,7 @@ class Llama(nn.Module):
             on = devices[0 if layer is None else layer * len(devices) // config.n_layers]
             try:
                 weight = join(*tensors[name])
-            except RuntimeError:
+            except (RuntimeError, IndexError):
                 raise ValueError(f"{folder}: the pieces of {name} do not fit together") from None
             if int8 and layer is not None and isinstance(leaf, nn.Linear):
                 if weight.shape != leaf.weight.shape or not weight.is_floating_point():
@@ -368,12 +366,15 @@ def config_from_json(table: dict, path: Path) -> LlamaConfig:
         for key, value in ONLY.items():
             if table.get(key, value) != value:
                 raise ValueError(f"{key} is {table[key]!r:.50}; only {value!r} is supported")
+        for theirs in list(CONFIG_KEYS)[:5]:
+            if theirs not in table:
+                raise ValueError(f"{theirs} is missing; is this the config of a LLaMA?")
         config = LlamaConfig(**{ours: table[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in table})
         if table.get("head_dim", config.head_dim) != config.head_dim:
             raise ValueError(f"head_dim is {table['head_dim']!r:.50}; only hidden_size / num_attention_heads is "
                              "supported")
         return config
-    except (AttributeError, TypeError) as e:                                 # not a dict; a key is missing
+    except (AttributeError, TypeError) as e:                                 # no dict where one should be
         raise ValueError(f"{path}: not the config of a LLaMA ({e})") from None
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None

@@ -185,6 +185,17 @@ def test_packed_loss_equals_padded_loss(model, ids):
     assert torch.allclose(*gradients, atol=1e-5)
 
 
+def test_packed_loss_under_autocast(model, ids):
+    docs, mask = torch.arange(24).expand(3, 24) // 8, torch.ones_like(ids, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = next_token_loss(model, ids, mask, docs=docs)
+    half.backward()
+    assert half.dtype == torch.float32 and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    model.zero_grad()
+    with torch.no_grad():
+        assert half.item() == pytest.approx(next_token_loss(model, ids, mask, docs=docs).item(), rel=0.05)
+
+
 def test_loss_is_the_mean_over_the_mask(model, ids):
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[0, 5] = mask[2, 9] = True
@@ -320,7 +331,7 @@ def rewrite(folder, tmp_path, **changes):
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
-    ({"rope_scaling": "yes"}, "not the config"), ({"head_dim": 12}, "head_dim"), ({"hidden_size": None}, "dim"),
+    ({"rope_scaling": "yes"}, "not the config"), ({"head_dim": 12}, "head_dim"), ({"hidden_size": None}, "hidden_size"),
     ({"hidden_size": "48"}, "dim = '48'"), ({"num_hidden_layers": 10**9}, "n_layers"), ({"vocab_size": -1}, "vocab"),
     ({"num_attention_heads": 7}, "n_heads"), ({"num_key_value_heads": 4}, "n_kv_heads"), ({"rms_norm_eps": 0}, "eps"),
     ({"intermediate_size": 81}, "gate_proj"), ({"num_hidden_layers": 2}, "layers.2"), ({"vocab_size": 102}, "embed"),
@@ -349,6 +360,7 @@ def test_folders_that_hold_no_llama_are_refused_in_one_line(tmp_path, saved):
     (lambda part: part.pop("output.weight"), "not a LLaMA"),
     (lambda part: part.update({"layers.1.attention.wo.weight": torch.ones(3, 5)}), "layers.1.self_attn.o_proj"),
     (lambda part: part.update({"layers.1.attention.wq.weight": torch.ones(7, 5)}), "layers.1.self_attn.q_proj"),
+    (lambda part: part.update({"layers.1.feed_forward.w3.weight": torch.ones(7)}), "layers.1.mlp.up_proj"),
 ])
 def test_damaged_meta_folders_are_refused_in_one_line(damage, why, tmp_path):
     write_meta(make(vocab_size=104, n_heads=8, n_kv_heads=4), tmp_path, 2)
