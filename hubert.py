@@ -57,6 +57,9 @@ class HuBERTConfig:
     normalize: bool = False  # bring the waveform to mean 0, variance 1 (HuBERT large does, mHuBERT must not)
 
     def __post_init__(self):
+        sizes = (*self.conv_dim, self.dim, self.n_layers, self.n_heads, self.ffn_dim, self.pos_kernel, self.pos_groups)
+        if not all(type(n) is int and 1 <= n <= 65536 for n in sizes) or self.n_layers > 1000:
+            raise ValueError(f"impossible sizes: {self}")
         if self.extractor_norm not in ("group", "layer"):
             raise ValueError(f'extractor_norm must be "group" or "layer", not {self.extractor_norm!r}')
         if self.dim % self.n_heads or self.dim % self.pos_groups:
@@ -65,7 +68,7 @@ class HuBERTConfig:
         for kernel, stride in zip(self.conv_kernel, self.conv_stride):
             width, hop = width + (kernel - 1) * hop, hop * stride
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride) or (width, hop) != (WINDOW, HOP):
-            raise ValueError(f"the convolutions see {width} samples every {hop}; frames are {WINDOW} every {HOP}")
+            raise ValueError(f"the convolutions see {width} samples every {hop}; it must be {WINDOW} every {HOP}")
 
 
 def n_frames(n_samples: int) -> int:
@@ -97,15 +100,16 @@ class ConvLayer(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """The waveform's seven convolutions. Three arrangements make them fast:
+    """The seven convolutions over the waveform. Three arrangements make them exact in pieces, and fast:
 
-    - The group norm of layer 0 has a group per channel and follows a linear map y = w.x of 10 samples, so it is
-      that map rescaled, and its statistics over all time are those of the windows: mean(y) = w.mean(x) and
-      var(y) = w.cov(x).w. `first` puts that into the weights. It is also what makes padded batches and pieces of
-      a long recording come out the same as the whole: everything after it only looks at its own 25 ms.
-    - Without gradients, two seconds go through all layers at once: they fit the cache, and memory is constant.
-    - Narrow layers and layer norms are quicker with channels last: a training step of 48 channels on two cores
-      takes 57 ms instead of 90 here, with layer norms 79 instead of 269. At 512 channels it is the reverse."""
+    - The group norm of layer 0 has one group per channel and follows a linear map y = w.x of ten samples, so it
+      only rescales that map, by statistics that follow from those of all windows of ten: mean(y) = w.mean(x),
+      var(y) = w.cov(x).w. `first` puts it into the weights. Everything after that looks at its own 25 ms alone,
+      so that padded batches and pieces of a long recording give what the whole would.
+    - Without gradients two seconds at a time go through all layers: they fit the cache, and memory is constant.
+    - Few channels, and layer norms, are faster with channels innermost in memory. The convolutions of a training
+      step (48 channels, 8 x 2 s) take 57 ms of one core instead of 90; with layer norms, 79 instead of 269. Many
+      channels (512) are slower that way."""
 
     PIECE = 100  # frames
 
@@ -136,7 +140,7 @@ class FeatureExtractor(nn.Module):
             total, square = total + x.sum(1), square + x.transpose(1, 2) @ x
         mean = total / n  # (B, 10)
         cov = square / n[..., None] - mean[:, :, None] * mean[:, None]  # (B, 10, 10)
-        var = (weight[:, :, None] * cov[:, None] * weight[:, None]).sum((2, 3))  # (B, C); no cancellation below 0
+        var = (weight[:, :, None] * cov[:, None] * weight[:, None]).sum((2, 3))  # (B, C)
         scale = norm.weight * torch.rsqrt(var.clamp(min=0) + norm.eps)  # (B, C)
         shift = norm.bias - scale * (mean[:, None] * weight).sum(2)  # conv.bias would cancel: the norm removes it
         return (scale[:, :, None] * weight).transpose(1, 2), shift[:, None]
@@ -492,6 +496,7 @@ class UnitExtractor(nn.Module):
     def __init__(self, model: HuBERT, kmeans: KMeans, layer: int, smooth: int = 1):
         super().__init__()
         assert smooth % 2, f"smooth is {smooth}: it must be odd, as many frames before as after"
+        assert 1 <= layer <= model.config.n_layers, f"no layer {layer} in a model of {model.config.n_layers}"
         k, dim = kmeans.centers.shape
         if dim != model.config.dim:
             raise ValueError(f"the {k} cluster centres have {dim} numbers each, HuBERT's frames {model.config.dim}: "
@@ -638,32 +643,35 @@ def read_hugging_face(folder: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
                 raise ValueError(f"{folder}/config.json: {theirs} cannot be {table[theirs]!r}")
     try:
         config = HuBERTConfig(**given)
-    except ValueError as problem:
+    except (TypeError, ValueError) as problem:
         raise ValueError(f"{folder}/config.json: {problem}") from None
     return config, rename(checkpoint.read_tensors(folder), HUGGING_FACE)
 
 
 def read_fairseq(path: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
-    """Sizes come from the tensors; what those cannot tell, from the settings that fairseq stored beside them."""
+    """Sizes come from the tensors, and what those cannot tell from the settings that fairseq stored beside them;
+    without settings, from the recipes of base (group norm) and large (layer norms), whose heads have 64 numbers."""
+    tensors, told = rename(checkpoint.read_tensors(path), FAIRSEQ), {}
     saved = checkpoint.read_checkpoint(path)
-    tensors = rename(checkpoint.read_tensors(path), FAIRSEQ)
+    stored = saved.get("cfg") if isinstance(saved.get("cfg"), dict) else {}
+    for table in (saved.get("args"), stored.get("model"), stored.get("task")):
+        told |= table if isinstance(table, dict) else {}
+    large = "feature_extractor.conv_layers.1.layer_norm.weight" in tensors
     try:
         convs = [tensors[f"feature_extractor.conv_layers.{i}.conv.weight"].shape for i in range(7)]
-        pos, fc1 = (tensors[f"encoder.{name}"] for name in ("pos_conv_embed.conv.weight_v",
-                                                           "layers.0.feed_forward.intermediate_dense.weight"))
-    except KeyError as missing:
-        raise ValueError(f"{path}: not a HuBERT of fairseq, {missing.args[0]} is missing") from None
-    cfg = saved.get("cfg") or {}
-    told = {**(saved.get("args") or {}), **cfg.get("model", {}), **cfg.get("task", {})}
-    large = "feature_extractor.conv_layers.1.layer_norm.weight" in tensors
-    return HuBERTConfig(
-        conv_dim=tuple(c[0] for c in convs), conv_kernel=tuple(c[2] for c in convs),
-        conv_bias="feature_extractor.conv_layers.0.conv.bias" in tensors,
-        extractor_norm="layer" if large else "group", dim=pos.shape[0], ffn_dim=fc1.shape[0],
-        n_layers=1 + max(int(m[1]) for name in tensors if (m := re.match(r"encoder\.layers\.(\d+)", name))),
-        n_heads=told.get("encoder_attention_heads", pos.shape[0] // 64), pre_norm=told.get("layer_norm_first", large),
-        pos_kernel=pos.shape[2], pos_groups=pos.shape[0] // pos.shape[1], normalize=told.get("normalize", large),
-    ), tensors
+        dim, per_group, kernel = tensors["encoder.pos_conv_embed.conv.weight_v"].shape
+        return HuBERTConfig(
+            conv_dim=tuple(c[0] for c in convs), conv_kernel=tuple(c[2] for c in convs),
+            conv_bias="feature_extractor.conv_layers.0.conv.bias" in tensors,
+            extractor_norm="layer" if large else "group", dim=dim,
+            n_layers=len({name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}),
+            n_heads=told.get("encoder_attention_heads", dim // 64),
+            ffn_dim=tensors["encoder.layers.0.feed_forward.intermediate_dense.weight"].shape[0],
+            pre_norm=bool(told.get("layer_norm_first", large)), pos_kernel=kernel, pos_groups=dim // per_group,
+            normalize=bool(told.get("normalize", large)),
+        ), tensors
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as problem:
+        raise ValueError(f"{path}: not a HuBERT of fairseq ({problem})") from None
 
 
 def the_one(folder: Path, pattern: str, what: str) -> Path:

@@ -425,6 +425,8 @@ def fairseq_file(model: HuBERT, path, monkeypatch, cfg="cfg"):
              "last_optimizer_state": {"state": {0: {"exp_avg": torch.randn(5)}}}, "extra_state": {"epoch": 3}}
     if cfg == "cfg":
         saved["cfg"] = {"model": settings, "task": {"normalize": c.normalize, "sample_rate": 16000}}
+    elif isinstance(cfg, dict):
+        saved["cfg"] = cfg
     elif cfg == "args":
         saved["args"] = argparse.Namespace(**settings, normalize=c.normalize)
     torch.save(saved, path, pickle_protocol=2)
@@ -476,7 +478,7 @@ def test_released_folder(tmp_path, monkeypatch):
     assert UnitExtractor.from_pretrained(hf, layer=5).layer == 5
 
 
-def test_files_that_do_not_fit_are_one_line(tmp_path):
+def test_files_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
     unit = extractor()
     unit.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
@@ -491,6 +493,10 @@ def test_files_that_do_not_fit_are_one_line(tmp_path):
                           ('"hidden_size": 32', '"hidden_size": "big"', "hidden_size"),
                           ('"hidden_size": 32', '"hidden_size": 64', "expected"),
                           ('"num_hidden_layers": 3', '"num_hidden_layers": 1', "layer 2 asked for"),
+                          ('"num_hidden_layers": 3', '"num_hidden_layers": 1000000000', "impossible sizes"),
+                          ('"hidden_size": 32', '"hidden_size": 0', "impossible sizes"),
+                          ('"conv_stride": [', '"conv_stride": ["x", ', "config.json"),
+                          ('"conv_stride": [', '"conv_stride": [5, ', "samples every"),
                           ('"group"', '"batch"', "extractor_norm must be"),
                           ('"num_attention_heads": 4', '"num_attention_heads": 5', "heads")):
         assert old in config
@@ -514,6 +520,8 @@ def test_files_that_do_not_fit_are_one_line(tmp_path):
     refused("found none", path=empty)
     torch.save({"model": {"decoder.weight": torch.zeros(2)}}, empty / "other.pt")
     refused("not a HuBERT of fairseq", path=empty)
+    fairseq_file(extractor().model, empty / "other.pt", monkeypatch, {"model": {"encoder_attention_heads": "4"}})
+    refused("impossible sizes", path=empty)
 
 
 # ---- speed
