@@ -193,8 +193,9 @@ class Int8Linear(nn.Module):
             weight.copy_((rows / scale[:, None]).round())
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            # torch's kernel multiplies the bytes as they are: 10 times faster than converting them at each step.
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= 32 * self.in_features:
+            # For a few rows torch has a kernel that multiplies the bytes as they are: 15 times faster than first
+            # converting them, and twice as fast as a bf16 matrix. For a long prompt the conversion no longer counts.
             y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.weight, self.scale.bfloat16())
             return y.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
