@@ -216,6 +216,8 @@ def prepare(out: str | Path, sentences: int = 3000, renditions: int = 2, seed: i
         for u in utterances
     ]
     _write_lines(out / "dialogues.jsonl", rows)
+    for half in (out / "wav").glob("*.part"):  # what a killed run was writing
+        half.unlink(missing_ok=True)
     _write_lines(out / "manifest.jsonl", manifest)  # last: a folder with a manifest is complete
 
 
