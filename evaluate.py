@@ -6,10 +6,11 @@ The paper (§5.3, §6) transcribes spoken answers with a recogniser and has Chat
 recogniser stays (judge.py), and as every question of the tiny world has one right answer, equality replaces the scores.
 
     source, resynthesis      what the judge itself gets wrong, and what units and vocoder cost on top of it
-    asr, tts                 §3.1's two cross-modal tasks, on new renditions of train sentences and on held-out ones
+    asr, tts                 §3.1's two cross-modal tasks, on new renditions of train sentences and on held-out ones;
+                             asr before stage 3 (no adapter) and inside the chain too
     answer, text, standard   the question heard (chain-of-modality), read, heard without chain (the paper's Table 2)
     spoken                   the spoken reply against its own text, and against the right answer
-    bits                     -log2 p of the next unit in held-out speech (eq. 3), after all stages
+    bits                     -log2 p of the next unit in held-out speech (eq. 3), after all stages and after stage 1
     first                    seconds from typing `python sample.py question.wav` to the reply's wav
 
 A word error rate is the edits of all items over the words of all items; a reply without speech or text is all wrong.
@@ -44,6 +45,7 @@ from config import command_line
 from data import audio
 from data.units import read_jsonl
 from judge import Recogniser, errors, need_extra, normalise, same
+from llama import Llama
 from sample import Reply, SpeechGPT
 from tokenizer import units_to_text
 
@@ -53,14 +55,14 @@ SPLITS = ("rendition", "heldout")  # new recordings of sentences of train; sente
 
 
 class Measure(NamedTuple):
-    """A row of the report, or one for each split."""
+    """A row of the report, or one for each split: the share of words that are wrong, or of items that are right."""
 
     key: str
     name: str
-    wer: bool = True  # else the share of items that are exactly right
+    wer: bool = True
     split: bool = True  # a row for each split, called:
     names: tuple[str, str] = ("new renditions", "held out")
-    beside: dict[str, str] = {}  # baselines that are measures themselves, on the same recordings where there are
+    beside: dict[str, str] = {}  # baselines that are measures: on the same recordings if it has them all
     target: tuple[str, ...] = ()  # of each row: the 25-minute run / weights/tiny
 
 
@@ -71,6 +73,8 @@ MEASURES = (
     Measure("resynthesis.own", "resynthesis: the source's voice and durations", split=False,
             beside={"source audio": "source"}),
     Measure("asr", "speech to text (ASR)", beside={"judge": "source"}, target=("≤ 5 % / ≤ 1 %", "≤ 10 % / ≤ 3 %")),
+    Measure("asr.before", "speech to text before stage 3 (no adapter)", beside={"with it": "asr"}),
+    Measure("transcript", "spoken question, as transcribed in the chain", beside={"judge": "source"}),
     Measure("tts", "text to speech (TTS)", names=("train sentences", "held out"), beside={"source audio": "source"}),
     Measure("answer", "spoken question, exact answer", wer=False, beside={"read": "text"},
             target=("≥ 90 % / ≥ 98 %", "≥ 60 % / ≥ 90 %")),
@@ -153,8 +157,9 @@ def score_all(items: list[Item], memory: "Memory") -> list[Row]:
             row = Row(f"{m.key}.{split}" if split else m.key, m.name + (f", {m.names[i]}" if split else ""),
                       *score(m, mine), len(mine), target=m.target[i] if m.target else "")
             for label, key in m.beside.items():
-                others = of.get(key, [])
-                row.baseline[label] = score(m, [item for item in others if item.id in ids] or others)[0]
+                others = [item for item in of.get(key, []) if item.split == split or not m.split]
+                equal = [item for item in others if item.id in ids]
+                row.baseline[label] = score(m, equal if len(equal) == len(ids) else others)[0]
             if not m.wer:
                 row.baseline |= memory.score(mine)
             rows.append(row)
@@ -232,7 +237,7 @@ def train_units(extractor, manifest: list[dict], corpus: Path, limit: int) -> li
 
 # ---- Listening and asking --------------------------------------------------------------------------------------
 
-MAX_NEW = {"t": 96, "s": 400}  # tokens of an answer in text, in speech; a longer one is cut off, and judged like that
+MAX_NEW = {"t": 96, "s": 320}  # tokens of an answer in text, in speech; a longer one is cut off, and judged like that
 
 
 def ask(model: SpeechGPT, prompts: list, mode: str, bar, **options) -> list[Reply]:
@@ -249,12 +254,13 @@ def ask(model: SpeechGPT, prompts: list, mode: str, bar, **options) -> list[Repl
     return replies
 
 
-def measure(model: SpeechGPT, recogniser: Recogniser, corpus: Path, items: int, seed: int,
+def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, corpus: Path, items: int, seed: int,
             out: Path) -> tuple[list[Item], list[list[int]], list[dict]]:
     """Every item of every measure; the held-out speech as units; the examples written to out/examples.
 
     Of each split, `items` recordings are transcribed and `items` questions answered in text; half as many are
-    resynthesised, read aloud and answered in speech, for what is spoken the judge has to hear, which takes longest."""
+    resynthesised, read aloud and answered in speech, for what is spoken the judge has to hear, which takes longest.
+    `before` is the model without its adapter, if it has one; it transcribes half of the recordings too."""
     manifest = audio.read_manifest(corpus)
 
     def draw(split: str, wanted) -> list[dict]:
@@ -264,7 +270,7 @@ def measure(model: SpeechGPT, recogniser: Recogniser, corpus: Path, items: int, 
     speech = {split: draw(split, lambda row: row["kind"] != "answer") for split in SPLITS}
     questions = {split: draw(split, lambda row: "answer" in row) for split in SPLITS}
     half = -(-items // 2)
-    bar = run.progress(sum(2 * len(s) + 4 * len(s[:half]) for s in speech.values())
+    bar = run.progress(sum(2 * len(s) + (4 + bool(before)) * len(s[:half]) for s in speech.values())
                        + sum(3 * len(q) + 2 * len(q[:half]) for q in questions.values()), title="evaluate", unit="item")
     voices = range(getattr(model, "n_speakers", 1))
     found, talks, units = [], [], {}
@@ -287,6 +293,9 @@ def measure(model: SpeechGPT, recogniser: Recogniser, corpus: Path, items: int, 
             replies = ask(model, [corpus / row["wav"] for row in rows], "s2t", bar, task="asr")
             note("asr", split, rows, texts, [reply.text for reply in replies])
             rows, texts = rows[:half], texts[:half]
+            if before:
+                replies = ask(before, [corpus / row["wav"] for row in rows], "s2t", bar, task="asr")
+                note("asr.before", split, rows, texts, [reply.text for reply in replies])
             note("resynthesis", split, rows, texts, [wave(model.vocoder(u)) for u, _ in units[split][:half]])
             note("resynthesis.own", split, rows, texts, [
                 wave(model.vocoder(u, row["speaker"] if row["speaker"] in voices else None, durations))
@@ -295,10 +304,13 @@ def measure(model: SpeechGPT, recogniser: Recogniser, corpus: Path, items: int, 
             note("tts", split, rows, texts, [reply.wav for reply in replies])
         for split, rows in questions.items():
             wavs, answers = [corpus / row["wav"] for row in rows], [row["answer"] for row in rows]
-            for key, replies in (("answer", ask(model, wavs, "s2t", bar)),
-                                 ("text", ask(model, [row["text"] for row in rows], "t2t", bar)),
-                                 ("standard", ask(model, wavs, "s2t", bar, chain=False))):
-                note(key, split, rows, answers, [reply.text for reply in replies])
+            replies = ask(model, wavs, "s2t", bar)
+            note("transcript", split, rows, [row["text"] for row in rows], [reply.transcript for reply in replies])
+            note("answer", split, rows, answers, [reply.text for reply in replies])
+            replies = ask(model, [row["text"] for row in rows], "t2t", bar)
+            note("text", split, rows, answers, [reply.text for reply in replies])
+            replies = ask(model, wavs, "s2t", bar, chain=False)
+            note("standard", split, rows, answers, [reply.text for reply in replies])
             rows, replies = rows[:half], ask(model, wavs[:half], "s2s", bar, seed=seed)
             note("spoken.text", split, rows, answers[:half], [reply.text for reply in replies])
             heard = note("spoken.answer", split, rows, answers[:half], [reply.wav for reply in replies])
@@ -462,11 +474,18 @@ def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int
             raise ValueError(f"{folder} has no {'hubert' if part == 'extractor' else part}/: train that stage first")
     dialogues = read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "family", "split"))
     out.mkdir(parents=True, exist_ok=True)
-    found, speech, examples = measure(model, Recogniser(), corpus, items, seed, out)
+    before = None
+    if (folder / "lora").is_dir():
+        before = SpeechGPT(Llama.from_pretrained(folder / "llama", device=device), model.tok, model.extractor)
+    found, speech, examples = measure(model, before, Recogniser(), corpus, items, seed, out)
     rows = score_all(found, Memory([d for d in dialogues if d["split"] == "train"]))
     train = train_units(model.extractor, audio.read_manifest(corpus), corpus, 400)
-    rows.append(Row("bits", "bits per unit, held-out speech", *ratio(unit_bits(model, speech)), len(speech), "bits",
-                    ngram_bits(train, speech, model.tok.n_units)))
+    bits = {"bits": ("bits per unit of held-out speech", model)}
+    if (folder.parent / "stage1").is_dir():
+        bits["bits.1"] = "the same after stage 1", SpeechGPT(Llama.from_pretrained(folder.parent / "stage1"), model.tok)
+    for key, (name, speaker) in bits.items():
+        rows.append(Row(key, name, *ratio(unit_bits(speaker, speech)), len(speech), "bits",
+                        ngram_bits(train, speech, model.tok.n_units)))
     if examples:
         took, factor = first_reply(folder, out / examples[0]["question"], str(device))
         rows.append(Row("first", "time to a spoken reply, fresh process", took, None, None, 2, "s", target="≤ 10 s"))

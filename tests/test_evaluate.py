@@ -142,6 +142,14 @@ class PerfectJudge:
         return [text_of(wav) for wav in wavs]
 
 
+class Deaf:
+    """The model without its adapter."""
+
+    def reply_batch(self, prompts, mode, task, max_new):
+        assert (mode, task) == ("s2t", "asr")
+        return [Reply("", "", [], None) for _ in prompts]
+
+
 class KnownModel(OnlyLogits):
     """Hears and reads perfectly; answers wrongly what is held out if it was spoken; without chain it knows nothing;
     never speaks about the sky."""
@@ -191,7 +199,10 @@ def reported(tmp_path_factory):
     (folder / "metrics/stage1.jsonl").write_text("\n".join([*steps, '{"half a li', "[1]", '{"loss": 3}']))
     (folder / "metrics/empty.jsonl").write_text("")
     patch = pytest.MonkeyPatch()
-    patch.setattr(evaluate.SpeechGPT, "from_pretrained", lambda *_: KnownModel())
+    talking = type("Talking", (), {"from_pretrained": lambda *_: KnownModel(), "__new__": lambda *_: Deaf()})
+    patch.setattr(evaluate, "SpeechGPT", talking)
+    patch.setattr(evaluate, "Llama", type("Any", (), {"from_pretrained": lambda *_, **__: None}))
+    (folder / "model/lora").mkdir(parents=True)
     patch.setattr(evaluate, "Recogniser", PerfectJudge)
     patch.setattr(evaluate, "first_reply", lambda *_: (3.0, 1.5))
     numbers = evaluate.evaluate(folder / "model", folder / "corpus", folder / "report", items=10, device="cpu")
@@ -205,7 +216,7 @@ def test_known_answers_give_known_numbers(reported):
         "source.rendition": 0, "source.heldout": 0, "asr.rendition": 0, "asr.heldout": 0, "tts.rendition": 0,
         "tts.heldout": 0, "resynthesis.own": 0,
         "answer.rendition": 1, "answer.heldout": 0, "text.rendition": 1, "text.heldout": 1,
-        "standard.rendition": 0, "standard.heldout": 0,
+        "standard.rendition": 0, "standard.heldout": 0, "asr.before.heldout": 1, "transcript.heldout": 0,
         "spoken.answer.rendition": 2 / 3, "spoken.answer.heldout": 0, "first": 3.0, "first.factor": 1.5}
     for key, value in expected.items():
         assert numbers[key] == pytest.approx(value), key
