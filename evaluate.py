@@ -21,6 +21,7 @@ References: Bisani & Ney 2004 (bootstrap of word error rates); Wilson 1927 (inte
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ from data import audio
 from data.units import read_jsonl
 from judge import Recogniser, errors, need_extra, normalise, same
 from llama import Llama
-from sample import Reply, SpeechGPT
+from sample import Reply, SpeechGPT, one_thread
 from tokenizer import units_to_text
 
 # ---- What is measured ------------------------------------------------------------------------------------------
@@ -259,8 +260,8 @@ def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, 
     """Every item of every measure; the held-out speech as units; the examples written to out/examples.
 
     Of each split, `items` recordings are transcribed and `items` questions answered in text; half as many are
-    resynthesised, read aloud and answered in speech, for what is spoken the judge has to hear, which takes longest.
-    `before` is the model without its adapter, if it has one; it transcribes half of the recordings too."""
+    resynthesised, read aloud, answered in speech and by standard prompting: what is spoken the judge has to hear,
+    which takes longest. `before` is the model without its adapter, if it has one; it transcribes half as many."""
     manifest = audio.read_manifest(corpus)
 
     def draw(split: str, wanted) -> list[dict]:
@@ -271,7 +272,7 @@ def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, 
     questions = {split: draw(split, lambda row: "answer" in row) for split in SPLITS}
     half = -(-items // 2)
     bar = run.progress(sum(2 * len(s) + (4 + bool(before)) * len(s[:half]) for s in speech.values())
-                       + sum(3 * len(q) + 2 * len(q[:half]) for q in questions.values()), title="evaluate", unit="item")
+                       + sum(2 * len(q) + 3 * len(q[:half]) for q in questions.values()), title="evaluate", unit="item")
     voices = range(getattr(model, "n_speakers", 1))
     found, talks, units = [], [], {}
     with ThreadPoolExecutor(1) as background, bar:  # the judge listens in the background while the model goes on
@@ -309,11 +310,12 @@ def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, 
             note("answer", split, rows, answers, [reply.text for reply in replies])
             replies = ask(model, [row["text"] for row in rows], "t2t", bar)
             note("text", split, rows, answers, [reply.text for reply in replies])
+            rows, wavs, answers = rows[:half], wavs[:half], answers[:half]
             replies = ask(model, wavs, "s2t", bar, chain=False)
             note("standard", split, rows, answers, [reply.text for reply in replies])
-            rows, replies = rows[:half], ask(model, wavs[:half], "s2s", bar, seed=seed)
-            note("spoken.text", split, rows, answers[:half], [reply.text for reply in replies])
-            heard = note("spoken.answer", split, rows, answers[:half], [reply.wav for reply in replies])
+            replies = ask(model, wavs, "s2s", bar, seed=seed)
+            note("spoken.text", split, rows, answers, [reply.text for reply in replies])
+            heard = note("spoken.answer", split, rows, answers, [reply.wav for reply in replies])
             own = [reply.text if normalise(reply.text) else row["answer"] for row, reply in zip(rows, replies)]
             found.append(("spoken", split, rows, own, heard))
             talks.append((rows, replies, heard))
@@ -474,10 +476,13 @@ def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int
             raise ValueError(f"{folder} has no {'hubert' if part == 'extractor' else part}/: train that stage first")
     dialogues = read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "family", "split"))
     out.mkdir(parents=True, exist_ok=True)
+    model.hear = functools.cache(model.hear)  # one recording is asked about in several ways: encode it once
     before = None
     if (folder / "lora").is_dir():
         before = SpeechGPT(Llama.from_pretrained(folder / "llama", device=device), model.tok, model.extractor)
-    found, speech, examples = measure(model, before, Recogniser(), corpus, items, seed, out)
+        before.hear = model.hear
+    with one_thread(model.llama):  # the judge has the others
+        found, speech, examples = measure(model, before, Recogniser(), corpus, items, seed, out)
     rows = score_all(found, Memory([d for d in dialogues if d["split"] == "train"]))
     train = train_units(model.extractor, audio.read_manifest(corpus), corpus, 400)
     bits = {"bits": ("bits per unit of held-out speech", model)}
