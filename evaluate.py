@@ -504,6 +504,10 @@ def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int
     return {row.key: row.value for row in rows}
 
 
+def complain(message: str):
+    raise ValueError(f"{message}; see python evaluate.py --help")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--model", default="weights/tiny", help="folder with llama/, lora/, hubert/, vocoder/")
@@ -513,6 +517,7 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="of the choice of items, and of sampled speech")
     p.add_argument("--device", default="auto", help="cpu, cuda or mps")
     p.add_argument("--metrics", help="folder of training curves (default: beside the model's)")
+    p.error = complain
     a = p.parse_args()
     evaluate(a.model, a.corpus, a.out, a.items, a.seed, a.device, a.metrics)
 

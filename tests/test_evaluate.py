@@ -294,3 +294,10 @@ def test_a_missing_model_or_corpus_is_one_line(monkeypatch, tmp_path):
         evaluate.evaluate(tmp_path, tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(ValueError, match="items is -1"):
         evaluate.evaluate(tmp_path, tmp_path, tmp_path / "out", items=-1)
+
+
+@pytest.mark.parametrize("flags", [["--modle", "x"], ["--items", "many"], ["model"]])
+def test_a_wrong_flag_is_one_line(flags, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *flags])
+    with pytest.raises(ValueError, match="see python evaluate.py --help"):
+        evaluate.main()
