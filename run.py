@@ -36,6 +36,12 @@ def device(name: str = "auto") -> torch.device:
     return torch.device(cuda if name == "cuda" else name)
 
 
+def half(where: torch.device, wanted: bool = True) -> torch.autocast:
+    """Matrix products in bfloat16, where the machine is faster at them: CUDA, and CPUs with AVX512-BF16."""
+    able = where.type == "cuda" or where.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.autocast(where.type if able else "cpu", torch.bfloat16, enabled=able and wanted)
+
+
 def start(where: torch.device):
     """Joins the other ranks, if there are any."""
     if world_size() > 1 and not dist.is_initialized():

@@ -49,7 +49,9 @@ from data import batches, instruct
 from data import units as unit_files
 from data.tiny import prepare
 from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask
+from judge import need_extra
 from llama import Llama, LlamaConfig
+from muon import Muon
 from tokenizer import Tokenizer
 from vocoder import VocoderConfig
 
@@ -70,9 +72,37 @@ class Optimisation:
     weight_decay: float = 0.1  # on matrices only
     betas: tuple[float, ...] = (0.9, 0.95)
     clip: float = 1.0
-    max_len: int = 1024  # tokens in a packed row
+    muon: bool = False  # matrices of the layers learn by Muon (muon.py) instead of AdamW
+    bf16: bool = True  # matrix products in bfloat16 where that is faster; weights and updates stay float32
     eval_every: int = 200
     save_every: int = 200
+
+
+@dataclass
+class Language(Optimisation):
+    max_len: int = 1024  # tokens in a packed row
+    mix: dict = field(default_factory=lambda: {"text": 1.0})  # kinds of documents (data/instruct.py), their shares
+    noise: float = 0.0  # share of the units of speech to listen to that are lost, and as many that are misheard
+
+
+@dataclass
+class Stage1(Language):
+    steps: int = 900
+    batch_size: int = 768
+    mix: dict = field(default_factory=lambda: {"speech": 1.0})
+
+
+@dataclass
+class Stage2(Language):
+    max_len: int = 512
+    mix: dict = field(default_factory=lambda: {"asr": 0.4, "tts": 0.4, "t2t": 0.2})  # p = 1/2 each; of text not said
+
+
+@dataclass
+class Stage3(Language):
+    steps: int = 4200
+    batch_size: int = 128
+    mix: dict = field(default_factory=lambda: {"chain": 1.0})
 
 
 @dataclass
@@ -124,15 +154,14 @@ class Config:
     device: str = "auto"
     pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped
     vocab_size: int = 600  # text pieces, where there is no pretrained LLaMA
-    standard: float = 0.0  # share of stage 3's documents with standard prompting (App. E) instead of chain-of-modality
     corpus: CorpusSection = field(default_factory=CorpusSection)
     hubert: HubertSection = field(default_factory=HubertSection)
     units: UnitsSection = field(default_factory=UnitsSection)
     llama: dict = field(default_factory=dict)  # a LlamaConfig without vocab_size
-    text: Optimisation = field(default_factory=Optimisation)
-    stage1: Optimisation = field(default_factory=lambda: Optimisation(steps=900, batch_size=768))
-    stage2: Optimisation = field(default_factory=lambda: Optimisation(steps=2100, batch_size=1536, max_len=512))
-    stage3: Optimisation = field(default_factory=lambda: Optimisation(steps=4200, batch_size=128))
+    text: Language = field(default_factory=Language)
+    stage1: Stage1 = field(default_factory=Stage1)
+    stage2: Stage2 = field(default_factory=Stage2)
+    stage3: Stage3 = field(default_factory=Stage3)
     lora: LoraSection = field(default_factory=LoraSection)
     vocoder: train_vocoder.VocoderStage = field(default_factory=train_vocoder.VocoderStage)
     vocoder_model: VocoderConfig = field(default_factory=VocoderConfig)
@@ -163,14 +192,10 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
     """
     device = next(model.parameters()).device
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    decay = [p for p in trained.values() if p.ndim >= 2]
-    no_decay = [p for p in trained.values() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": o.weight_decay},
-                                   {"params": no_decay, "weight_decay": 0.0}],
-                                  lr=o.lr, betas=tuple(o.betas), fused=device.type != "mps")
+    optimizers = make_optimizers(trained, o, device)
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / "state.safetensors"
-    first = load_training(state_file, trained, optimizer) if state_file.exists() else 0
+    first = load_training(state_file, trained, optimizers) if state_file.exists() else 0
     objective = Objective(model, loss).train()
     if run.world_size() > 1:
         objective = DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
@@ -180,8 +205,9 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
     for step in range(first, o.steps):
         began = time.perf_counter()
         lr = run.cosine(step, o.warmup, o.steps, o.lr, o.floor)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         torch.manual_seed(zlib.crc32(f"{c.seed} {name} {step} {run.rank()}".encode()))
         micro_batches = batch_at(step)
         numbers = {"loss": 0.0, "tokens": 0.0}
@@ -189,15 +215,16 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
             # gradients are exchanged once a step, with the last micro-batch
             alone = run.world_size() > 1 and i + 1 < len(micro_batches)
             with (objective.no_sync() if alone else contextlib.nullcontext(),
-                  torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")):
+                  run.half(device, o.bf16)):
                 value, tokens, logged = objective([t.to(device, non_blocking=True) for t in batch])
                 (value / len(micro_batches)).backward()
             numbers["tokens"] += tokens
             for key, number in ({"loss": value} | logged).items():
                 numbers[key] = numbers.get(key, 0.0) + number.item() / len(micro_batches)
         norm = nn.utils.clip_grad_norm_(trained.values(), o.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         numbers = run.mean(numbers)
         speed = numbers.pop("tokens") * run.world_size() / (time.perf_counter() - began)
         bar.update()
@@ -211,29 +238,46 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
             bar.write(f"{name}, step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) + said)
         metrics.write(step=step, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, **numbers)
         if (step + 1) % o.save_every == 0 and run.rank() == 0:
-            save_training(state_file, trained, optimizer, step + 1)
+            save_training(state_file, trained, optimizers, step + 1)
     bar.close()
     model.eval()
 
 
-def save_training(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int):
+def make_optimizers(trained: dict[str, nn.Parameter], o: Optimisation, device: torch.device) -> list:
+    """AdamW, and Muon beside it if asked for: each parameter belongs to one of them."""
+    ends = ("embed_tokens.weight", "lm_head.weight", "label_embs", "masked_embed")  # rows for symbols: not for Muon
+    inner = {name for name, p in trained.items() if o.muon and p.ndim == 2 and not name.endswith(ends)}
+    rest = [p for name, p in trained.items() if name not in inner]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": o.weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, o.lr, tuple(o.betas), fused=device.type != "mps")]
+    if inner:
+        optimizers.append(Muon([trained[name] for name in sorted(inner)], o.lr, weight_decay=o.weight_decay))
+    return optimizers
+
+
+SLOTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # what AdamW and Muon remember of a parameter
+
+
+def save_training(path: Path, trained: dict[str, nn.Parameter], optimizers: list, step: int):
     tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
     for name, p in trained.items():
-        tensors |= {f"{slot}.{name}": value for slot, value in optimizer.state[p].items()}
+        for optimizer in optimizers:
+            tensors |= {f"{slot}.{name}": value for slot, value in optimizer.state.get(p, {}).items()}
     checkpoint.save_state(path, tensors, {"step": step})
 
 
-def load_training(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def load_training(path: Path, trained: dict[str, nn.Parameter], optimizers: list) -> int:
     """Puts weights and moments back; returns the step to go on with."""
     tensors, meta = checkpoint.load_state(path)
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, p in trained.items():
         saved = tensors.get(f"model.{name}")
         if saved is None or saved.shape != p.shape:
             raise ValueError(f"{path}: does not fit this config (at {name}); delete {path.parent} to begin anew")
         p.data.copy_(saved)
-        optimizer.state[p] = {slot: tensors[f"{slot}.{name}"].clone() for slot in ("step", "exp_avg", "exp_avg_sq")}
-        for slot in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[p][slot] = optimizer.state[p][slot].to(p.device)
+        owner[p].state[p] = {slot: tensors[f"{slot}.{name}"].clone().to(p.device)
+                             for slot in SLOTS if f"{slot}.{name}" in tensors}
     return meta["step"]
 
 
@@ -357,8 +401,6 @@ class LanguageStage(NamedTuple):
 
     section: str  # of the config file, with its hyperparameters
     begin: Callable  # (config, tokenizer) -> the model it starts from; what requires a gradient is what it trains
-    examples: Callable  # (corpus folder, split) -> what documents are made from
-    render: Callable  # (tokenizer, example, random, config) -> (ids, mask of targets)
     save: Callable  # (config, model, tokenizer)
 
 
@@ -391,15 +433,10 @@ def save_llama(name: str) -> Callable:
 
 
 LANGUAGE = {
-    "text": LanguageStage("text", new_llama, instruct.sentences,
-                          lambda tok, e, draw, c: instruct.render_text(tok, e, draw), save_llama("text")),
-    "1": LanguageStage("stage1", grown_llama, instruct.pairs,
-                       lambda tok, e, draw, c: instruct.render_speech(tok, e, draw), save_llama("1")),
-    "2": LanguageStage("stage2", lambda c, tok: Llama.from_pretrained(llama_folder(c, "1")), instruct.cross_modal,
-                       lambda tok, e, draw, c: instruct.render_cross_modal(tok, e, draw), save_llama("2")),
-    "3": LanguageStage("stage3", adapted_llama, instruct.exchanges,
-                       lambda tok, e, draw, c: instruct.render_chain(tok, e, draw, c.standard),
-                       lambda c, model, tok: lora.save(model, Path(c.out) / "model/lora")),
+    "text": LanguageStage("text", new_llama, save_llama("text")),
+    "1": LanguageStage("stage1", grown_llama, save_llama("1")),
+    "2": LanguageStage("stage2", lambda c, tok: Llama.from_pretrained(llama_folder(c, "1")), save_llama("2")),
+    "3": LanguageStage("stage3", adapted_llama, lambda c, model, tok: lora.save(model, Path(c.out) / "model/lora")),
 }
 
 
@@ -417,27 +454,27 @@ def make_tokenizer(c: Config) -> Tokenizer:
 
 def train_language(name: str, c: Config, folder: Path, device: torch.device):
     stage = LANGUAGE[name]
-    o: Optimisation = getattr(c, stage.section)
+    o: Language = getattr(c, stage.section)
     tok = make_tokenizer(c)
     torch.manual_seed(c.seed)
     model = stage.begin(c, tok).to(device)
 
-    def render(example, draw: random.Random) -> instruct.Document:
-        return stage.render(tok, example, draw, c)
-
-    batch_at = batches.documents(render, stage.examples(corpus_folder(c), "train"), c.seed, o.batch_size, o.max_len,
+    batch_at = batches.documents(partial(instruct.render, tok, noise=o.noise),
+                                 instruct.examples(corpus_folder(c), "train", o.mix), c.seed, o.batch_size, o.max_len,
                                  o.accumulate, run.rank(), run.world_size())
 
     def loss(model: Llama, batch):
         ids, mask, positions, docs = batch
         return llama.next_token_loss(model, ids, mask, positions, docs), (docs >= 0).sum().item(), {}
 
-    held_out = stage.examples(corpus_folder(c), "heldout")
+    held_out = instruct.examples(corpus_folder(c), "heldout", o.mix)
     held_out = random.Random(c.seed).sample(held_out, min(64, len(held_out)))
-    shown = [render(example, random.Random(i)) for i, example in enumerate(held_out)]
+    shown = [instruct.render(tok, example, random.Random(i)) for i, example in enumerate(held_out)]
 
     @torch.no_grad()
     def probe() -> tuple[dict, str]:
+        if not shown:
+            return {}, ""
         packed = batches.pack(shown, o.max_len)
         numbers = {"held_out_loss": loss(model, [t.to(device) for t in packed])[0].item()}
         said = ""
@@ -487,7 +524,7 @@ STAGES = {
     "text": Stage(partial(train_language, "text"), ("units",), ("vocab_size", "llama", "text", "pretrained")),
     "1": Stage(partial(train_language, "1"), ("units", "text"), ("stage1",)),
     "2": Stage(partial(train_language, "2"), ("1",), ("stage2",)),
-    "3": Stage(partial(train_language, "3"), ("2",), ("stage3", "lora", "standard")),
+    "3": Stage(partial(train_language, "3"), ("2",), ("stage3", "lora")),
     "vocoder": Stage(make_vocoder, ("units",), ("vocoder", "vocoder_model")),
     "evaluate": Stage(judge, ("3", "vocoder"), ("evaluate",)),
 }
@@ -561,6 +598,8 @@ def main():
     if known.stage and known.stage not in STAGES:
         raise ValueError(f"unknown stage '{known.stage}'; the stages are {', '.join(STAGES)}")
     c = config.read(known.config, Config, flags)
+    if known.stage in (None, "evaluate"):
+        need_extra()  # said now, and not after half an hour
     device = run.device(c.device)
     run.start(device)
     try:

@@ -15,7 +15,6 @@ Defaults are the recipe of the released vocoder (HiFi-GAN V1 on units: Polyak et
 model on a CPU has no time for it: it first learns spectra alone, which costs a third, see configs/tiny.toml.
 """
 
-import contextlib
 import dataclasses
 import sys
 from collections import defaultdict
@@ -42,15 +41,17 @@ class VocoderStage:
     steps: int = 400_000
     batch_size: int = 16  # crops a step, over all ranks
     segment: int = 28  # frames of a crop: 28 * 320 = 8960 samples
+    margin: int = 0  # frames on either side of a crop that the generator sees and does not speak
     lr: float = 2e-4
     betas: tuple[float, ...] = (0.8, 0.99)
+    judge_lr: float | None = None  # of the discriminators; None: as the generator's
     weight_decay: float = 0.01
     warmup: int = 0  # steps
     floor: float = 0.1  # the last learning rate, as a share of `lr`
     clip: float = 1000.0  # largest norm of the generator's gradient
     adversarial_start: int = 0  # step from which on there are discriminators
     mel_weight: float = 45.0
-    spectral_weight: float = 0.0  # multi-resolution spectral loss: ours, for the steps without discriminators
+    spectral_weight: float = 0.0  # mel loss through several windows: ours, for the steps without discriminators
     spectral_sizes: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     adversarial_weight: float = 1.0
     feature_weight: float = 2.0
@@ -61,7 +62,7 @@ class VocoderStage:
     msd_layers: tuple[tuple[int, ...], ...] = (  # (channels, kernel, stride, groups)
         (128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16), (512, 41, 4, 16), (1024, 41, 4, 16),
         (1024, 41, 1, 16), (1024, 5, 1, 1))
-    bf16: bool = False  # convolutions in bfloat16
+    bf16: bool = False  # convolutions in bfloat16 where that is faster
     eval_every: int = 1000
     save_every: int = 5000
     seed: int = 0
@@ -90,20 +91,20 @@ class Speech:
         wav = audio.load(self.corpus / self.rows[i]["wav"])
         return np.int16(wav / max(np.abs(wav).max(), 1e-3) * 0.95 * 32767)  # units do not say how loud
 
-    def crop(self, i: int, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (frames,) and the wave (frames * 320,) they stand for; what is missing at the end is silence."""
+    def crop(self, i: int, rng: np.random.Generator, frames: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
+        """The wave (frames * 320,) of some frames, and their codes with those around them (margin + frames + margin,).
+        Beyond the ends the first and the last code go on, silently."""
         codes = np.repeat(self.rows[i]["units"], self.rows[i]["durations"])
         start = rng.integers(max(1, len(codes) - frames + 1))
-        codes = codes[start:start + frames]
-        wave = self.wave(i)[start * 320:(start + len(codes)) * 320] / np.float32(32767)
-        return (np.pad(codes, (0, frames - len(codes)), "edge"),
-                np.pad(wave, (0, frames * 320 - len(wave))))
+        wave = self.wave(i)[start * 320:min(start + frames, len(codes)) * 320] / np.float32(32767)
+        seen = np.arange(start - margin, start + frames + margin).clip(0, len(codes) - 1)
+        return codes[seen], np.pad(wave, (0, frames * 320 - len(wave)))
 
-    def batch(self, rng: np.random.Generator, size: int, frames: int) -> tuple[Tensor, ...]:
-        """Codes (B, frames), waves (B, frames * 320), speakers (B,); and for the duration predictor the units of
-        the whole recordings, their frames and which of them are no padding, each (B, U)."""
+    def batch(self, rng: np.random.Generator, size: int, frames: int, margin: int = 0) -> tuple[Tensor, ...]:
+        """Codes (B, frames + 2 * margin), waves (B, frames * 320), speakers (B,); and for the duration predictor the
+        units of the whole recordings, their frames and which of them are no padding, each (B, U)."""
         chosen = rng.choice(len(self.rows), size, p=self.share)
-        codes, waves = zip(*(self.crop(i, rng, frames) for i in chosen))
+        codes, waves = zip(*(self.crop(i, rng, frames, margin) for i in chosen))
         rows = [self.rows[i] for i in chosen]
         units, lengths = torch.zeros(2, size, max(len(row["units"]) for row in rows), dtype=torch.long)
         for b, row in enumerate(rows):
@@ -134,23 +135,24 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
     state = work / "state.safetensors"
     first = load_state(state, parts, begun_with) if resume and state.exists() else 0
     metrics = run.Metrics(work / "metrics.jsonl", first)
-    half = torch.autocast(device.type, torch.bfloat16) if stage.bf16 else contextlib.nullcontext()
+    half = run.half(device, stage.bf16)
     bar = run.progress(stage.steps, first, "vocoder")
 
     for step in range(first, stage.steps):
         rng = np.random.default_rng([stage.seed, step, run.rank()])
         torch.manual_seed(int(rng.integers(2**62)))
         codes, real, speakers, *durations = (
-            t.to(device) for t in speech.batch(rng, stage.batch_size // run.world_size(), stage.segment))
+            t.to(device) for t in speech.batch(rng, stage.batch_size // run.world_size(), stage.segment,
+                                              stage.margin))
         lr = run.cosine(step, stage.warmup, stage.steps, stage.lr, stage.floor)
         losses, numbers = {}, {}
         with half:
-            fake = generator.generate(codes, speakers).float()
+            fake = generator.generate(codes, speakers, stage.margin).float()
         if adversarial := step >= stage.adversarial_start:
             judges.requires_grad_(True)
             with half:
                 loss = v.discriminator_loss(hear(judges, real), hear(judges, fake.detach()))
-            update(optimizer_d, lr, loss)
+            update(optimizer_d, lr * (stage.judge_lr or stage.lr) / stage.lr, loss)
             numbers["discriminator"] = loss.item()
 
         losses["duration"] = generator.duration_loss(*durations) * stage.duration_weight

@@ -61,30 +61,27 @@ class VocoderConfig:
     context_dilations: tuple[int, ...] = ()  # residual convolutions at the frame rate, where width is cheap
 
     def __post_init__(self):
-        rates, kernels = self.upsample_rates, self.upsample_kernel_sizes
-        inputs = self.embedding_dim * (2 if self.speakers else 1)
-        if self.f0:
-            raise ValueError("vocoder config: f0 is true, but this vocoder reads units (and a speaker) only; "
-                             "take a checkpoint trained without f0")
-        if len(rates) != len(kernels) or any(k < u or (k - u) % 2 for u, k in zip(rates, kernels)):
-            raise ValueError(f"vocoder config: upsample_kernel_sizes {kernels} must be one for each of the "
-                             f"upsample_rates {rates}, larger by an even number")
-        if math.prod(rates) != self.code_hop_size:
-            raise ValueError(f"vocoder config: upsample_rates {rates} multiply to {math.prod(rates)}, "
-                             f"but code_hop_size is {self.code_hop_size}")
-        if self.resblock not in ("1", "2"):
-            raise ValueError(f"vocoder config: resblock is {self.resblock!r}; it must be \"1\" or \"2\"")
-        if len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes):
-            raise ValueError("vocoder config: resblock_dilation_sizes must be one list for each of the "
-                             f"resblock_kernel_sizes {self.resblock_kernel_sizes}")
-        if len(self.channels) != len(rates) + 1:
-            raise ValueError(f"vocoder config: upsample_channels {self.upsample_channels} must be one for each of "
-                             f"the upsample_rates {rates}")
-        if self.model_in_dim != inputs:
-            raise ValueError(f"vocoder config: model_in_dim is {self.model_in_dim}, but embeddings of "
-                             f"{self.embedding_dim} (units{', speaker' * self.speakers}) make {inputs}")
-        if (self.dur_predictor_params or {}).get("var_pred_kernel_size", 3) != 3:
-            raise ValueError("vocoder config: var_pred_kernel_size must be 3, to keep one duration a unit")
+        rates, kernels, inputs = self.upsample_rates, self.upsample_kernel_sizes, self.embedding_dim
+        inputs *= 2 if self.speakers else 1
+        for problem, message in (
+            (self.f0, "f0 is true, but this vocoder reads units (and a speaker) only; take one trained without f0"),
+            (len(rates) != len(kernels) or any(k < u or (k - u) % 2 for u, k in zip(rates, kernels)),
+             f"upsample_kernel_sizes {kernels} must be one for each of the upsample_rates {rates}, larger by an even "
+             "number"),
+            (math.prod(rates) != self.code_hop_size,
+             f"upsample_rates {rates} multiply to {math.prod(rates)}, but code_hop_size is {self.code_hop_size}"),
+            (len(self.channels) != len(rates) + 1,
+             f"upsample_channels {self.upsample_channels} must be one for each of the upsample_rates {rates}"),
+            (self.resblock not in ("1", "2"), f'resblock is {self.resblock!r}; it must be "1" or "2"'),
+            (len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes),
+             f"resblock_dilation_sizes must be one list for each of the kernels {self.resblock_kernel_sizes}"),
+            (self.model_in_dim != inputs, f"model_in_dim is {self.model_in_dim}, but embeddings of "
+             f"{self.embedding_dim} (units{', speaker' * self.speakers}) make {inputs}"),
+            ((self.dur_predictor_params or {}).get("var_pred_kernel_size", 3) != 3,
+             "var_pred_kernel_size must be 3, to keep one duration a unit"),
+        ):
+            if problem:
+                raise ValueError(f"vocoder config: {message}")
 
     @property
     def speakers(self) -> bool:
@@ -103,30 +100,24 @@ def same_conv(c_in: int, c_out: int, kernel: int, dilation: int = 1) -> nn.Conv1
     return nn.Conv1d(c_in, c_out, kernel, dilation=dilation, padding=(kernel - 1) * dilation // 2)
 
 
-class ResBlock1(nn.Module):
-    """x + conv(lrelu(dilated conv(lrelu(x)))), once for each dilation."""
+class ResBlock(nn.Module):
+    """For each dilation: kind "1" x + conv(lrelu(dilated conv(lrelu(x)))), kind "2" x + dilated conv(lrelu(x))."""
 
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]):
+    def __init__(self, kind: str, channels: int, kernel: int, dilations: tuple[int, ...]):
         super().__init__()
-        self.convs1 = nn.ModuleList(same_conv(channels, channels, kernel, d) for d in dilations)
-        self.convs2 = nn.ModuleList(same_conv(channels, channels, kernel) for _ in dilations)
+        dilated = nn.ModuleList(same_conv(channels, channels, kernel, d) for d in dilations)
+        if kind == "1":
+            self.convs1, self.convs2 = dilated, nn.ModuleList(same_conv(channels, channels, kernel) for _ in dilations)
+        else:
+            self.convs = dilated
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv1, conv2 in zip(self.convs1, self.convs2):
-            x = x + conv2(F.leaky_relu(conv1(F.leaky_relu(x, SLOPE)), SLOPE))
-        return x
-
-
-class ResBlock2(nn.Module):
-    """x + dilated conv(lrelu(x)), once for each dilation: half the work."""
-
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]):
-        super().__init__()
-        self.convs = nn.ModuleList(same_conv(channels, channels, kernel, d) for d in dilations)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for conv in self.convs:
-            x = x + conv(F.leaky_relu(x, SLOPE))
+        if hasattr(self, "convs"):
+            for conv in self.convs:
+                x = x + conv(F.leaky_relu(x, SLOPE))
+        else:
+            for conv1, conv2 in zip(self.convs1, self.convs2):
+                x = x + conv2(F.leaky_relu(conv1(F.leaky_relu(x, SLOPE)), SLOPE))
         return x
 
 
@@ -156,7 +147,6 @@ class UnitVocoder(nn.Module):
         super().__init__()
         self.config = config
         widths, dim = config.channels, config.embedding_dim
-        block = {"1": ResBlock1, "2": ResBlock2}[config.resblock]
         self.dict = nn.Embedding(config.num_embeddings, dim)
         if config.embedder_params:
             self.spkr = nn.Linear(config.embedder_params.get("embedder_dim", 256), dim)
@@ -164,20 +154,22 @@ class UnitVocoder(nn.Module):
             self.spkr = nn.Embedding(config.num_speakers, dim)
         self.conv_pre = same_conv(config.model_in_dim, widths[0], 7)
         if config.context_dilations:
-            self.context = ResBlock2(widths[0], 3, config.context_dilations)
+            self.context = ResBlock("2", widths[0], 3, config.context_dilations)
         self.ups = nn.ModuleList(
             nn.ConvTranspose1d(c_in, c_out, kernel, rate, padding=(kernel - rate) // 2)  # T -> exactly T * rate
             for c_in, c_out, rate, kernel in zip(widths, widths[1:], config.upsample_rates,
                                                  config.upsample_kernel_sizes))
         self.resblocks = nn.ModuleList(  # one of each kernel size after every upsampling, in this order
-            block(channels, kernel, dilations) for channels in widths[1:]
+            ResBlock(config.resblock, channels, kernel, dilations) for channels in widths[1:]
             for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes))
         self.conv_post = same_conv(widths[-1], 1, 7)
         if config.dur_predictor_params:
             self.dur_predictor = DurationPredictor(**config.dur_predictor_params)
 
-    def generate(self, codes: Tensor, speaker: Tensor | None = None) -> Tensor:
-        """Frames (B, T), one code every 20 ms, and speakers (B,) -> waveforms (B, T * 320) in [-1, 1]."""
+    def generate(self, codes: Tensor, speaker: Tensor | None = None, margin: int = 0) -> Tensor:
+        """Frames (B, T), one code every 20 ms, and speakers (B,) -> waveforms (B, T * 320) in [-1, 1].
+
+        With a margin, the first and the last `margin` frames are only looked at: (B, (T - 2 * margin) * 320)."""
         x = self.dict(codes).transpose(1, 2)  # (B, T, E) -> (B, E, T)
         if self.config.speakers:
             assert speaker is not None, "a multi-speaker vocoder needs a speaker for each row"
@@ -186,6 +178,7 @@ class UnitVocoder(nn.Module):
         x = self.conv_pre(x)
         if self.config.context_dilations:
             x = self.context(x)
+        x = x[..., margin:x.shape[2] - margin]
         per_stage = len(self.config.resblock_kernel_sizes)
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, SLOPE))  # (B, C, T) -> (B, C', T * rate)
@@ -352,41 +345,29 @@ def mel_filters(rate: int, n_fft: int, n_mels: int, fmin: float, fmax: float) ->
     return (triangles * 2 / (high - low)).float()
 
 
-@lru_cache
-def hann(size: int, device: torch.device) -> Tensor:
-    return torch.hann_window(size, device=device)
-
-
-def magnitudes(wav: Tensor, n_fft: int, hop: int, window: int) -> Tensor:
-    """|STFT| of waveforms (B, N) -> (B, n_fft // 2 + 1, N // hop), the wave reflected at both ends."""
+def log_mel(wav: Tensor, n_fft: int = 1024, n_mels: int = 80, rate: int = 16000, fmin: float = 0.0,
+            fmax: float | None = None) -> Tensor:
+    """Waveforms (B, N) -> HiFi-GAN's log mel spectrogram (B, n_mels, N // hop); windows of n_fft, hop a quarter."""
+    hop = n_fft // 4
     wav = F.pad(wav[:, None], ((n_fft - hop) // 2,) * 2, "reflect").squeeze(1)
-    spectrum = torch.view_as_real(torch.stft(wav, n_fft, hop, window, hann(window, wav.device), center=False,
-                                             return_complex=True))
-    return torch.sqrt(spectrum.pow(2).sum(-1) + 1e-9)
-
-
-def log_mel(wav: Tensor, rate: int = 16000, n_fft: int = 1024, hop: int = 256, window: int = 1024,
-            n_mels: int = 80, fmin: float = 0.0, fmax: float | None = None) -> Tensor:
-    """Waveforms (B, N) -> log mel spectrogram (B, n_mels, frames), HiFi-GAN's."""
+    window = torch.hann_window(n_fft, device=wav.device)
+    spectrum = torch.view_as_real(torch.stft(wav, n_fft, hop, window=window, center=False, return_complex=True))
+    magnitudes = torch.sqrt(spectrum.square().sum(-1) + 1e-9)  # (B, n_fft // 2 + 1, frames)
     filters = mel_filters(rate, n_fft, n_mels, fmin, fmax or rate / 2).to(wav.device)
-    return torch.log(torch.clamp(filters @ magnitudes(wav, n_fft, hop, window), min=1e-5))
+    return torch.log(torch.clamp(filters @ magnitudes, min=1e-5))
 
 
-def mel_loss(fake: Tensor, real: Tensor, **mel) -> Tensor:
+def mel_loss(fake: Tensor, real: Tensor, n_fft: int = 1024, n_mels: int = 80) -> Tensor:
     """Mean absolute difference of the log mel spectrograms."""
-    return F.l1_loss(log_mel(fake, **mel), log_mel(real, **mel))
+    return F.l1_loss(log_mel(fake, n_fft, n_mels), log_mel(real, n_fft, n_mels))
 
 
 def spectral_loss(fake: Tensor, real: Tensor, sizes: tuple[int, ...] = (2048, 1024, 512, 256, 128)) -> Tensor:
-    """Multi-resolution STFT loss (Yamamoto et al. 2020): log magnitudes and relative error, mean over windows.
+    """The mel loss, mean over several windows: long ones see harmonics, short ones when a sound begins.
 
-    HiFi-GAN has no such term; it teaches a small generator on a CPU to speak before the adversarial phase.
+    HiFi-GAN has one window only. With a generator that is small and has minutes to learn, several teach it faster.
     """
-    total = 0.0
-    for size in sizes:
-        a, b = magnitudes(fake, size, size // 4, size), magnitudes(real, size, size // 4, size)
-        total = total + F.l1_loss(a.log(), b.log()) + (a - b).norm() / b.norm().clamp(min=1e-3)
-    return total / len(sizes)
+    return sum(mel_loss(fake, real, size, min(80, size * 5 // 32)) for size in sizes) / len(sizes)
 
 
 def discriminator_loss(real: list, fake: list) -> Tensor:

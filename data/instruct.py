@@ -5,8 +5,16 @@
     stage 2   [Human]: {D}. This is input: {U}<eoh>. [SpeechGPT]: {T}<eoa>   and back         (the answer, eq. 4)
     stage 3   [Human]: This is a speech instruction: {SpeechI}. ... [tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>
 
-An example is what a document is made from; `render` makes the document, drawing instructions, tasks, formats and
-renditions anew in every epoch. Held-out rows never reach a render of training: the caller says which split.
+What a stage reads is a mix of kinds of documents, such as {"asr": 0.5, "tts": 0.5}:
+
+    text             a sentence, or a question with its answer
+    speech           units alone
+    asr, tts         §3.1: recognition of everybody, synthesis in the model's own voice
+    s2s s2t t2s t2t  Appendix C, speech or text in, speech or text out; "chain" draws one of the four
+    standard         Appendix E, one of the four
+
+An example is what a document is made from; `render` makes the document, drawing instructions, formats and renditions
+anew in every epoch. Held-out rows never reach a render of training: the caller says which split.
 """
 
 import random
@@ -19,6 +27,7 @@ from data.units import read_jsonl, read_units
 Document = tuple[list[int], list[bool]]
 OWN_VOICE = 0  # the speaker in whose voice the model answers
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
+KINDS = ("text", "speech", "asr", "tts", *MODES, "chain", "standard")
 
 
 class Pair(NamedTuple):
@@ -38,6 +47,11 @@ class Exchange(NamedTuple):
     answer_units: list[list[int]]
 
 
+class Example(NamedTuple):
+    kind: str  # of KINDS
+    of: str | Pair | Exchange
+
+
 def sentences(corpus: Path, split: str) -> list[str]:
     """The text of one split: every dialogue as question and answer, every statement."""
     dialogues = [row for row in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split"))
@@ -52,12 +66,6 @@ def sentences(corpus: Path, split: str) -> list[str]:
 
 def pairs(corpus: Path, split: str) -> list[Pair]:
     return [Pair(row["units"], row["text"], row["speaker"]) for row in read_units(corpus) if row["split"] == split]
-
-
-def cross_modal(corpus: Path, split: str) -> list[Pair | tuple[str, str]]:
-    """Recordings with their text, mixed with text dialogues (§4.2: the paper mixes in moss-002-sft)."""
-    dialogues = read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split"))
-    return pairs(corpus, split) + [(d["question"], d["answer"]) for d in dialogues if d["split"] == split]
 
 
 def exchanges(corpus: Path, split: str) -> list[Exchange]:
@@ -75,31 +83,63 @@ def exchanges(corpus: Path, split: str) -> list[Exchange]:
             if d["split"] == texts and (split, d["question"]) in spoken]
 
 
-def render_text(tok: tokenizer.Tokenizer, sentence: str, draw: random.Random) -> Document:
-    ids = tok.encode(sentence) + [tok.eos]
-    return ids, [True] * len(ids)
+def read_aloud(corpus: Path, split: str) -> list[Exchange]:
+    """All dialogues of a split, spoken or not, as text."""
+    return [Exchange(d["question"], d["answer"], [], [])
+            for d in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split")) if d["split"] == split]
 
 
-def render_speech(tok: tokenizer.Tokenizer, pair: Pair, draw: random.Random) -> Document:
-    ids = tok.encode(tokenizer.units_to_text(pair.units))
-    return ids, [True] * len(ids)
+def examples(corpus: Path, split: str, mix: dict[str, float]) -> list[Example]:
+    """One epoch: every example of every kind at least once, those of small kinds again until all have their share."""
+    for kind, share in mix.items():
+        if kind not in KINDS or not isinstance(share, int | float) or share <= 0:
+            raise ValueError(f"mix: {kind} = {share!r}; give some of {', '.join(KINDS)} a positive share")
+    spoken = pairs(corpus, split)
+    heard = exchanges(corpus, split)
+    answered = [e for e in heard if e.answer_units]
+    of = {"text": sentences(corpus, split), "speech": spoken, "asr": spoken,
+          "tts": [pair for pair in spoken if pair.speaker == OWN_VOICE], "s2s": answered, "t2s": answered,
+          "s2t": heard, "t2t": read_aloud(corpus, split), "chain": heard, "standard": heard}
+    if lost := [kind for kind in mix if not of[kind]]:
+        if split == "train":
+            raise ValueError(f"{corpus}: there is nothing of kind '{lost[0]}' to train on; take it out of the mix")
+        mix = {kind: share for kind, share in mix.items() if kind not in lost}
+    size = max((len(of[kind]) / share for kind, share in mix.items()), default=0)
+    return [Example(kind, of[kind][i % len(of[kind])])
+            for kind, share in mix.items() for i in range(round(share * size))]
 
 
-def render_cross_modal(tok: tokenizer.Tokenizer, example: Pair | tuple[str, str], draw: random.Random) -> Document:
-    """§3.1: recognition or synthesis with probability p = 1/2 each; or a text instruction and its answer."""
-    if not isinstance(example, Pair):
-        return tok.document(*tokenizer.chain_of_modality("t2t", text_i=example[0], text_r=example[1]))
-    speech = tokenizer.units_to_text(example.units)
-    # the model learns to listen to everybody and to speak in its own voice
-    if example.speaker != OWN_VOICE or draw.random() < 0.5:
-        return tok.document(*tokenizer.cross_modal(draw.choice(tokenizer.ASR_INSTRUCTIONS), speech, example.text))
-    return tok.document(*tokenizer.cross_modal(draw.choice(tokenizer.TTS_INSTRUCTIONS), example.text, speech))
+def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, noise: float = 0.0) -> Document:
+    """(ids, which of them are targets). `noise`: share of the units of speech to listen to that are lost, and as many
+    again that are misheard; a small corpus is learned by heart without it."""
+    kind, e = example
 
+    def heard(units: list[int]) -> str:
+        return tokenizer.units_to_text(mishear(units, noise, tok.n_units, draw) if noise else units)
 
-def render_chain(tok: tokenizer.Tokenizer, e: Exchange, draw: random.Random, standard: float = 0.0) -> Document:
-    """Appendix C in one of its four formats, or Appendix E with probability `standard`."""
-    template = tokenizer.standard if draw.random() < standard else tokenizer.chain_of_modality
+    if kind in ("text", "speech"):
+        ids = tok.encode(e) + [tok.eos] if kind == "text" else tok.encode(tokenizer.units_to_text(e.units))
+        return ids, [True] * len(ids)
+    if kind == "asr":
+        return tok.document(*tokenizer.cross_modal(draw.choice(tokenizer.ASR_INSTRUCTIONS), heard(e.units), e.text))
+    if kind == "tts":
+        speech = tokenizer.units_to_text(e.units)
+        return tok.document(*tokenizer.cross_modal(draw.choice(tokenizer.TTS_INSTRUCTIONS), e.text, speech))
+    template = tokenizer.standard if kind == "standard" else tokenizer.chain_of_modality
+    mode = kind if kind in MODES else draw.choice(MODES if e.answer_units else ("s2t", "t2t"))
     return tok.document(*template(
-        draw.choice(MODES if e.answer_units else ("s2t", "t2t")), text_i=e.question, text_r=e.answer,
-        speech_i=tokenizer.units_to_text(draw.choice(e.question_units)),
+        mode, text_i=e.question, text_r=e.answer,
+        speech_i=heard(draw.choice(e.question_units)) if e.question_units else "",
         speech_r=tokenizer.units_to_text(draw.choice(e.answer_units)) if e.answer_units else ""))
+
+
+def mishear(units: list[int], share: float, n_units: int, draw: random.Random) -> list[int]:
+    """Drops `share` of the units and replaces as many; still no unit twice in a row."""
+    out: list[int] = []
+    for unit in units:
+        chance = draw.random()
+        if chance >= share:
+            unit = draw.randrange(n_units) if chance < 2 * share else unit
+            if unit not in out[-1:]:
+                out.append(unit)
+    return out or units

@@ -126,8 +126,8 @@ def tok(corpus, tmp_path_factory):
 
 
 def test_nothing_held_out_is_in_training_examples(corpus):
-    seen = repr([instruct.sentences(corpus, "train"), instruct.cross_modal(corpus, "train"),
-                 instruct.exchanges(corpus, "train"), instruct.exchanges(corpus, "rendition")])
+    everything = dict.fromkeys(instruct.KINDS, 1.0)
+    seen = repr([instruct.examples(corpus, "train", everything), instruct.exchanges(corpus, "rendition")])
     assert "two plus two" not in seen.lower() and "cow" not in seen
     assert "Add one and one" in seen
 
@@ -144,7 +144,7 @@ def test_exchanges_pair_a_heard_question_with_the_models_own_voice(corpus):
 def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
     (e,) = instruct.exchanges(corpus, "train")
     for k in range(40):
-        ids, mask = instruct.render_chain(tok, e, random.Random(k), standard=0.5)
+        ids, mask = instruct.render(tok, instruct.Example(("chain", "standard")[k % 2], e), random.Random(k), 0.1)
         first = mask.index(True)
         assert all(mask[first:]) and tok.human not in ids[first:] and tok.speechgpt == ids[first - 2]
         parts = tok.parse(ids[first:])
@@ -153,20 +153,56 @@ def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
 
 
 def test_only_the_own_voice_is_learned_to_speak(corpus, tok):
-    for pair in instruct.pairs(corpus, "train"):
-        spoken = 0
-        for k in range(30):
-            ids, mask = instruct.render_cross_modal(tok, pair, random.Random(k))
-            answer = [i for i, m in zip(ids, mask) if m]
-            spoken += tok.sosp in answer
-            assert tok.parse(answer).ta == pair.text or tok.parse(answer).ua == pair.units
-        assert (spoken > 0) == (pair.speaker == instruct.OWN_VOICE)
+    found = instruct.examples(corpus, "train", {"asr": 0.5, "tts": 0.5})
+    assert {e.of.speaker for e in found if e.kind == "asr"} == {0, 1}
+    assert {e.of.speaker for e in found if e.kind == "tts"} == {instruct.OWN_VOICE}
+    for example in found:
+        ids, mask = instruct.render(tok, example, random.Random(0))
+        answer = [i for i, m in zip(ids, mask) if m]
+        assert (tok.sosp in answer) == (example.kind == "tts")
+        assert tok.parse(answer).ta == example.of.text or tok.parse(answer).ua == example.of.units
+
+
+def test_every_kind_has_its_share_and_every_example_its_turn(corpus):
+    mix = {"asr": 0.6, "tts": 0.1, "s2t": 0.2, "text": 0.1}
+    found = instruct.examples(corpus, "train", mix)
+    for kind, share in mix.items():
+        assert abs(sum(e.kind == kind for e in found) - share * len(found)) < 1
+    alone = {kind: instruct.examples(corpus, "train", {kind: 1.0}) for kind in mix}
+    for kind, examples in alone.items():
+        assert all(e in found for e in examples) and {e.kind for e in examples} == {kind}
+
+
+@pytest.mark.parametrize("mix", [{"asr": 0}, {"asr": "much"}, {"song": 1.0}])
+def test_a_mix_that_cannot_be_is_one_line(corpus, mix):
+    with pytest.raises(ValueError, match="mix: "):
+        instruct.examples(corpus, "train", mix)
+
+
+def test_a_kind_without_examples_is_refused_in_train_and_left_out_elsewhere(corpus, tmp_path):
+    for name in ("manifest", "units"):
+        rows = (corpus / f"{name}.jsonl").read_text().splitlines()
+        keep = [row for row in rows if json.loads(row)["id"] not in ("2",)]  # the only spoken answer
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(keep))
+    (tmp_path / "dialogues.jsonl").write_text((corpus / "dialogues.jsonl").read_text())
+    with pytest.raises(ValueError, match="nothing of kind 's2s'"):
+        instruct.examples(tmp_path, "train", {"s2s": 1.0})
+    assert {e.kind for e in instruct.examples(tmp_path, "heldout", {"s2s": 0.5, "s2t": 0.5})} == {"s2t"}
 
 
 def test_speech_documents_train_every_token(corpus, tok):
-    pair = instruct.pairs(corpus, "train")[0]
-    ids, mask = instruct.render_speech(tok, pair, random.Random(0))
-    assert tok.decode(ids[1:]).replace(" ", "") == units_to_text(pair.units) and all(mask)
+    (example, *_) = instruct.examples(corpus, "train", {"speech": 1.0})
+    ids, mask = instruct.render(tok, example, random.Random(0), noise=0.5)  # what is spoken is never disturbed
+    assert tok.decode(ids[1:]).replace(" ", "") == units_to_text(example.of.units) and all(mask)
+
+
+def test_misheard_units_are_as_many_as_asked_for_and_stay_reduced():
+    units_ = [i % 10 for i in range(10_000)]
+    heard = instruct.mishear(units_, 0.1, 1000, random.Random(0))
+    assert 0.88 < len(heard) / len(units_) < 0.92 and all(a != b for a, b in zip(heard, heard[1:]))
+    assert 0.08 < sum(u >= 10 for u in heard) / len(units_) < 0.12
+    assert instruct.mishear(units_, 0.0, 1000, random.Random(0)) == units_
+    assert instruct.mishear([5], 1.0, 1000, random.Random(0)) == [5]  # never silence
 
 
 @pytest.mark.parametrize("line, said", [("{", "line 1"), ("[]", "needs the keys"), ('{"id": 1}', "needs the keys")])

@@ -60,7 +60,8 @@ def test_all_stages_of_the_language_model_run_once_and_are_then_skipped(out):
 @pytest.mark.parametrize("stage, name", [("text", "text"), ("hubert", "hubert1")])
 def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
     section = {"text": "text"}.get(stage, stage)
-    flags = [f"--{section}.steps", 9, f"--{section}.save_every", 3, f"--{section}.eval_every", 4]
+    flags = [f"--{section}.steps", 9, f"--{section}.save_every", 3, f"--{section}.eval_every", 4,
+             f"--{section}.muon", "true" if stage == "text" else "false"]
     runs = {}
     for way in ("whole", "killed"):
         here = Path(shutil.copytree(spoken, tmp_path / way))
