@@ -634,6 +634,19 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor],
     _replace(path, write)
 
 
+def halve(source: str | Path, target: str | Path) -> None:
+    """Copies a folder of weights with every float32 tensor in half precision: how weights/tiny is made."""
+    for file in sorted(Path(source).rglob("*")):
+        copy = Path(target) / file.relative_to(source)
+        if file.suffix == ".safetensors":
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            tensors = read_tensors(file)
+            save_tensors(copy, {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()})
+        elif file.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(copy, file.read_bytes())
+
+
 def save_state(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:
     """A training state: tensors of any dtype; everything else (step, seeds, ...) as JSON in the header."""
     save_tensors(path, tensors, {"state": json.dumps(meta)})

@@ -152,6 +152,7 @@ class Config:
     out: str = "out/tiny"
     seed: int = 0
     device: str = "auto"
+    workers: int = 0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
     pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped
     vocab_size: int = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
@@ -170,6 +171,19 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+class Steps(torch.utils.data.Dataset):
+    """The batches of steps first, first + 1, ...: what worker processes make ahead of time where a GPU would wait."""
+
+    def __init__(self, batch_at: Callable, first: int, last: int):
+        self.batch_at, self.first, self.last = batch_at, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int):
+        return self.batch_at(self.first + i)
 
 
 class Objective(nn.Module):
@@ -202,14 +216,15 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
     metrics = run.Metrics(Path(c.out) / "metrics" / f"{name}.jsonl", first)
 
     bar = run.progress(o.steps, first, name)
-    for step in range(first, o.steps):
-        began = time.perf_counter()
+    ahead = torch.utils.data.DataLoader(Steps(batch_at, first, o.steps), batch_size=None, num_workers=c.workers,
+                                        multiprocessing_context="fork" if c.workers else None)
+    began = time.perf_counter()
+    for step, micro_batches in enumerate(ahead, first):
         lr = run.cosine(step, o.warmup, o.steps, o.lr, o.floor)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         torch.manual_seed(zlib.crc32(f"{c.seed} {name} {step} {run.rank()}".encode()))
-        micro_batches = batch_at(step)
         numbers = {"loss": 0.0, "tokens": 0.0}
         for i, batch in enumerate(micro_batches):
             # gradients are exchanged once a step, with the last micro-batch
@@ -227,6 +242,7 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
             optimizer.zero_grad(set_to_none=True)
         numbers = run.mean(numbers)
         speed = numbers.pop("tokens") * run.world_size() / (time.perf_counter() - began)
+        began = time.perf_counter()
         bar.update()
         bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
@@ -234,6 +250,7 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
             model.eval()
             held_out, said = probe()
             model.train()
+            began = time.perf_counter()
             numbers |= held_out
             bar.write(f"{name}, step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) + said)
         metrics.write(step=step, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, **numbers)
@@ -495,6 +512,7 @@ def make_vocoder(c: Config, folder: Path, device: torch.device):
     train_vocoder.train(c.vocoder, c.vocoder_model, corpus_folder(c), corpus_folder(c) / "units.jsonl",
                         Path(c.out) / "model/vocoder", device, work=folder)
     if run.rank() == 0:
+        (Path(c.out) / "metrics").mkdir(exist_ok=True)
         shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")
 
 

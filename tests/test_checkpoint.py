@@ -1181,3 +1181,17 @@ def test_converting_needs_the_memory_of_the_result_only(tmp_path, tensors, mb):
     used = convert(tmp_path, tensors, mb)
     assert used["read"] < 16
     assert used["peak"] < tensors * mb / 2 * 1.05 + 2 * mb
+
+
+def test_halve_copies_a_folder_with_floats_in_half_precision(tmp_path):
+    source, target = tmp_path / "model", tmp_path / "small"
+    (source / "llama").mkdir(parents=True)
+    tensors = {"w": torch.randn(4, 3), "n": torch.arange(5), "b": torch.randn(2).bfloat16()}
+    checkpoint.save_tensors(source / "llama/model.safetensors", tensors)
+    (source / "llama/config.json").write_text("{}")
+    checkpoint.halve(source, target)
+    copy = checkpoint.read_tensors(target / "llama/model.safetensors")
+    assert copy["w"].dtype == torch.float16 and torch.equal(copy["w"], tensors["w"].half())
+    assert torch.equal(copy["n"], tensors["n"]) and copy["b"].dtype == torch.bfloat16
+    assert (target / "llama/config.json").read_text() == "{}"
+    assert (target / "llama/model.safetensors").stat().st_size < (source / "llama/model.safetensors").stat().st_size
