@@ -359,3 +359,15 @@ def test_spectral_losses_are_zero_on_the_truth_and_have_finite_gradients_on_sile
         fake = torch.zeros(2, 4096, requires_grad=True)
         (v.spectral_loss(fake, target) + v.mel_loss(fake, target)).backward()
         assert torch.isfinite(fake.grad).all()
+
+
+def test_a_margin_is_seen_and_not_spoken():
+    vocoder = make(context_dilations=(1, 2, 4))  # sees 3 + 7 frames on either side
+    codes = torch.randint(0, 10, (2, 40))
+    with torch.no_grad():
+        whole, middle = vocoder.generate(codes), vocoder.generate(codes, margin=10)
+        blind = vocoder.generate(codes[:, 10:-10])
+    assert middle.shape == (2, 20 * 320)
+    hop = 7 * 320  # the upsampling itself reaches less than seven frames: beyond them the middle of the whole is spoken
+    assert torch.allclose(middle[:, hop:-hop], whole[:, 10 * 320 + hop:-10 * 320 - hop], atol=1e-5)
+    assert (blind[:, hop:-hop] - middle[:, hop:-hop]).abs().max() > 1e-4  # without it the surroundings are missed

@@ -1,0 +1,238 @@
+"""Training the vocoder: three steps change it, a kill changes nothing, and mistakes are one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train_vocoder
+from data import audio
+from train_vocoder import Speech, VocoderStage, train
+from vocoder import UnitVocoder, VocoderConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGE = dict(steps=6, batch_size=4, segment=8, lr=1e-3, warmup=1, adversarial_start=3, spectral_weight=1.0,
+             spectral_sizes=(512, 256), mel_weight=1.0, mpd_periods=(2, 3), mpd_channels=(4, 8), msd_scales=2,
+             msd_layers=((4, 15, 1, 1), (8, 41, 4, 4)), eval_every=6, save_every=2)
+MODEL = dict(num_embeddings=10, embedding_dim=8, model_in_dim=16, multispkr=True, num_speakers=2, resblock="2",
+             upsample_rates=(5, 8, 8), upsample_kernel_sizes=(11, 16, 16), upsample_initial_channel=16,
+             resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3),),
+             dur_predictor_params={"encoder_embed_dim": 8, "var_pred_hidden_dim": 8, "var_pred_kernel_size": 3,
+                                   "var_pred_dropout": 0.2})
+
+
+def speak(folder: Path, rows: int = 6) -> Path:
+    """A corpus of hums: each unit is a pitch."""
+    rng = np.random.default_rng(0)
+    (folder / "wav").mkdir(parents=True)
+    manifest, units = [], []
+    for i in range(rows):
+        codes = rng.permutation(10)[:5]
+        durations = rng.integers(1, 6, 5)
+        pitch = np.repeat(100 + 50 * np.repeat(codes, durations), 320)
+        wav = 0.3 * np.sin(np.cumsum(pitch) * 2 * np.pi / 16000) + 0.01 * rng.standard_normal(len(pitch))
+        audio.save(folder / f"wav/{i}.wav", np.pad(wav, (0, 80)).astype(np.float32))  # as HuBERT's frames: 80 over
+        manifest.append({"id": str(i), "wav": f"wav/{i}.wav", "text": "hum", "speaker": i % 2,
+                         "split": "heldout" if i == 0 else "train"})
+        units.append({"id": str(i), "units": codes.tolist(), "durations": durations.tolist()})
+    for name, table in (("manifest", manifest), ("units", units)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    return speak(tmp_path / "corpus")
+
+
+def learn(corpus: Path, out: Path, stage: dict | None = None, model: dict | None = None, **options):
+    train(VocoderStage(**STAGE | (stage or {})), VocoderConfig(**MODEL | (model or {})), corpus,
+          corpus / "units.jsonl", out, torch.device("cpu"), **options)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in Path(f"{out}.training/metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read_tensors(out / "generator.safetensors")
+
+
+def test_it_trains_and_leaves_a_vocoder_that_speaks(corpus, tmp_path):
+    out = tmp_path / "out"
+    learn(corpus, out)
+    steps = lines(out)
+    assert [row["step"] for row in steps] == list(range(6))
+    assert all(np.isfinite(value) for row in steps for value in row.values())
+    losses = {"duration", "mel", "spectral", "grad_norm", "lr", "step"}
+    assert steps[2].keys() == losses
+    assert steps[3].keys() == losses | {"discriminator", "adversarial", "feature"}
+    assert steps[5].keys() > {"held_out_mel"}
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "generator.safetensors"]
+    vocoder = UnitVocoder.from_pretrained(out)
+    assert len(vocoder([1, 2, 3], speaker=1, durations=[2, 2, 2])) == 6 * 320
+    sample = audio.load(f"{out}.training/step-000006.wav")
+    assert len(sample) % 320 == 0 and np.abs(sample).max() > 0
+
+
+def test_the_loss_falls(corpus, tmp_path):
+    learn(corpus, tmp_path / "out", dict(steps=60, adversarial_start=100, lr=3e-3, save_every=100))
+    spectral = [row["spectral"] for row in lines(tmp_path / "out")]
+    assert np.mean(spectral[-5:]) < 0.8 * np.mean(spectral[:5])
+
+
+def test_every_weight_of_both_sides_learns(corpus, tmp_path):
+    learn(corpus, tmp_path / "out", dict(steps=1, adversarial_start=0))
+    learn(corpus, tmp_path / "out2", dict(steps=3, adversarial_start=0))
+    before, _ = checkpoint.load_state(tmp_path / "out.training/state.safetensors")
+    after, _ = checkpoint.load_state(tmp_path / "out2.training/state.safetensors")
+    for name in before:
+        if name.startswith(("generator.", "judges.")) and not name.endswith(("._u", "._v")):  # spectral norm's own
+            assert not torch.equal(before[name], after[name]), f"{name} stands still"
+
+
+def test_a_killed_run_continues_to_the_last_bit(corpus, tmp_path):
+    learn(corpus, tmp_path / "whole", dict(steps=40, save_every=3))
+    toml = [f'corpus = "{corpus}"', f'out = "{tmp_path}/killed"', 'device = "cpu"']
+    for section, table in (("vocoder", STAGE | dict(steps=40, save_every=3)), ("vocoder_model", MODEL)):
+        toml.append(f"[{section}]")
+        toml += [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    toml += ["[vocoder_model.dur_predictor_params]",
+             *(f"{key} = {value}" for key, value in MODEL["dur_predictor_params"].items())]
+    (tmp_path / "c.toml").write_text("\n".join(toml))
+    command = [sys.executable, str(ROOT / "train_vocoder.py"), str(tmp_path / "c.toml")]
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=threads)
+    written = tmp_path / "killed.training/metrics.jsonl"
+    deadline = time.time() + 120
+    while (not written.exists() or len(written.read_bytes().splitlines()) < 8) and time.time() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists(), "it was finished before the kill"
+    step = checkpoint.load_state(tmp_path / "killed.training/state.safetensors")[1]["step"]
+    assert 0 < step < 40 and step % 3 == 0
+    learn(corpus, tmp_path / "killed", dict(steps=40, save_every=3))
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name
+
+
+def test_a_finished_run_is_not_trained_again_but_without_resume_it_is(corpus, tmp_path):
+    learn(corpus, tmp_path / "out", dict(steps=2))
+    first = weights(tmp_path / "out")["conv_pre.weight"].clone()
+    learn(corpus, tmp_path / "out", dict(steps=2))
+    assert len(lines(tmp_path / "out")) == 2
+    assert torch.equal(weights(tmp_path / "out")["conv_pre.weight"], first)
+    learn(corpus, tmp_path / "out", dict(steps=2, seed=1), resume=False)
+    assert not torch.equal(weights(tmp_path / "out")["conv_pre.weight"], first)
+
+
+@pytest.mark.parametrize("stage, model, message", [
+    ({"lr": 2e-3}, {}, "begun with lr"), ({"mpd_channels": (4, 4)}, {}, "begun with mpd_channels"),
+    ({}, {"upsample_initial_channel": 32}, "begun with upsample_initial_channel")])
+def test_another_config_than_the_interrupted_run_had_is_refused(corpus, tmp_path, stage, model, message):
+    learn(corpus, tmp_path / "out", dict(steps=2))
+    with pytest.raises(ValueError, match=message) as caught:
+        learn(corpus, tmp_path / "out", dict(steps=2) | stage, model)
+    assert "\n" not in str(caught.value) and "delete" in str(caught.value)
+    learn(corpus, tmp_path / "out", dict(steps=2, eval_every=1))  # harmless
+
+
+@pytest.mark.parametrize("stage, model, message", [
+    ({}, {"num_embeddings": 5}, "num_embeddings to at least 10"), ({}, {"num_speakers": 1}, "num_speakers"),
+    ({}, {"multispkr": None, "model_in_dim": 8}, "multispkr = true"), ({"segment": 1}, {}, "segment"),])
+def test_a_config_that_does_not_fit_the_corpus_is_refused(corpus, tmp_path, stage, model, message):
+    with pytest.raises(ValueError, match=message):
+        learn(corpus, tmp_path / "out", stage, model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_on_the_command_line_is_one_line(corpus, tmp_path):
+    (tmp_path / "c.toml").write_text(f'corpus = "{corpus}"\nout = "{tmp_path}/out"\n[vocoder]\nstep = 3\n')
+    for arguments, message in (["c.toml"], "unknown key 'step'"), (["none.toml"], "no such"), ([], "usage"):
+        result = subprocess.run([sys.executable, ROOT / "train_vocoder.py", *arguments], cwd=tmp_path,
+                                capture_output=True, text=True)
+        assert result.returncode == 1 and result.stderr.startswith("error: ") and message in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_crops_are_the_wave_of_their_codes_and_silence_after_the_end(corpus):
+    speech = Speech(corpus, corpus / "units.jsonl", "train")
+    rng = np.random.default_rng(0)
+    row = speech.rows[2]
+    whole = np.repeat(row["units"], row["durations"])
+    for _ in range(20):
+        codes, wave = speech.crop(2, rng, 4, 0)
+        starts = [s for s in range(len(whole) - 3) if np.array_equal(whole[s:s + 4], codes)]
+        recording = speech.wave(2) / np.float32(32767)
+        assert any(np.array_equal(recording[s * 320:(s + 4) * 320], wave) for s in starts)
+    codes, wave = speech.crop(2, rng, len(whole) + 3, 0)
+    assert codes[-4:].tolist() == [whole[-1]] * 4 and not wave[len(whole) * 320:].any()
+    assert np.abs(speech.wave(2)).max() == pytest.approx(0.95 * 32767, abs=1)  # loudness is evened out
+
+
+def test_a_margin_shows_what_is_around_a_crop_and_leaves_the_wave_as_it_is(corpus):
+    speech = Speech(corpus, corpus / "units.jsonl", "train")
+    whole = np.repeat(speech.rows[2]["units"], speech.rows[2]["durations"])
+    for seed in range(20):
+        codes, wave = speech.crop(2, np.random.default_rng(seed), 4, 0)
+        wide, same = speech.crop(2, np.random.default_rng(seed), 4, 3)
+        assert np.array_equal(wide[3:-3], codes) and np.array_equal(wave, same)
+        around = np.pad(whole, 3, "edge")
+        assert any(np.array_equal(around[s:s + 10], wide) for s in range(len(whole) - 3))
+
+
+def test_a_batch_is_a_function_of_its_random_numbers(corpus):
+    speech = Speech(corpus, corpus / "units.jsonl", "train")
+    a, b, c = (speech.batch(np.random.default_rng([0, step]), 4, 8) for step in (5, 5, 6))
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and not torch.equal(a[1], c[1])
+    codes, waves, speakers, units, lengths, mask = a
+    assert codes.shape == (4, 8) and waves.shape == (4, 8 * 320) and speakers.shape == (4,)
+    assert units.shape == lengths.shape == mask.shape and torch.equal(mask, lengths > 0)
+    assert all(row["split"] == "train" for row in speech.rows)
+
+
+def test_two_processes_learn_the_same_model_as_each_other(corpus, tmp_path):
+    """torchrun: gradients are averaged, so that both ranks hold the same weights; rank 0 writes."""
+    script = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, run, train_vocoder, hashlib
+from pathlib import Path
+from test_train_vocoder import STAGE, MODEL, VocoderStage, VocoderConfig
+run.start(torch.device("cpu"))
+kept = {{}}
+make = train_vocoder.UnitVocoder
+train_vocoder.UnitVocoder = lambda c: kept.setdefault("model", make(c))
+train_vocoder.train(VocoderStage(**STAGE), VocoderConfig(**MODEL), Path({str(corpus)!r}),
+                    Path({str(corpus / "units.jsonl")!r}), Path({str(tmp_path / "out")!r}), torch.device("cpu"))
+total = b"".join(p.detach().numpy().tobytes() for p in kept["model"].parameters())
+Path({str(tmp_path)!r}, f"rank{{run.rank()}}").write_text(hashlib.sha256(total).hexdigest())
+run.finish()
+"""
+    (tmp_path / "two.py").write_text(script)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    tmp_path / "two.py"], check=True, capture_output=True, timeout=120,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+    assert len(lines(tmp_path / "out")) == 6 and (tmp_path / "out/config.json").exists()
+
+
+def test_the_average_of_gradients_is_that_of_the_ranks(monkeypatch):
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    q = torch.nn.Parameter(torch.zeros(3))
+    monkeypatch.setattr(train_vocoder.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train_vocoder.dist, "all_reduce", lambda flat: flat.add_(torch.arange(7.0)))
+    monkeypatch.setattr(train_vocoder.run, "world_size", lambda: 2)
+    train_vocoder.update(torch.optim.SGD([p, q], 1.0), 1.0, 2 * p.sum() + q.sum())
+    assert torch.equal(p.data, -torch.tensor([[2.0, 3.0], [4.0, 5.0]]) / 2)
+    assert torch.equal(q.data, -torch.tensor([5.0, 6.0, 7.0]) / 2)
