@@ -229,8 +229,7 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
         for i, batch in enumerate(micro_batches):
             # gradients are exchanged once a step, with the last micro-batch
             alone = run.world_size() > 1 and i + 1 < len(micro_batches)
-            with (objective.no_sync() if alone else contextlib.nullcontext(),
-                  run.half(device, o.bf16)):
+            with (objective.no_sync() if alone else contextlib.nullcontext(), run.half(device, o.bf16)):
                 value, tokens, logged = objective([t.to(device, non_blocking=True) for t in batch])
                 (value / len(micro_batches)).backward()
             numbers["tokens"] += tokens
@@ -262,7 +261,7 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
 
 def make_optimizers(trained: dict[str, nn.Parameter], o: Optimisation, device: torch.device) -> list:
     """AdamW, and Muon beside it if asked for: each parameter belongs to one of them."""
-    ends = ("embed_tokens.weight", "lm_head.weight", "label_embs", "masked_embed")  # rows for symbols: not for Muon
+    ends = ("embed_tokens.weight", "lm_head.weight", "label_embs")  # a row for each symbol: not for Muon
     inner = {name for name, p in trained.items() if o.muon and p.ndim == 2 and not name.endswith(ends)}
     rest = [p for name, p in trained.items() if name not in inner]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": o.weight_decay},

