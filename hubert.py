@@ -490,7 +490,7 @@ class UnitExtractor(nn.Module):
     A small HuBERT flickers between clusters where a large one rests; `smooth` frames are averaged to calm it. The
     released units know nothing of that: 1."""
 
-    CHUNK, CONTEXT = 2000, 500  # frames: a recording over 60 s is heard 40 s at a time, with 10 s on either side
+    CHUNK, CONTEXT = 3000, 1000  # frames: a recording over 100 s is heard 60 s at a time, with 20 s on either side
     OFFICIAL = 100 * RATE  # samples
 
     def __init__(self, model: HuBERT, kmeans: KMeans, layer: int, smooth: int = 1):
