@@ -636,14 +636,13 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor],
 
 def halve(source: str | Path, target: str | Path) -> None:
     """Copies a folder of weights with every float32 tensor in half precision: how weights/tiny is made."""
-    for file in sorted(Path(source).rglob("*")):
+    for file in sorted(path for path in Path(source).rglob("*") if path.is_file()):
         copy = Path(target) / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".safetensors":
-            copy.parent.mkdir(parents=True, exist_ok=True)
             tensors = read_tensors(file)
             save_tensors(copy, {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()})
-        elif file.is_file():
-            copy.parent.mkdir(parents=True, exist_ok=True)
+        else:
             write_atomic(copy, file.read_bytes())
 
 

@@ -4,7 +4,7 @@
 
 The gradients of a weight matrix are nearly of low rank: a few directions learn and the rest waits. Muon replaces the
 averaged gradient G = U S V^T by U V^T, found without an SVD by five Newton-Schulz steps, a few small matrix products.
-At the size of configs/tiny.toml it needs half of AdamW's steps (LOG.md); the paper used AdamW, and it is the default.
+At the size of configs/tiny.toml it learns more from fewer tokens (LOG.md); the paper used AdamW, the default.
 
 References: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025, arXiv:2502.16982 (the scale
 0.2 sqrt(max(m, n)): updates as large as AdamW's, so that learning rates carry over).

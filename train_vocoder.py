@@ -152,7 +152,8 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
             judges.requires_grad_(True)
             with half:
                 loss = v.discriminator_loss(hear(judges, real), hear(judges, fake.detach()))
-            update(optimizer_d, lr * (stage.judge_lr or stage.lr) / stage.lr, loss)
+            peak = stage.lr if stage.judge_lr is None else stage.judge_lr
+            update(optimizer_d, run.cosine(step, stage.warmup, stage.steps, peak, stage.floor), loss)
             numbers["discriminator"] = loss.item()
 
         losses["duration"] = generator.duration_loss(*durations) * stage.duration_weight
@@ -233,6 +234,8 @@ def check(model: VocoderConfig, stage: VocoderStage, speech: Speech):
                          f"vocoder_model.num_speakers to at least {speaker + 1}")
     if stage.batch_size % run.world_size():
         raise ValueError(f"vocoder.batch_size {stage.batch_size} does not divide among {run.world_size()} processes")
+    if stage.margin < 0:
+        raise ValueError(f"vocoder.margin is {stage.margin}; it counts frames, 0 or more")
     if stage.segment * 320 <= max(stage.spectral_sizes):
         raise ValueError(f"vocoder.segment {stage.segment} is shorter than a window of vocoder.spectral_sizes")
 

@@ -83,7 +83,7 @@ def exchanges(corpus: Path, split: str) -> list[Exchange]:
             if d["split"] == texts and (split, d["question"]) in spoken]
 
 
-def read_aloud(corpus: Path, split: str) -> list[Exchange]:
+def dialogues(corpus: Path, split: str) -> list[Exchange]:
     """All dialogues of a split, spoken or not, as text."""
     return [Exchange(d["question"], d["answer"], [], [])
             for d in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split")) if d["split"] == split]
@@ -91,15 +91,22 @@ def read_aloud(corpus: Path, split: str) -> list[Exchange]:
 
 def examples(corpus: Path, split: str, mix: dict[str, float]) -> list[Example]:
     """One epoch: every example of every kind at least once, those of small kinds again until all have their share."""
+    if not mix:
+        raise ValueError(f"mix: it is empty; give some of {', '.join(KINDS)} a share")
     for kind, share in mix.items():
-        if kind not in KINDS or not isinstance(share, int | float) or share <= 0:
-            raise ValueError(f"mix: {kind} = {share!r}; give some of {', '.join(KINDS)} a positive share")
-    spoken = pairs(corpus, split)
-    heard = exchanges(corpus, split)
-    answered = [e for e in heard if e.answer_units]
-    of = {"text": sentences(corpus, split), "speech": spoken, "asr": spoken,
-          "tts": [pair for pair in spoken if pair.speaker == OWN_VOICE], "s2s": answered, "t2s": answered,
-          "s2t": heard, "t2t": read_aloud(corpus, split), "chain": heard, "standard": heard}
+        if kind not in KINDS or not isinstance(share, int | float) or not 0.001 <= share <= 1000:
+            raise ValueError(f"mix: {kind} = {share!r}; give some of {', '.join(KINDS)} a share of 0.001 to 1000")
+    sources = {  # each is read once, and only if some kind needs it
+        sentences: ("text",), pairs: ("speech", "asr", "tts"), dialogues: ("t2t",),
+        exchanges: ("s2s", "s2t", "t2s", "chain", "standard")}
+    of = {}
+    for source, kinds in sources.items():
+        if wanted := [kind for kind in kinds if kind in mix]:
+            of |= dict.fromkeys(wanted, source(corpus, split))
+    if "tts" in of:
+        of["tts"] = [pair for pair in of["tts"] if pair.speaker == OWN_VOICE]
+    for kind in {"s2s", "t2s"} & of.keys():
+        of[kind] = [e for e in of[kind] if e.answer_units]
     if lost := [kind for kind in mix if not of[kind]]:
         if split == "train":
             raise ValueError(f"{corpus}: there is nothing of kind '{lost[0]}' to train on; take it out of the mix")

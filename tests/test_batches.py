@@ -173,7 +173,7 @@ def test_every_kind_has_its_share_and_every_example_its_turn(corpus):
         assert all(e in found for e in examples) and {e.kind for e in examples} == {kind}
 
 
-@pytest.mark.parametrize("mix", [{"asr": 0}, {"asr": "much"}, {"song": 1.0}])
+@pytest.mark.parametrize("mix", [{"asr": 0}, {"asr": "much"}, {"song": 1.0}, {}, {"asr": 1e-9}, {"asr": float("nan")}])
 def test_a_mix_that_cannot_be_is_one_line(corpus, mix):
     with pytest.raises(ValueError, match="mix: "):
         instruct.examples(corpus, "train", mix)

@@ -150,7 +150,8 @@ def test_another_config_than_the_interrupted_run_had_is_refused(corpus, tmp_path
 
 @pytest.mark.parametrize("stage, model, message", [
     ({}, {"num_embeddings": 5}, "num_embeddings to at least 10"), ({}, {"num_speakers": 1}, "num_speakers"),
-    ({}, {"multispkr": None, "model_in_dim": 8}, "multispkr = true"), ({"segment": 1}, {}, "segment"),])
+    ({}, {"multispkr": None, "model_in_dim": 8}, "multispkr = true"), ({"segment": 1}, {}, "segment"),
+    ({"margin": -1}, {}, "margin is -1")])
 def test_a_config_that_does_not_fit_the_corpus_is_refused(corpus, tmp_path, stage, model, message):
     with pytest.raises(ValueError, match=message):
         learn(corpus, tmp_path / "out", stage, model)
