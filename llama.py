@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: "Tensor | Documents | None",
                 kv: "LayerCache | None") -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                     # (B, T, n_heads, head_dim)
@@ -97,10 +97,13 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
         if kv is not None:
             k, v = kv.append(k, v)                                           # all keys so far
-        # softmax(q k / sqrt(head_dim)) v. Without a mask: a whole row is causal, a single cached token sees all
-        # that went before it.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.grouped)
+        if isinstance(mask, Documents):
+            y = mask.attend(q, k, v)
+        else:
+            # softmax(q k / sqrt(head_dim)) v. Without a mask: a whole row is causal, a single cached token sees all
+            # that went before it.
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                               enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -123,7 +126,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: "Tensor | Documents | None",
                 kv: "LayerCache | None") -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, kv)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -135,6 +138,61 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.dim), freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k / sqrt(head_dim)) v, each token over itself and those before it; q (B, n_heads, T, head_dim), k and
+    v (B, n_kv_heads, T, head_dim) -> as q.
+
+    On a CPU it is spelled out: the gradient of torch's own takes six times as long in bfloat16 at 70 tokens, and
+    three times at 190 (torch 2.13)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    heads, T = q.shape[1], q.shape[2]
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1).flatten(0, 1) for x in (k, v))      # (B n_heads, T, head_dim)
+    unseen = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(unseen, q.flatten(0, 1), k.mT, alpha=q.shape[3] ** -0.5)
+    return torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, heads))
+
+
+class Documents:
+    """Attention inside each of the documents that were packed into rows, and nowhere else.
+
+    Documents of about the same length are taken out of their rows and laid side by side, and put back afterwards.
+    Scores of whole rows under a mask would cost as many times more as there are documents in a row (LOG.md)."""
+
+    def __init__(self, docs: Tensor):  # (B, T): neighbours with the same number are one document; below 0 is padding
+        T, docs = docs.shape[1], docs.flatten()
+        first = torch.cat([docs[:1] == docs[:1], docs[1:] != docs[:-1]])     # (B T,) bool: here begins something
+        first[::T] = True
+        starts = first.nonzero()[:, 0]
+        lengths = torch.diff(starts, append=starts.new_tensor([len(docs)]))
+        starts, lengths = starts[docs[starts] >= 0], lengths[docs[starts] >= 0]
+        lengths, order = lengths.sort(descending=True)
+        starts, sizes = starts[order], lengths.tolist()
+        self.groups: list[Tensor] = []                                       # (documents, length): places in (B T)
+        self.back, used, laid = torch.zeros_like(docs), 0, 0                 # (B T,): and where each one went
+        while used < len(sizes):
+            end = next((i for i in range(used, len(sizes)) if sizes[i] < 0.7 * sizes[used]), len(sizes))
+            ahead = torch.arange(sizes[used], device=docs.device)
+            places = starts[used:end, None] + ahead    # beyond a document's end: all too late to be seen from within
+            inside = ahead < lengths[used:end, None]
+            self.back[places[inside]] = laid + inside.flatten().nonzero()[:, 0]
+            self.groups.append(places.clamp(max=len(docs) - 1))
+            used, laid = end, laid + inside.numel()
+
+    def to(self, device: torch.device) -> "Documents":
+        moved = object.__new__(Documents)
+        moved.groups, moved.back = [places.to(device) for places in self.groups], self.back.to(device)
+        return moved
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, n_heads, T, head_dim), k and v (B, n_kv_heads, T, head_dim) -> as q."""
+        flat, out = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)], []  # (B T, heads, head_dim)
+        for places in self.groups:
+            rows = [x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for x in flat]
+            out.append(causal_attention(*rows).transpose(1, 2).flatten(0, 1))
+        return torch.cat(out).index_select(0, self.back).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
 
 
 class LayerCache:
@@ -228,10 +286,7 @@ class Llama(nn.Module):
         # Cosines, sines and mask are the same in every layer: computed once.
         mask = None                                                          # plain causal attention
         if docs is not None:
-            causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-            seen = (docs[:, :, None] == docs[:, None, :]) & causal           # (B, T, T)
-            # Added to the scores. A bool mask would be turned into this one by every layer anew.
-            mask = x.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
+            mask = Documents(docs)
         if cache is not None:
             new = slice(cache.used, cache.used + T)
             assert new.stop <= cache.length, f"{cache.used} + {T} tokens in a cache of {cache.length}"

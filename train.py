@@ -23,14 +23,19 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
 import random
 import shutil
+import signal
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -116,6 +121,8 @@ class HubertSection(Optimisation):
     """Two rounds (HuBERT paper §3): on clusters of MFCCs, then on clusters of the first round's `layer`."""
 
     recordings: int | None = None  # learn from so many of the training recordings; None: from all
+    speaker: int | None = None  # learn from this speaker's recordings alone: units are then the sounds of one voice
+    perturb: float = 0.0  # play every crop at a rate between exp(-perturb) and exp(perturb): as if others spoke
     clusters: tuple[int, ...] = (100, 500)  # of each round; the number of rounds is how many there are
     layer: int = 6  # whose clusters teach the second round
     frames: int = 99  # of 20 ms, in a crop
@@ -153,6 +160,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     workers: int = 0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
+    beside: bool = True  # on a CPU the vocoder learns beside the language model, each on half of the cores
     pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped
     vocab_size: int = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
@@ -236,9 +244,10 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
             for key, number in ({"loss": value} | logged).items():
                 numbers[key] = numbers.get(key, 0.0) + number.item() / len(micro_batches)
         norm = nn.utils.clip_grad_norm_(trained.values(), o.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with run.half(device, o.bf16):  # Muon's matrix products
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         numbers = run.mean(numbers)
         speed = numbers.pop("tokens") * run.world_size() / (time.perf_counter() - began)
         began = time.perf_counter()
@@ -340,7 +349,10 @@ def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clu
     if previous is not None:  # a round goes on from the weights of the last one; only its codewords are new
         model.load_state_dict(previous.state_dict() | {"label_embs": model.label_embs})
     if not weights.exists():
-        rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
+        rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"
+                and h.speaker in (None, row["speaker"])]
+        if not rows:
+            raise ValueError(f"{corpus}: speaker {h.speaker} has no training recording; correct hubert.speaker")
         rows = random.Random(c.seed).sample(rows, min(len(rows), h.recordings or len(rows)))
         if not labels_file.exists() and run.rank() == 0:
             kmeans = fit_clusters(corpus, rows, teacher, clusters, h.cluster_frames, c.seed, device)
@@ -349,7 +361,7 @@ def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clu
             save_labels(labels_file, [label.short().cpu().numpy() for label in labels])
         run.wait()
         batch_at = batches.crops([corpus / row["wav"] for row in rows], load_labels(labels_file), h.frames, c.seed,
-                                 h.batch_size, h.accumulate, run.rank(), run.world_size())
+                                 h.batch_size, h.accumulate, run.rank(), run.world_size(), h.perturb)
 
         def loss(model: HuBERT, batch):
             wav, labels = batch
@@ -577,6 +589,44 @@ def run_stage(name: str, c: Config, device: torch.device):
     run.wait()
 
 
+# Matrices this small hardly profit from a second core: two trainings on one core each do half as much again as one
+# after the other on both (LOG.md). Neither the vocoder nor the language model needs anything of the other.
+
+
+def vocoder_beside(c: Config, threads: int, log: Path):
+    """The stage vocoder as a process of its own: what it says goes to `log`, and it ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+    with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        torch.set_num_threads(threads)
+        config.command_line(lambda: run_stage("vocoder", c, torch.device("cpu")))
+
+
+@contextlib.contextmanager
+def beside(c: Config, device: torch.device):
+    """Within, the vocoder is being trained on half of the cores, and half are left; at the end it is waited for."""
+    cores, log = torch.get_num_threads(), Path(c.out) / "state/vocoder/log.txt"
+    alone = device.type != "cpu" or run.world_size() > 1 or cores < 2
+    if alone or not c.beside or finished(c, "vocoder"):
+        yield
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"stage vocoder learns beside the next stages, on {cores // 2} of {cores} threads; it writes to {log}")
+    child = multiprocessing.get_context("spawn").Process(
+        target=vocoder_beside, args=(c, cores // 2, log), name="vocoder", daemon=True)
+    child.start()
+    torch.set_num_threads(cores - cores // 2)
+    yield
+    metrics = log.parent / "metrics.jsonl"
+    with run.progress(c.vocoder.steps, 0, "vocoder") as bar:
+        while child.is_alive():
+            child.join(1)
+            bar.update(len(metrics.read_bytes().splitlines()) - bar.n if metrics.exists() else 0)
+    torch.set_num_threads(cores)
+    if child.exitcode:
+        raise ValueError(f"stage vocoder: {log.read_text(encoding='utf-8').strip().splitlines()[-1]}")
+
+
 def finished(c: Config, name: str) -> float | None:
     """When a stage was finished, or None."""
     done = Path(c.out) / "state" / name / "done.json"
@@ -602,6 +652,18 @@ def compare(name: str, folder: Path, before: dict, now: dict):
             raise ValueError(f"stage {name} was begun before stage {stage} was made anew; delete {folder} to follow it")
 
 
+def run_all(c: Config, device: torch.device):
+    names = list(STAGES)
+    language = names[names.index("text"):names.index("vocoder")]
+    for name in names[:names.index("text")]:
+        run_stage(name, c, device)
+    with beside(c, device):
+        for name in language:
+            run_stage(name, c, device)
+    for name in names[names.index("vocoder"):]:
+        run_stage(name, c, device)
+
+
 def plain(value):
     """A dataclass as JSON would give it back."""
     return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
@@ -620,8 +682,10 @@ def main():
     device = run.device(c.device)
     run.start(device)
     try:
-        for name in [known.stage] if known.stage else STAGES:
-            run_stage(name, c, device)
+        if known.stage:
+            run_stage(known.stage, c, device)
+        else:
+            run_all(c, device)
     finally:
         run.finish()
 

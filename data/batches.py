@@ -10,6 +10,7 @@ token labelled with its document and its position in it, so that attention never
     mask        0  0  0  1  1  1  1  0  0  1  1  1        tokens that are targets of the loss (eq. 4)
 """
 
+import math
 import random
 from pathlib import Path
 from typing import NamedTuple
@@ -99,20 +100,30 @@ class Crops(NamedTuple):
 
 
 def crops(paths: list[Path], labels: list[np.ndarray], frames: int, seed: int, batch_size: int,
-          accumulate: int, rank: int = 0, world: int = 1):
-    """step -> list of `accumulate` Crops of `frames` frames, at random places; shorter recordings are repeated."""
+          accumulate: int, rank: int = 0, world: int = 1, perturb: float = 0.0):
+    """step -> list of `accumulate` Crops of `frames` frames, at random places; shorter recordings are repeated.
+
+    Each is played at a rate of its own between exp(-perturb) and exp(perturb), and its labels with it: pitch, formants
+    and pace change, as from speaker to speaker, and what is said does not."""
     share = max(1, batch_size // (world * accumulate))
     size = 320 * (frames - 1) + 400  # samples that give `frames` frames
 
     def crop(index: int) -> tuple[np.ndarray, np.ndarray]:
         item, epoch = order(index, len(paths), seed)
-        spare = len(labels[item]) - frames
-        first = random.Random(f"{seed} {epoch} {item}").randint(0, max(0, spare))
-        wav, _ = soundfile.read(paths[item], frames=size, start=320 * first, dtype="float32")
+        draw = random.Random(f"{seed} {epoch} {item}")
+        rate = math.exp(draw.uniform(-perturb, perturb))
+        heard, samples = math.ceil(rate * frames), math.ceil(rate * size)  # of the recording, for `frames` and `size`
+        spare = len(labels[item]) - heard
+        first = draw.randint(0, max(0, spare))
+        wav, _ = soundfile.read(paths[item], frames=samples, start=320 * first, dtype="float32")
+        label = labels[item][first : first + heard]
         if spare < 0:  # whole frames, then the recording again
-            wav = np.resize(wav[: 320 * len(labels[item])], size)
-            return wav, np.resize(labels[item], frames)
-        return wav, labels[item][first : first + frames]
+            wav, label = np.resize(wav[: 320 * len(label)], samples), np.resize(label, heard)
+        if perturb:
+            wav = np.interp(rate * np.arange(size), np.arange(len(wav)), wav).astype(np.float32)
+            middle = rate * (320 * np.arange(frames) + 200)  # of each new frame, as a sample of the recording
+            label = label[((middle - 200) / 320).round().clip(0, heard - 1).astype(int)]
+        return wav, label
 
     def batch(step: int) -> list[Crops]:
         micro_batches = []

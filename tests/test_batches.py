@@ -92,6 +92,26 @@ def test_crops_are_the_frames_their_labels_say(tmp_path):
             assert torch.allclose(crop.wav[:, ::320][:, :20] * 100, crop.labels.float(), atol=1e-4)
 
 
+def test_perturbed_crops_play_at_other_rates_and_their_labels_go_along(tmp_path):
+    n, path = 60_000, tmp_path / "ramp.wav"  # every sample tells its own place
+    soundfile.write(path, np.arange(n, dtype=np.float32) / n, 16000, subtype="FLOAT")
+    labels, rates = np.arange((n - 400) // 320 + 1), []
+    for step in range(20):
+        (crop,) = batches.crops([path], [labels], 20, 0, 4, 1, perturb=0.3)(step)
+        for wav, label in zip(crop.wav.double() * n, crop.labels):
+            rates.append(((wav[-1000] - wav[0]) / (len(wav) - 1000)).item())
+            middle = wav[200::320][:20]
+            assert (middle - (320 * label + 200)).abs().max() <= 161  # the recording's frame around that sample
+    assert 0.74 < min(rates) < 0.8 and 1.25 < max(rates) < 1.35  # exp(0.3) = 1.35
+    short = tmp_path / "short.wav"
+    soundfile.write(short, np.ones(4000, np.float32) / 2, 16000, subtype="FLOAT")
+    for step in range(9):
+        (crop,) = batches.crops([short], [np.arange(12)], 20, 0, 4, 1, perturb=0.3)(step)
+        assert crop.wav.shape == (4, 320 * 19 + 400) and crop.labels.shape == (4, 20)
+        assert torch.allclose(crop.wav, torch.tensor(0.5), atol=1e-3)
+        assert set(crop.labels.unique().tolist()) <= {*range(12)}
+
+
 # ---- documents of each stage, from a small hand-made corpus
 
 
