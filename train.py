@@ -618,7 +618,7 @@ def beside(c: Config, device: torch.device):
     torch.set_num_threads(cores - cores // 2)
     yield
     metrics = log.parent / "metrics.jsonl"
-    with run.progress(c.vocoder.steps, 0, "vocoder") as bar:
+    with run.progress(c.vocoder.frame_steps + c.vocoder.steps, 0, "vocoder") as bar:
         while child.is_alive():
             child.join(1)
             bar.update(len(metrics.read_bytes().splitlines()) - bar.n if metrics.exists() else 0)

@@ -7,7 +7,7 @@ reads of CONFIG.toml the keys `corpus` (a folder with manifest.jsonl and units.j
 sections [vocoder] and [vocoder_model], both below. The result is the folder `out`; state, metrics and samples of
 held-out speech are written beside it, into `out`.training.
 
-A step draws crops of (frames, wave) from the training rows of the manifest. First the discriminators learn to tell
+A step draws crops of (frames, wave) from the training rows of the manifest. The discriminators learn to tell
 real speech from the generator's; then the generator learns to fool them and to match the spectrum. Everything drawn
 in step n comes from (seed, n, rank), so that a killed run continues as if it had not been.
 
@@ -38,6 +38,9 @@ from vocoder import UnitVocoder, VocoderConfig
 
 @dataclass
 class VocoderStage:
+    frame_steps: int = 0  # ours: before all others, so many for the frame-rate half alone, which then stays as it is
+    frame_batch: int = 6  # whole recordings a step, over all ranks
+    frame_lr: float = 4e-3
     steps: int = 400_000
     batch_size: int = 16  # crops a step, over all ranks
     segment: int = 28  # frames of a crop: 28 * 320 = 8960 samples
@@ -84,6 +87,7 @@ class Speech:
         if not self.rows and split == "train":
             raise ValueError(f"{corpus}: no training recording has units in {units}; run the stage 'units' first")
         frames = np.array([sum(row["durations"]) for row in self.rows], dtype=np.float64)
+        self.by_length = frames.argsort(kind="stable")
         self.share = frames / frames.sum()  # a long recording is drawn more often than a short one
 
     @lru_cache(maxsize=20_000)  # noqa: B019  (16-bit: 1.3 GB for 20,000 recordings of two seconds)
@@ -100,19 +104,38 @@ class Speech:
         seen = np.arange(start - margin, start + frames + margin).clip(0, len(codes) - 1)
         return codes[seen], np.pad(wave, (0, frames * 320 - len(wave)))
 
+    def alike(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Which `size` recordings go together: by chance, but neighbours in length."""
+        near = min(len(self.rows), 16 * size)
+        first = rng.integers(len(self.rows) - near + 1)
+        return self.by_length[first + rng.choice(near, min(size, near), replace=False)]
+
+    def recordings(self, chosen: np.ndarray) -> tuple[Tensor, ...]:
+        """Whole ones: codes (B, T), waves (B, T * 320), speakers and frames (B,); and as `batch` for the duration
+        predictor."""
+        lengths = [sum(self.rows[i]["durations"]) for i in chosen]
+        codes, waves = zip(*(self.crop(i, np.random.default_rng(), max(lengths), 0) for i in chosen))
+        return (torch.tensor(np.stack(codes)), torch.tensor(np.stack(waves)), self.speakers(chosen),
+                torch.tensor(lengths), *self.durations(chosen))
+
     def batch(self, rng: np.random.Generator, size: int, frames: int, margin: int = 0) -> tuple[Tensor, ...]:
         """Codes (B, frames + 2 * margin), waves (B, frames * 320), speakers (B,); and for the duration predictor the
         units of the whole recordings, their frames and which of them are no padding, each (B, U)."""
         chosen = rng.choice(len(self.rows), size, p=self.share)
         codes, waves = zip(*(self.crop(i, rng, frames, margin) for i in chosen))
-        rows = [self.rows[i] for i in chosen]
+        return (torch.tensor(np.stack(codes)), torch.tensor(np.stack(waves)), self.speakers(chosen),
+                *self.durations(chosen))
+
+    def speakers(self, chosen: np.ndarray) -> Tensor:
+        return torch.tensor([self.rows[i]["speaker"] for i in chosen])
+
+    def durations(self, chosen: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        rows, size = [self.rows[i] for i in chosen], len(chosen)
         units, lengths = torch.zeros(2, size, max(len(row["units"]) for row in rows), dtype=torch.long)
         for b, row in enumerate(rows):
             units[b, :len(row["units"])] = torch.tensor(row["units"])
             lengths[b, :len(row["units"])] = torch.tensor(row["durations"])
-        speakers = torch.tensor([row["speaker"] for row in rows])
-        return (torch.tensor(np.stack(codes)), torch.tensor(np.stack(waves)), speakers, units, lengths,
-                lengths > 0)
+        return units, lengths, lengths > 0
 
 
 # ------------------------------------------------------------------------------------------------------ loop
@@ -126,63 +149,100 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
     check(model, stage, speech)
     torch.manual_seed(stage.seed)
     generator = UnitVocoder(model).to(device)
+    spectrum = v.FrameSpectrum(model.channels[0]).to(device)
     judges = nn.ModuleList([v.MultiPeriodDiscriminator(stage.mpd_periods, stage.mpd_channels),
                             v.MultiScaleDiscriminator(stage.msd_scales, stage.msd_layers)]).to(device)
-    optimizer_g, optimizer_d = (torch.optim.AdamW(m.parameters(), stage.lr, stage.betas,
-                                                  weight_decay=stage.weight_decay) for m in (generator, judges))
-    parts = {"generator": generator, "judges": judges, "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    optimizer_f, optimizer_g, optimizer_d = (
+        torch.optim.AdamW(m.parameters(), stage.lr, stage.betas, weight_decay=stage.weight_decay)
+        for m in (nn.ModuleList([generator, spectrum]), generator, judges))
+    parts = {"generator": generator, "spectrum": spectrum, "judges": judges, "optimizer_f": optimizer_f,
+             "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
     begun_with = {"stage": dataclasses.asdict(stage), "model": dataclasses.asdict(model)}
     state = work / "state.safetensors"
     first = load_state(state, parts, begun_with) if resume and state.exists() else 0
     metrics = run.Metrics(work / "metrics.jsonl", first)
     half = run.half(device, stage.bf16)
-    bar = run.progress(stage.steps, first, "vocoder")
+    total = stage.frame_steps + stage.steps
+    bar = run.progress(total, first, "vocoder")
 
-    for step in range(first, stage.steps):
-        rng = np.random.default_rng([stage.seed, step, run.rank()])
+    for done in range(first + 1, total + 1):
+        rng = np.random.default_rng([stage.seed, done - 1, run.rank()])
         torch.manual_seed(int(rng.integers(2**62)))
-        codes, real, speakers, *durations = (
-            t.to(device) for t in speech.batch(rng, stage.batch_size // run.world_size(), stage.segment,
-                                              stage.margin))
-        lr = run.cosine(step, stage.warmup, stage.steps, stage.lr, stage.floor)
+        step = done - 1 - stage.frame_steps  # of the waveform; below 0 the frame-rate half learns alone
         losses, numbers = {}, {}
-        with half:
-            fake = generator.generate(codes, speakers, stage.margin).float()
-        if adversarial := step >= stage.adversarial_start:
-            judges.requires_grad_(True)
-            with half:
-                loss = v.discriminator_loss(hear(judges, real), hear(judges, fake.detach()))
-            peak = stage.lr if stage.judge_lr is None else stage.judge_lr
-            update(optimizer_d, run.cosine(step, stage.warmup, stage.steps, peak, stage.floor), loss)
-            numbers["discriminator"] = loss.item()
-
-        losses["duration"] = generator.duration_loss(*durations) * stage.duration_weight
-        if stage.mel_weight:
-            losses["mel"] = v.mel_loss(fake, real) * stage.mel_weight
-        if stage.spectral_weight:
-            losses["spectral"] = v.spectral_loss(fake, real, stage.spectral_sizes) * stage.spectral_weight
-        if adversarial:
-            judges.requires_grad_(False)  # gradients pass through, and are not collected
-            with half:
-                heard_real, heard_fake = hear(judges, real), hear(judges, fake)
-                losses["adversarial"] = v.adversarial_loss(heard_fake) * stage.adversarial_weight
-                losses["feature"] = v.feature_loss(heard_real, heard_fake) * stage.feature_weight
-        norm = update(optimizer_g, lr, sum(losses.values()), stage.clip)
+        for p in generator.frame_parameters():
+            p.requires_grad_(step < 0 or not stage.frame_steps)
+        if step < 0:
+            lr = run.cosine(done - 1, stage.warmup, stage.frame_steps, stage.frame_lr, stage.floor)
+            chosen = speech.alike(rng, stage.frame_batch // run.world_size())
+            batch = [t.to(device) for t in speech.recordings(chosen)]
+            losses = frame_losses(generator, spectrum, batch, stage, half)
+            norm = update(optimizer_f, lr, sum(losses.values()), stage.clip)
+        else:
+            lr = run.cosine(step, stage.warmup, stage.steps, stage.lr, stage.floor)
+            batch = [t.to(device) for t in speech.batch(rng, stage.batch_size // run.world_size(), stage.segment,
+                                                        stage.margin)]
+            losses, numbers = wave_losses(generator, judges, optimizer_d, batch, stage, step, half)
+            norm = update(optimizer_g, lr, sum(losses.values()), stage.clip)
 
         numbers = run.mean(numbers | {name: loss.item() for name, loss in losses.items()})
-        done = step + 1
-        if done % stage.eval_every == 0 or done == stage.steps:
-            numbers |= evaluate(generator, held_out, work / f"step-{done:06d}.wav")
+        if done % stage.eval_every == 0 or done in (stage.frame_steps, total):
+            if step < 0 and held_out.rows:
+                batch = [t.to(device) for t in held_out.recordings(np.arange(min(16, len(held_out.rows))))]
+                with torch.no_grad():
+                    numbers["held_out_frames"] = frame_losses(generator, spectrum, batch, stage, half)["frames"].item()
+            elif step >= 0:
+                numbers |= evaluate(generator, held_out, work / f"step-{done:06d}.wav")
             bar.write(f"vocoder, step {done}: " + ", ".join(f"{k} {x:.3f}" for k, x in numbers.items()))
-        metrics.write(step=step, lr=lr, grad_norm=norm, **numbers)
-        if done % stage.save_every == 0 or done == stage.steps:
+        metrics.write(step=done - 1, lr=lr, grad_norm=norm, **numbers)
+        if done % stage.save_every == 0 or done == total:
             save_state(state, parts, begun_with | {"step": done})
         bar.update()
-        bar.set_postfix_str(f"mel {numbers['mel']:.3f}" if "mel" in numbers else "", refresh=False)
+        shown = next((f"{k} {numbers[k]:.3f}" for k in ("frames", "mel", "spectral") if k in numbers), "")
+        bar.set_postfix_str(shown, refresh=False)
     bar.close()
     if run.rank() == 0:
-        generator.save_pretrained(out)
+        generator.requires_grad_(True).save_pretrained(out)
     run.wait()
+
+
+def frame_losses(generator: UnitVocoder, spectrum: v.FrameSpectrum, batch: list[Tensor], stage: VocoderStage,
+                 half: torch.autocast) -> dict[str, Tensor]:
+    """What is to be heard in each frame, from whole recordings; and how long units last."""
+    codes, real, speakers, lengths, *durations = batch
+    with half:
+        x = generator.frames(codes, speakers)
+    return {"frames": spectrum.loss(x, real, lengths),
+            "duration": generator.duration_loss(*durations) * stage.duration_weight}
+
+
+def wave_losses(generator: UnitVocoder, judges: nn.ModuleList, optimizer_d: torch.optim.Optimizer,
+                batch: list[Tensor], stage: VocoderStage, step: int, half: torch.autocast):
+    """A step of the discriminators, if it is their time; then (the generator's losses, what to log besides)."""
+    codes, real, speakers, *durations = batch
+    losses, numbers = {}, {}
+    with half:
+        fake = generator.generate(codes, speakers, stage.margin).float()
+    if adversarial := step >= stage.adversarial_start:
+        judges.requires_grad_(True)
+        with half:
+            loss = v.discriminator_loss(hear(judges, real), hear(judges, fake.detach()))
+        peak = stage.lr if stage.judge_lr is None else stage.judge_lr
+        update(optimizer_d, run.cosine(step, stage.warmup, stage.steps, peak, stage.floor), loss)
+        numbers["discriminator"] = loss.item()
+
+    losses["duration"] = generator.duration_loss(*durations) * stage.duration_weight
+    if stage.mel_weight:
+        losses["mel"] = v.mel_loss(fake, real) * stage.mel_weight
+    if stage.spectral_weight:
+        losses["spectral"] = v.spectral_loss(fake, real, stage.spectral_sizes) * stage.spectral_weight
+    if adversarial:
+        judges.requires_grad_(False)  # gradients pass through, and are not collected
+        with half:
+            heard_real, heard_fake = hear(judges, real), hear(judges, fake)
+            losses["adversarial"] = v.adversarial_loss(heard_fake) * stage.adversarial_weight
+            losses["feature"] = v.feature_loss(heard_real, heard_fake) * stage.feature_weight
+    return losses, numbers
 
 
 def hear(judges: nn.ModuleList, wav: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
@@ -195,6 +255,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: floa
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
     loss.backward()
+    parameters = [p for p in parameters if p.grad is not None]
     if dist.is_initialized():
         flat = nn.utils.parameters_to_vector([p.grad for p in parameters])
         dist.all_reduce(flat)
@@ -232,8 +293,9 @@ def check(model: VocoderConfig, stage: VocoderStage, speech: Speech):
     if speaker >= (model.num_speakers if model.speakers else 1):
         raise ValueError(f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "
                          f"vocoder_model.num_speakers to at least {speaker + 1}")
-    if stage.batch_size % run.world_size():
-        raise ValueError(f"vocoder.batch_size {stage.batch_size} does not divide among {run.world_size()} processes")
+    for key in ("batch_size", "frame_batch") if stage.frame_steps else ("batch_size",):
+        if (size := getattr(stage, key)) % run.world_size():
+            raise ValueError(f"vocoder.{key} {size} does not divide among {run.world_size()} processes")
     if stage.margin < 0:
         raise ValueError(f"vocoder.margin is {stage.margin}; it counts frames, 0 or more")
     if stage.segment * 320 <= max(stage.spectral_sizes):

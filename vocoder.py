@@ -166,18 +166,26 @@ class UnitVocoder(nn.Module):
         if config.dur_predictor_params:
             self.dur_predictor = DurationPredictor(**config.dur_predictor_params)
 
-    def generate(self, codes: Tensor, speaker: Tensor | None = None, margin: int = 0) -> Tensor:
-        """Frames (B, T), one code every 20 ms, and speakers (B,) -> waveforms (B, T * 320) in [-1, 1].
-
-        With a margin, the first and the last `margin` frames are only looked at: (B, (T - 2 * margin) * 320)."""
+    def frames(self, codes: Tensor, speaker: Tensor | None = None) -> Tensor:
+        """Codes (B, T) and speakers (B,) -> what is to be heard in each frame, (B, C, T): the part before upsampling."""
         x = self.dict(codes).transpose(1, 2)  # (B, T, E) -> (B, E, T)
         if self.config.speakers:
             assert speaker is not None, "a multi-speaker vocoder needs a speaker for each row"
             voice = self.spkr(speaker).unsqueeze(2).expand(-1, -1, x.shape[2])  # (B, E) -> (B, E, T)
             x = torch.cat([x, voice], 1)
         x = self.conv_pre(x)
-        if self.config.context_dilations:
-            x = self.context(x)
+        return self.context(x) if self.config.context_dilations else x
+
+    def frame_parameters(self) -> list[nn.Parameter]:
+        """Those of `frames`."""
+        names = ("dict", "spkr", "conv_pre", "context")
+        return [p for name in names if hasattr(self, name) for p in getattr(self, name).parameters()]
+
+    def generate(self, codes: Tensor, speaker: Tensor | None = None, margin: int = 0) -> Tensor:
+        """Frames (B, T), one code every 20 ms, and speakers (B,) -> waveforms (B, T * 320) in [-1, 1].
+
+        With a margin, the first and the last `margin` frames are only looked at: (B, (T - 2 * margin) * 320)."""
+        x = self.frames(codes, speaker)
         x = x[..., margin:x.shape[2] - margin]
         per_stage = len(self.config.resblock_kernel_sizes)
         for i, up in enumerate(self.ups):
@@ -252,6 +260,30 @@ class UnitVocoder(nn.Module):
         tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.state_dict().items()}
         checkpoint.save_tensors(folder / "generator.safetensors", tensors)
         checkpoint.write_json(folder / "config.json", dataclasses.asdict(self.config))
+
+
+class FrameSpectrum(nn.Module):
+    """`UnitVocoder.frames` (B, C, T) -> a log mel spectrogram (B, 80, 2 T), a window every 10 ms.
+
+    Only for training, and ours: it lets the frame-rate half learn by itself, from whole recordings and without the
+    samples, which cost ten times as much. What is said is settled there; the rest only has to make it sound."""
+
+    N_FFT, N_MELS = 640, 80  # of `log_mel`, hop 160: twice a frame
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.proj = nn.Conv1d(channels, 2 * self.N_MELS, 1)
+        nn.init.constant_(self.proj.bias, -5.0)  # about the mean of speech
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(F.leaky_relu(x, SLOPE)).unflatten(1, (2, -1))  # (B, 2, 80, T)
+        return x.permute(0, 2, 3, 1).flatten(2)
+
+    def loss(self, x: Tensor, real: Tensor, lengths: Tensor) -> Tensor:
+        """Mean absolute error against the recordings real (B, T * 320), of which `lengths` (B,) frames are no padding."""
+        wanted = log_mel(real, self.N_FFT, self.N_MELS)
+        inside = torch.arange(wanted.shape[2], device=real.device) < 2 * lengths[:, None]
+        return (self(x).float() - wanted).abs().mean(1)[inside].mean()
 
 
 # -------------------------------------------------------------------------------------------- discriminators

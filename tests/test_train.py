@@ -121,3 +121,57 @@ def test_a_config_that_does_not_fit_what_was_begun_is_refused_and_nothing_lost(o
     done = train("configs/ci.toml", "--out", out, "--stage", "text", "--llama.dim", "64")
     assert done.returncode == 1 and "[llama] dim" in done.stderr
     assert (out / "text/model.safetensors").read_bytes() == before
+
+
+BESIDE = """
+import multiprocessing, sys, time, torch, config, train
+
+def main():
+    c = config.read("configs/ci.toml", train.Config, sys.argv[2:])
+    with train.beside(c, torch.device("cpu")):
+        print("within", torch.get_num_threads(), *(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(float(sys.argv[1]))
+    print("after", torch.get_num_threads())
+
+if __name__ == "__main__":
+    config.command_line(main)
+"""
+
+
+def beside(tmp_path: Path, out: Path, seconds: float, *flags) -> subprocess.Popen:
+    (tmp_path / "beside.py").write_text(BESIDE)
+    command = [sys.executable, tmp_path / "beside.py", seconds, "--out", out, *flags]
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=ENVIRONMENT | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)})
+
+
+def test_the_vocoder_learns_beside_the_language_model_on_half_of_the_cores(out, tmp_path):
+    said, complaint = beside(tmp_path, out, 0).communicate()
+    assert "within 1" in said and "after 2" in said, complaint
+    assert (out / "model/vocoder/generator.safetensors").exists()
+    assert "vocoder, step 3" in (out / "state/vocoder/log.txt").read_text()
+    said, complaint = beside(tmp_path, out, 0).communicate()  # finished: nothing to do, and all cores stay
+    assert "within 2" in said and "after 2" in said, complaint
+
+
+def test_what_goes_wrong_beside_is_one_line_too(out, tmp_path):
+    process = beside(tmp_path, out, 0, "--vocoder_model.num_embeddings", 2)
+    said, complaint = process.communicate()
+    assert process.returncode == 1 and "after" not in said and "Traceback" not in complaint
+    assert "set vocoder_model.num_embeddings" in complaint.strip().splitlines()[-1]
+
+
+def test_a_killed_run_takes_the_vocoder_beside_it_along(out, tmp_path):
+    process = beside(tmp_path, out, 600, "--vocoder.steps", 10_000)
+    child = next(int(line.split()[-1]) for line in process.stdout if line.startswith("within"))
+    os.kill(child, 0)
+    process.kill()
+    process.communicate()
+    deadline = time.time() + 30
+    while time.time() < deadline:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the vocoder outlived the run that it belongs to")
