@@ -28,7 +28,9 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -599,16 +601,21 @@ def vocoder_beside(c: Config, threads: int, log: Path):
     Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
     with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         torch.set_num_threads(threads)
-        config.command_line(lambda: run_stage("vocoder", c, torch.device("cpu")))
+        try:
+            config.command_line(lambda: run_stage("vocoder", c, torch.device("cpu")))
+        except Exception:
+            traceback.print_exc()  # into the log
+            sys.exit(1)
 
 
 @contextlib.contextmanager
 def beside(c: Config, device: torch.device):
-    """Within, the vocoder is being trained on half of the cores, and half are left; at the end it is waited for."""
+    """Within, the vocoder is being trained on half of the cores, and half are left; at the end it is waited for.
+    Gives a function that complains if it has failed."""
     cores, log = torch.get_num_threads(), Path(c.out) / "state/vocoder/log.txt"
     alone = device.type != "cpu" or run.world_size() > 1 or cores < 2
     if alone or not c.beside or finished(c, "vocoder"):
-        yield
+        yield lambda: None
         return
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"stage vocoder learns beside the next stages, on {cores // 2} of {cores} threads; it writes to {log}")
@@ -616,15 +623,19 @@ def beside(c: Config, device: torch.device):
         target=vocoder_beside, args=(c, cores // 2, log), name="vocoder", daemon=True)
     child.start()
     torch.set_num_threads(cores - cores // 2)
-    yield
+
+    def check():
+        if child.exitcode:
+            raise ValueError(f"stage vocoder: {log.read_text(encoding='utf-8').strip().splitlines()[-1]} ({log})")
+
+    yield check
     metrics = log.parent / "metrics.jsonl"
     with run.progress(c.vocoder.frame_steps + c.vocoder.steps, 0, "vocoder") as bar:
         while child.is_alive():
             child.join(1)
             bar.update(len(metrics.read_bytes().splitlines()) - bar.n if metrics.exists() else 0)
     torch.set_num_threads(cores)
-    if child.exitcode:
-        raise ValueError(f"stage vocoder: {log.read_text(encoding='utf-8').strip().splitlines()[-1]}")
+    check()
 
 
 def finished(c: Config, name: str) -> float | None:
@@ -657,9 +668,10 @@ def run_all(c: Config, device: torch.device):
     language = names[names.index("text"):names.index("vocoder")]
     for name in names[:names.index("text")]:
         run_stage(name, c, device)
-    with beside(c, device):
+    with beside(c, device) as check:
         for name in language:
             run_stage(name, c, device)
+            check()
     for name in names[names.index("vocoder"):]:
         run_stage(name, c, device)
 

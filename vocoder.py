@@ -59,6 +59,7 @@ class VocoderConfig:
     # ours, for small models; None and () are HiFi-GAN as published
     upsample_channels: tuple[int, ...] | None = None  # after each upsampling; None halves them every time
     context_dilations: tuple[int, ...] = ()  # residual convolutions at the frame rate, where width is cheap
+    running_durations: bool = False  # round predicted durations so that their sum stays
 
     def __post_init__(self):
         rates, kernels, inputs = self.upsample_rates, self.upsample_kernel_sizes, self.embedding_dim
@@ -167,7 +168,7 @@ class UnitVocoder(nn.Module):
             self.dur_predictor = DurationPredictor(**config.dur_predictor_params)
 
     def frames(self, codes: Tensor, speaker: Tensor | None = None) -> Tensor:
-        """Codes (B, T) and speakers (B,) -> what is to be heard in each frame, (B, C, T): the part before upsampling."""
+        """Codes (B, T), speakers (B,) -> what is to be heard in each frame, (B, C, T): the half before upsampling."""
         x = self.dict(codes).transpose(1, 2)  # (B, T, E) -> (B, E, T)
         if self.config.speakers:
             assert speaker is not None, "a multi-speaker vocoder needs a speaker for each row"
@@ -201,9 +202,15 @@ class UnitVocoder(nn.Module):
 
     @torch.no_grad()
     def durations(self, units: Tensor) -> Tensor:
-        """Frames for each of the reduced units (U,), at least one; halves round to even."""
-        log_frames = self.dur_predictor(self.dict(units[None]))[0]
-        return torch.clamp(torch.round(torch.exp(log_frames.float()) - 1), min=1).long()
+        """Frames for each of the reduced units (U,), at least one; halves round to even. Rounded each for itself, or
+        (running_durations) so that the sum is right: many units of 1.4 frames would make hurried speech."""
+        frames = torch.exp(self.dur_predictor(self.dict(units[None]))[0].float()) - 1
+        if not self.config.running_durations:
+            return torch.clamp(torch.round(frames), min=1).long()
+        whole, ends = [], frames.cumsum(0).tolist()
+        for end in ends:  # what one unit is rounded off, the next ones get
+            whole.append(max(1, round(end) - sum(whole)))
+        return torch.tensor(whole, device=units.device)
 
     @torch.no_grad()
     def forward(self, units: list[int], speaker: int | Tensor | None = None,
@@ -276,14 +283,14 @@ class FrameSpectrum(nn.Module):
         nn.init.constant_(self.proj.bias, -5.0)  # about the mean of speech
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(F.leaky_relu(x, SLOPE)).unflatten(1, (2, -1))  # (B, 2, 80, T)
+        x = self.proj(F.leaky_relu(x.float(), SLOPE)).unflatten(1, (2, -1))  # (B, 2, 80, T)
         return x.permute(0, 2, 3, 1).flatten(2)
 
     def loss(self, x: Tensor, real: Tensor, lengths: Tensor) -> Tensor:
-        """Mean absolute error against the recordings real (B, T * 320), of which `lengths` (B,) frames are no padding."""
+        """Mean absolute error against recordings (B, T * 320), of which the first `lengths` (B,) frames count."""
         wanted = log_mel(real, self.N_FFT, self.N_MELS)
         inside = torch.arange(wanted.shape[2], device=real.device) < 2 * lengths[:, None]
-        return (self(x).float() - wanted).abs().mean(1)[inside].mean()
+        return (self(x) - wanted).abs().mean(1)[inside].mean()
 
 
 # -------------------------------------------------------------------------------------------- discriminators

@@ -99,10 +99,51 @@ def test_every_weight_of_both_sides_learns(corpus, tmp_path):
             assert not torch.equal(before[name], after[name]), f"{name} stands still"
 
 
+def test_the_frame_rate_half_learns_first_and_then_stays_as_it_is(corpus, tmp_path):
+    frames = dict(frame_steps=4, frame_batch=2, adversarial_start=100)
+    learn(corpus, tmp_path / "short", frames | dict(steps=1))
+    learn(corpus, tmp_path / "long", frames | dict(steps=3))
+    learn(corpus, tmp_path / "none", dict(frame_steps=0, steps=1, adversarial_start=100))
+    steps = lines(tmp_path / "long")
+    assert [row["step"] for row in steps] == list(range(7))
+    assert all("frames" in row and "spectral" not in row for row in steps[:4]) and "held_out_frames" in steps[3]
+    assert all("spectral" in row and "frames" not in row for row in steps[4:])
+    short, long, none = (weights(tmp_path / name) for name in ("short", "long", "none"))
+    for name in short:
+        first = name.startswith(("dict.", "spkr.", "conv_pre."))
+        assert torch.equal(short[name], long[name]) == first, name  # two more steps move all but the first half
+        assert not first or not torch.equal(short[name], none[name]), name
+
+
+def test_the_frame_rate_half_learns(corpus, tmp_path):
+    learn(corpus, tmp_path / "out", dict(frame_steps=60, frame_batch=3, frame_lr=1e-2, steps=0, bf16=True))
+    errors = [row["frames"] for row in lines(tmp_path / "out")]
+    assert np.mean(errors[-5:]) < 0.5 * np.mean(errors[:5])
+
+
+def test_whole_recordings_of_about_one_length(corpus):
+    speech = Speech(corpus, corpus / "units.jsonl", "train")
+    chosen = speech.alike(np.random.default_rng(0), 3)
+    assert len(set(chosen.tolist())) == 3
+    codes, waves, speakers, lengths, units, durations, mask = speech.recordings(chosen)
+    for b, i in enumerate(chosen):
+        row, n = speech.rows[i], int(lengths[b])
+        assert n == sum(row["durations"]) and speakers[b] == row["speaker"]
+        assert codes[b, :n].tolist() == np.repeat(row["units"], row["durations"]).tolist()
+        assert np.array_equal(waves[b, :n * 320], speech.wave(i)[:n * 320] / np.float32(32767))
+        assert not waves[b, n * 320:].any() and units[b][mask[b]].tolist() == row["units"]
+        assert durations[b][mask[b]].tolist() == row["durations"]
+    many = Speech(corpus, corpus / "units.jsonl", "train")
+    many.rows = [row | {"durations": [1 + i]} for i in range(100) for row in many.rows[:1]]
+    many.by_length = np.arange(100)
+    assert all(np.ptp(many.alike(np.random.default_rng(seed), 2)) < 32 for seed in range(20))
+
+
 def test_a_killed_run_continues_to_the_last_bit(corpus, tmp_path):
-    learn(corpus, tmp_path / "whole", dict(steps=40, save_every=3))
+    frames = dict(steps=10, save_every=3, frame_steps=30, frame_batch=2)  # killed in the first part
+    learn(corpus, tmp_path / "whole", frames)
     toml = [f'corpus = "{corpus}"', f'out = "{tmp_path}/killed"', 'device = "cpu"']
-    for section, table in (("vocoder", STAGE | dict(steps=40, save_every=3)), ("vocoder_model", MODEL)):
+    for section, table in (("vocoder", STAGE | frames), ("vocoder_model", MODEL)):
         toml.append(f"[{section}]")
         toml += [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
     toml += ["[vocoder_model.dur_predictor_params]",
@@ -121,7 +162,7 @@ def test_a_killed_run_continues_to_the_last_bit(corpus, tmp_path):
     assert not (tmp_path / "killed").exists(), "it was finished before the kill"
     step = checkpoint.load_state(tmp_path / "killed.training/state.safetensors")[1]["step"]
     assert 0 < step < 40 and step % 3 == 0
-    learn(corpus, tmp_path / "killed", dict(steps=40, save_every=3))
+    learn(corpus, tmp_path / "killed", frames)
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name

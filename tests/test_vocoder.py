@@ -371,3 +371,34 @@ def test_a_margin_is_seen_and_not_spoken():
     hop = 7 * 320  # the upsampling itself reaches less than seven frames: beyond them the middle of the whole is spoken
     assert torch.allclose(middle[:, hop:-hop], whole[:, 10 * 320 + hop:-10 * 320 - hop], atol=1e-5)
     assert (blind[:, hop:-hop] - middle[:, hop:-hop]).abs().max() > 1e-4  # without it the surroundings are missed
+
+
+def test_the_frame_spectrum_is_judged_inside_the_recordings_only():
+    torch.manual_seed(0)
+    spectrum, x = v.FrameSpectrum(8), torch.randn(2, 8, 12)
+    real, lengths = torch.randn(2, 12 * 320), torch.tensor([12, 7])
+    assert spectrum(x).shape == (2, 80, 24) == v.log_mel(real, spectrum.N_FFT, spectrum.N_MELS).shape
+    loss = spectrum.loss(x, real, lengths)
+    beyond = real.clone()
+    beyond[1, 8 * 320:] = 0  # a window reaches 240 samples beyond the last frame
+    assert torch.equal(spectrum.loss(x, beyond, lengths), loss)
+    beyond[1, 6 * 320:7 * 320] = 0
+    assert not torch.equal(spectrum.loss(x, beyond, lengths), loss)
+    wanted = v.log_mel(real, spectrum.N_FFT, spectrum.N_MELS)
+    errors = (spectrum(x) - wanted).abs()
+    expected = (errors[0].sum() + errors[1, :, :14].sum()) / (80 * (24 + 14))
+    assert torch.allclose(loss, expected)
+
+
+def test_running_durations_keep_the_sum():
+    torch.manual_seed(0)
+    sizes = dict(num_embeddings=10, embedding_dim=8, model_in_dim=8, resblock_kernel_sizes=(3,),
+                 resblock_dilation_sizes=((1,),), upsample_initial_channel=32, resblock="2",
+                 dur_predictor_params={"encoder_embed_dim": 8, "var_pred_hidden_dim": 8})
+    for running, expected in ((False, [1] * 10), (True, [1, 2, 1, 2, 1, 1, 2, 1, 2, 1])):
+        speaker = UnitVocoder(v.VocoderConfig(**sizes, running_durations=running)).eval()
+        nn.init.zeros_(speaker.dur_predictor.proj.weight)
+        nn.init.constant_(speaker.dur_predictor.proj.bias, math.log(1.4 + 1))  # 1.4 frames each
+        assert speaker.durations(torch.arange(10)).tolist() == expected
+    nn.init.constant_(speaker.dur_predictor.proj.bias, math.log(0.2 + 1))
+    assert speaker.durations(torch.arange(10)).tolist() == [1] * 10  # never none
