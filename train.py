@@ -162,7 +162,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     workers: int = 0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
-    beside: bool = True  # on a CPU the vocoder learns beside the language model, each on half of the cores
+    beside: bool = True  # on a CPU two stages at a time, where they need nothing of each other, half of the cores each
     pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped
     vocab_size: int = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
@@ -552,7 +552,8 @@ STAGES = {
     "corpus": Stage(make_corpus, (), ("seed", "corpus")),
     "hubert": Stage(train_hubert, ("corpus",), ("hubert",)),
     "units": Stage(make_units, ("hubert",), ("units",)),
-    "text": Stage(partial(train_language, "text"), ("units",), ("vocab_size", "llama", "text", "pretrained")),
+    "text": Stage(partial(train_language, "text"), ("corpus",),
+                  ("vocab_size", "llama", "text", "pretrained", "units")),
     "1": Stage(partial(train_language, "1"), ("units", "text"), ("stage1",)),
     "2": Stage(partial(train_language, "2"), ("1",), ("stage2",)),
     "3": Stage(partial(train_language, "3"), ("2",), ("stage3", "lora")),
@@ -592,48 +593,54 @@ def run_stage(name: str, c: Config, device: torch.device):
 
 
 # Matrices this small hardly profit from a second core: two trainings on one core each do half as much again as one
-# after the other on both (LOG.md). Neither the vocoder nor the language model needs anything of the other.
+# after the other on both (LOG.md). HuBERT needs no text and the text stage no units; and the vocoder and the stages of
+# the language model need nothing of each other.
 
 
-def vocoder_beside(c: Config, threads: int, log: Path):
-    """The stage vocoder as a process of its own: what it says goes to `log`, and it ends when its parent does."""
+def in_the_background(names: tuple[str, ...], c: Config, threads: int, log: Path):
+    """Some stages as a process of its own: what they say goes to `log`, and it ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
     with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         torch.set_num_threads(threads)
         try:
-            config.command_line(lambda: run_stage("vocoder", c, torch.device("cpu")))
+            config.command_line(lambda: [run_stage(name, c, torch.device("cpu")) for name in names])
         except Exception:
             traceback.print_exc()  # into the log
             sys.exit(1)
 
 
 @contextlib.contextmanager
-def beside(c: Config, device: torch.device):
-    """Within, the vocoder is being trained on half of the cores, and half are left; at the end it is waited for.
-    Gives a function that complains if it has failed."""
-    cores, log = torch.get_num_threads(), Path(c.out) / "state/vocoder/log.txt"
-    alone = device.type != "cpu" or run.world_size() > 1 or cores < 2
-    if alone or not c.beside or finished(c, "vocoder"):
+def beside(names: tuple[str, ...], c: Config, device: torch.device):
+    """Within, stages `names` run on half of the cores, and half are left; at the end they are waited for. Gives a
+    function that complains if they have failed. Where there are no cores to share they have run before."""
+    cores, log = torch.get_num_threads(), Path(c.out) / "state" / names[-1] / "log.txt"
+    if device.type != "cpu" or run.world_size() > 1 or cores < 2 or not c.beside or finished(c, names[-1]):
+        for name in names:
+            run_stage(name, c, device)
         yield lambda: None
         return
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"stage vocoder learns beside the next stages, on {cores // 2} of {cores} threads; it writes to {log}")
+    log.write_text("", encoding="utf-8")
+    print(f"stage {' and '.join(names)} beside what follows, on {cores // 2} of {cores} threads: {log}", flush=True)
     child = multiprocessing.get_context("spawn").Process(
-        target=vocoder_beside, args=(c, cores // 2, log), name="vocoder", daemon=True)
+        target=in_the_background, args=(names, c, cores // 2, log), daemon=True)
     child.start()
     torch.set_num_threads(cores - cores // 2)
 
     def check():
         if child.exitcode:
-            raise ValueError(f"stage vocoder: {log.read_text(encoding='utf-8').strip().splitlines()[-1]} ({log})")
+            raise ValueError(f"stage {names[-1]}: {log.read_text(encoding='utf-8').strip().splitlines()[-1]} ({log})")
 
     yield check
-    metrics = log.parent / "metrics.jsonl"
-    with run.progress(c.vocoder.frame_steps + c.vocoder.steps, 0, "vocoder") as bar:
-        while child.is_alive():
-            child.join(1)
-            bar.update(len(metrics.read_bytes().splitlines()) - bar.n if metrics.exists() else 0)
+    print(f"waiting for stage {names[-1]}", flush=True)
+    shown = log.stat().st_size
+    while child.is_alive():
+        child.join(1)
+        with log.open("rb") as file:  # its progress bar, as it goes on
+            file.seek(shown)
+            sys.stderr.write(file.read().decode(errors="replace"))
+            shown = file.tell()
     torch.set_num_threads(cores)
     check()
 
@@ -664,16 +671,14 @@ def compare(name: str, folder: Path, before: dict, now: dict):
 
 
 def run_all(c: Config, device: torch.device):
-    names = list(STAGES)
-    language = names[names.index("text"):names.index("vocoder")]
-    for name in names[:names.index("text")]:
-        run_stage(name, c, device)
-    with beside(c, device) as check:
-        for name in language:
+    run_stage("corpus", c, device)
+    with beside(("hubert", "units"), c, device):
+        run_stage("text", c, device)
+    with beside(("vocoder",), c, device) as check:
+        for name in ("1", "2", "3"):
             run_stage(name, c, device)
             check()
-    for name in names[names.index("vocoder"):]:
-        run_stage(name, c, device)
+    run_stage("evaluate", c, device)
 
 
 def plain(value):

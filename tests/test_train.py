@@ -128,7 +128,7 @@ import multiprocessing, sys, time, torch, config, train
 
 def main():
     c = config.read("configs/ci.toml", train.Config, sys.argv[2:])
-    with train.beside(c, torch.device("cpu")):
+    with train.beside(("vocoder",), c, torch.device("cpu")):
         pids = [child.pid for child in multiprocessing.active_children()]
         print("within", torch.get_num_threads(), *pids, flush=True)
         time.sleep(float(sys.argv[1]))
