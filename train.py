@@ -15,6 +15,8 @@
     vocoder  units back to speech (train_vocoder.py)                  -> out/model/vocoder       §4.1
     evaluate the judge (evaluate.py)                                  -> out/report
 
+On a CPU some of them run beside each other, each on half of the cores (`run_all`).
+
 All random numbers of a step come from (seed, stage, step, rank) and a batch is a function of its step: a killed run
 needs only the weights, the optimiser and the step to go on with the same losses to the last bit.
 """
