@@ -11,7 +11,7 @@ import torch
 from build_7b import build
 
 import checkpoint
-from llama import Int8Linear, Llama, LlamaConfig, next_token_loss
+from llama import Documents, Int8Linear, Llama, LlamaConfig, next_token_loss
 
 CONFIG = dict(vocab_size=101, dim=48, n_layers=3, n_heads=6, hidden_dim=80, max_len=96)
 GROUPED = CONFIG | dict(n_kv_heads=2, rope_theta=5000.0, norm_eps=1e-5)
@@ -436,3 +436,23 @@ def test_loading_needs_little_more_than_the_model(size, limits, tmp_path):
             assert 0.5 < peak_ratio(tmp_path, kind) < limit, kind
     finally:
         shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_inside_documents_is_that_of_whole_rows_under_a_mask(kv_heads):
+    """Documents of one to thirty tokens, in rows with and without padding at their ends, and their gradients."""
+    torch.manual_seed(0)
+    lengths = [[30, 9, 1], [12, 13, 8, 2], [1, 1, 22]]
+    docs = torch.full((3, 40), -1)
+    for row, parts in zip(docs, lengths):
+        row[:sum(parts)] = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts))
+    q, k, v = (torch.randn(3, heads, 40, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+    documents = Documents(docs)
+    assert sum(len(places) for places in documents.groups) == 10 and len(documents.groups) < 10
+    y = documents.attend(q, k, v)
+    seen = (docs[:, :, None] == docs[:, None]) & torch.ones(40, 40, dtype=torch.bool).tril()
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=True)
+    inside, weight = (docs >= 0)[:, None, :, None], torch.randn(3, 4, 40, 8)
+    assert torch.allclose(y * inside, wanted * inside, atol=1e-5) and torch.isfinite(y).all()
+    for ours, theirs in zip(*(torch.autograd.grad((x * inside * weight).sum(), (q, k, v)) for x in (y, wanted))):
+        assert torch.allclose(ours, theirs, atol=1e-5)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +86,22 @@ def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
         runs[way] = metrics(here, name)
     assert len(runs["whole"]) == 9
     assert runs["killed"] == runs["whole"]  # every loss, to the last bit
+
+
+def test_hubert_learns_from_the_speaker_it_is_told_to(spoken, tmp_path):
+    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+    shutil.rmtree(out / "state/hubert")
+    done = train("configs/ci.toml", "--out", out, "--stage", "hubert", "--hubert.speaker", 9)
+    assert done.returncode == 1 and "speaker 9 has no training recording" in done.stderr
+    assert "Traceback" not in done.stderr
+    shutil.rmtree(out / "state/hubert")
+    stages(out, "hubert", flags=["--hubert.speaker", 0, "--hubert.perturb", 0.2])
+    rows = [json.loads(line) for line in (out / "corpus/manifest.jsonl").read_text().splitlines()]
+    theirs = [row for row in rows if row["split"] == "train" and row["speaker"] == 0]
+    assert 0 < len(theirs) < sum(row["split"] == "train" for row in rows)
+    for number in (1, 2):
+        with np.load(out / f"state/hubert/clusters{number}.npz") as labels:
+            assert len(labels["lengths"]) == len(theirs)
 
 
 def test_two_processes_learn_what_one_learns(out, tmp_path):
