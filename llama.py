@@ -163,7 +163,8 @@ class Documents:
 
     def __init__(self, docs: Tensor):  # (B, T): neighbours with the same number are one document; below 0 is padding
         T, docs = docs.shape[1], docs.flatten()
-        first = torch.cat([docs[:1] == docs[:1], docs[1:] != docs[:-1]])     # (B T,) bool: here begins something
+        first = torch.ones_like(docs, dtype=torch.bool)                      # (B T,): here begins something
+        first[1:] = docs[1:] != docs[:-1]
         first[::T] = True
         starts = first.nonzero()[:, 0]
         lengths = torch.diff(starts, append=starts.new_tensor([len(docs)]))

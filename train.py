@@ -35,7 +35,6 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -347,6 +346,8 @@ def layer_features(model: HuBERT, layer: int, frames: int, wav: Tensor) -> Tenso
 def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clusters: int, teacher: Callable,
                  previous: HuBERT | None) -> HuBERT:
     h, corpus = c.hubert, corpus_folder(c)
+    if not 0 <= h.perturb <= 1:
+        raise ValueError(f"hubert.perturb is {h.perturb}; it must be 0 to 1 (rates up to e = 2.7)")
     labels_file, weights = folder / f"clusters{number}.npz", folder / f"round{number}.safetensors"
     torch.manual_seed(c.seed)
     model = HuBERT(dataclasses.replace(h.model, n_classes=clusters)).to(device)
@@ -594,16 +595,16 @@ def run_stage(name: str, c: Config, device: torch.device):
     run.wait()
 
 
-# Matrices this small hardly profit from a second core: two trainings on one core each do half as much again as one
-# after the other on both (LOG.md). HuBERT needs no text and the text stage no units; and the vocoder and the stages of
-# the language model need nothing of each other.
+# Matrices this small hardly profit from a second core (LOG.md). HuBERT needs no text and the text stage no units; and
+# the vocoder and the stages of the language model need nothing of each other.
 
 
 def in_the_background(names: tuple[str, ...], c: Config, threads: int, log: Path):
     """Some stages as a process of its own: what they say goes to `log`, and it ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
-    with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+    with log.open("w", encoding="utf-8") as file, \
+            contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         torch.set_num_threads(threads)
         try:
             config.command_line(lambda: [run_stage(name, c, torch.device("cpu")) for name in names])
@@ -632,7 +633,8 @@ def beside(names: tuple[str, ...], c: Config, device: torch.device):
 
     def check():
         if child.exitcode:
-            raise ValueError(f"stage {names[-1]}: {log.read_text(encoding='utf-8').strip().splitlines()[-1]} ({log})")
+            said = log.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
+            raise ValueError(f"stage {names[-1]} ended with code {child.exitcode}: {said[-1]} ({log})")
 
     yield check
     print(f"waiting for stage {names[-1]}", flush=True)

@@ -114,7 +114,8 @@ class Speech:
         """Whole ones: codes (B, T), waves (B, T * 320), speakers and frames (B,); and as `batch` for the duration
         predictor."""
         lengths = [sum(self.rows[i]["durations"]) for i in chosen]
-        codes, waves = zip(*(self.crop(i, np.random.default_rng(), max(lengths), 0) for i in chosen))
+        rng = np.random.default_rng(0)  # of no effect: a crop as long as the recording has one place to begin
+        codes, waves = zip(*(self.crop(i, rng, max(lengths), 0) for i in chosen))
         return (torch.tensor(np.stack(codes)), torch.tensor(np.stack(waves)), self.speakers(chosen),
                 torch.tensor(lengths), *self.durations(chosen))
 
@@ -169,14 +170,13 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
         rng = np.random.default_rng([stage.seed, done - 1, run.rank()])
         torch.manual_seed(int(rng.integers(2**62)))
         step = done - 1 - stage.frame_steps  # of the waveform; below 0 the frame-rate half learns alone
-        losses, numbers = {}, {}
         for p in generator.frame_parameters():
             p.requires_grad_(step < 0 or not stage.frame_steps)
         if step < 0:
             lr = run.cosine(done - 1, stage.warmup, stage.frame_steps, stage.frame_lr, stage.floor)
             chosen = speech.alike(rng, stage.frame_batch // run.world_size())
             batch = [t.to(device) for t in speech.recordings(chosen)]
-            losses = frame_losses(generator, spectrum, batch, stage, half)
+            losses, numbers = frame_losses(generator, spectrum, batch, stage, half), {}
             norm = update(optimizer_f, lr, sum(losses.values()), stage.clip)
         else:
             lr = run.cosine(step, stage.warmup, stage.steps, stage.lr, stage.floor)
@@ -296,6 +296,9 @@ def check(model: VocoderConfig, stage: VocoderStage, speech: Speech):
     for key in ("batch_size", "frame_batch") if stage.frame_steps else ("batch_size",):
         if (size := getattr(stage, key)) % run.world_size():
             raise ValueError(f"vocoder.{key} {size} does not divide among {run.world_size()} processes")
+    if stage.frame_steps < 0 or stage.frame_batch < 1:
+        raise ValueError(f"vocoder.frame_steps is {stage.frame_steps}, frame_batch {stage.frame_batch}; they must be "
+                         "at least 0 and 1")
     if stage.margin < 0:
         raise ValueError(f"vocoder.margin is {stage.margin}; it counts frames, 0 or more")
     if stage.segment * 320 <= max(stage.spectral_sizes):

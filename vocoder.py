@@ -207,9 +207,10 @@ class UnitVocoder(nn.Module):
         frames = torch.exp(self.dur_predictor(self.dict(units[None]))[0].float()) - 1
         if not self.config.running_durations:
             return torch.clamp(torch.round(frames), min=1).long()
-        whole, ends = [], frames.cumsum(0).tolist()
-        for end in ends:  # what one unit is rounded off, the next ones get
-            whole.append(max(1, round(end) - sum(whole)))
+        whole, used = [], 0
+        for end in frames.cumsum(0).tolist():  # what one unit is rounded off, the next ones get
+            whole.append(max(1, round(end) - used))
+            used += whole[-1]
         return torch.tensor(whole, device=units.device)
 
     @torch.no_grad()
@@ -273,7 +274,7 @@ class FrameSpectrum(nn.Module):
     """`UnitVocoder.frames` (B, C, T) -> a log mel spectrogram (B, 80, 2 T), a window every 10 ms.
 
     Only for training, and ours: it lets the frame-rate half learn by itself, from whole recordings and without the
-    samples, which cost ten times as much. What is said is settled there; the rest only has to make it sound."""
+    samples, which cost seven times as much. What is said is settled there; the rest only has to make it sound."""
 
     N_FFT, N_MELS = 640, 80  # of `log_mel`, hop 160: twice a frame
 

@@ -95,6 +95,9 @@ def test_hubert_learns_from_the_speaker_it_is_told_to(spoken, tmp_path):
     assert done.returncode == 1 and "speaker 9 has no training recording" in done.stderr
     assert "Traceback" not in done.stderr
     shutil.rmtree(out / "state/hubert")
+    done = train("configs/ci.toml", "--out", out, "--stage", "hubert", "--hubert.perturb", 800)
+    assert done.returncode == 1 and "must be 0 to 1" in done.stderr and "Traceback" not in done.stderr
+    shutil.rmtree(out / "state/hubert")
     stages(out, "hubert", flags=["--hubert.speaker", 0, "--hubert.perturb", 0.2])
     rows = [json.loads(line) for line in (out / "corpus/manifest.jsonl").read_text().splitlines()]
     theirs = [row for row in rows if row["split"] == "train" and row["speaker"] == 0]

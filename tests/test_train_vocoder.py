@@ -115,6 +115,12 @@ def test_the_frame_rate_half_learns_first_and_then_stays_as_it_is(corpus, tmp_pa
         assert not first or not torch.equal(short[name], none[name]), name
 
 
+@pytest.mark.parametrize("wrong", [dict(frame_steps=-1), dict(frame_steps=2, frame_batch=0)])
+def test_impossible_frame_steps_are_one_line(corpus, tmp_path, wrong):
+    with pytest.raises(ValueError, match="at least 0 and 1"):
+        learn(corpus, tmp_path / "out", wrong)
+
+
 def test_the_frame_rate_half_learns(corpus, tmp_path):
     learn(corpus, tmp_path / "out", dict(frame_steps=60, frame_batch=3, frame_lr=1e-2, steps=0, bf16=True))
     errors = [row["frames"] for row in lines(tmp_path / "out")]
