@@ -376,17 +376,21 @@ class Llama(nn.Module):
 
 
 def next_token_loss(model: Llama, ids: Tensor, mask: Tensor, positions: Tensor | None = None,
-                    docs: Tensor | None = None) -> Tensor:
+                    docs: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Mean -log p(token | the tokens before it) over the tokens where mask (B, T) is True: eq. 3 with all of
     them, eq. 4 with the answer's. The first token of a document is never a target. Logits are computed at the
-    targets alone: with a 33,000-token vocabulary they would be the largest tensor of the step."""
+    targets alone: with a 33,000-token vocabulary they would be the largest tensor of the step.
+
+    `weight` (V,) is how much each token counts in the mean, 1 without it."""
     target = mask[:, 1:]
     if docs is not None:
         target = target & (docs[:, 1:] == docs[:, :-1])
     row, column = target.nonzero(as_tuple=True)
     h = model.hidden(ids, positions, docs)[row, column]                      # (n targets, C)
-    loss = F.cross_entropy(model.lm_head(h).float(), ids[row, column + 1], reduction="sum")
-    return loss / max(len(row), 1)                                           # no target: 0, with zero gradients
+    wanted = ids[row, column + 1]
+    loss = F.cross_entropy(model.lm_head(h).float(), wanted, weight, reduction="sum")
+    counted = len(row) if weight is None else weight[wanted].sum()
+    return loss / counted if len(row) else loss                              # no target: 0, with zero gradients
 
 
 # ---- Hugging Face's folder -----------------------------------------------------------------------------------

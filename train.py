@@ -90,6 +90,7 @@ class Optimisation:
 class Language(Optimisation):
     max_len: int = 1024  # tokens in a packed row
     mix: dict = field(default_factory=lambda: {"text": 1.0})  # kinds of documents (data/instruct.py), their shares
+    unit_weight: float = 1.0  # of a unit in the mean of the losses, where a piece of text has 1
     noise: float = 0.0  # share of the units of speech to listen to that are lost, and as many that are misheard
 
 
@@ -496,9 +497,16 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
                                  instruct.examples(corpus_folder(c), "train", o.mix), c.seed, o.batch_size, o.max_len,
                                  o.accumulate, run.rank(), run.world_size())
 
+    if not o.unit_weight > 0:
+        raise ValueError(f"{stage.section}.unit_weight is {o.unit_weight}; it must be above 0")
+    rows = model.config.vocab_size
+    weight = torch.ones(max(rows, len(tok)), device=device)
+    weight[tok.unit_ids.start:tok.unit_ids.stop] = o.unit_weight
+    weight = weight[:rows]  # a model of text has no units yet
+
     def loss(model: Llama, batch):
         ids, mask, positions, docs = batch
-        return llama.next_token_loss(model, ids, mask, positions, docs), (docs >= 0).sum().item(), {}
+        return llama.next_token_loss(model, ids, mask, positions, docs, weight), (docs >= 0).sum().item(), {}
 
     held_out = instruct.examples(corpus_folder(c), "heldout", o.mix)
     held_out = random.Random(c.seed).sample(held_out, min(64, len(held_out)))

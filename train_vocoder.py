@@ -95,6 +95,13 @@ class Speech:
         wav = audio.load(self.corpus / self.rows[i]["wav"])
         return np.int16(wav / max(np.abs(wav).max(), 1e-3) * 0.95 * 32767)  # units do not say how loud
 
+    @lru_cache(maxsize=20_000)  # noqa: B019  (16-bit: 0.7 GB for as many; computed anew, it is a fifth of a step)
+    def mel(self, i: int) -> Tensor:
+        """What `FrameSpectrum` is to say of a recording, (80, 2 T), in half precision."""
+        frames = sum(self.rows[i]["durations"])
+        wave = torch.from_numpy(self.wave(i)[:frames * 320] / np.float32(32767))
+        return v.FrameSpectrum.of(nn.functional.pad(wave, (0, frames * 320 - len(wave)))[None])[0].half()
+
     def crop(self, i: int, rng: np.random.Generator, frames: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
         """The wave (frames * 320,) of some frames, and their codes with those around them (margin + frames + margin,).
         Beyond the ends the first and the last code go on, silently."""
@@ -111,13 +118,16 @@ class Speech:
         return self.by_length[first + rng.choice(near, min(size, near), replace=False)]
 
     def recordings(self, chosen: np.ndarray) -> tuple[Tensor, ...]:
-        """Whole ones: codes (B, T), waves (B, T * 320), speakers and frames (B,); and as `batch` for the duration
-        predictor."""
-        lengths = [sum(self.rows[i]["durations"]) for i in chosen]
-        rng = np.random.default_rng(0)  # of no effect: a crop as long as the recording has one place to begin
-        codes, waves = zip(*(self.crop(i, rng, max(lengths), 0) for i in chosen))
-        return (torch.tensor(np.stack(codes)), torch.tensor(np.stack(waves)), self.speakers(chosen),
-                torch.tensor(lengths), *self.durations(chosen))
+        """Whole ones: codes (B, T), log mels (B, 80, 2 T), speakers and frames (B,); and as `batch` for the duration
+        predictor. After its end a recording's last code goes on; nobody looks at what is to be heard there."""
+        lengths = torch.tensor([sum(self.rows[i]["durations"]) for i in chosen])
+        codes = torch.zeros(len(chosen), lengths.max(), dtype=torch.long)
+        mels = torch.zeros(len(chosen), v.FrameSpectrum.N_MELS, 2 * lengths.max())
+        for b, (i, frames) in enumerate(zip(chosen, lengths.tolist())):
+            codes[b] = self.rows[i]["units"][-1]
+            codes[b, :frames] = torch.tensor(np.repeat(self.rows[i]["units"], self.rows[i]["durations"]))
+            mels[b, :, :2 * frames] = self.mel(int(i))
+        return codes, mels, self.speakers(chosen), lengths, *self.durations(chosen)
 
     def batch(self, rng: np.random.Generator, size: int, frames: int, margin: int = 0) -> tuple[Tensor, ...]:
         """Codes (B, frames + 2 * margin), waves (B, frames * 320), speakers (B,); and for the duration predictor the
@@ -209,10 +219,10 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
 def frame_losses(generator: UnitVocoder, spectrum: v.FrameSpectrum, batch: list[Tensor], stage: VocoderStage,
                  half: torch.autocast) -> dict[str, Tensor]:
     """What is to be heard in each frame, from whole recordings; and how long units last."""
-    codes, real, speakers, lengths, *durations = batch
+    codes, mels, speakers, lengths, *durations = batch
     with half:
         x = generator.frames(codes, speakers)
-    return {"frames": spectrum.loss(x, real, lengths),
+    return {"frames": spectrum.loss(x, mels, lengths),
             "duration": generator.duration_loss(*durations) * stage.duration_weight}
 
 

@@ -58,7 +58,8 @@ class VocoderConfig:
     sampling_rate: int = 16000
     # ours, for small models; None and () are HiFi-GAN as published
     upsample_channels: tuple[int, ...] | None = None  # after each upsampling; None halves them every time
-    context_dilations: tuple[int, ...] = ()  # residual convolutions at the frame rate, where width is cheap
+    unit_dilations: tuple[int, ...] = ()  # residual convolutions over the units, before they are given their durations
+    context_dilations: tuple[int, ...] = ()  # and at the frame rate, where width is cheap
     running_durations: bool = False  # round predicted durations so that their sum stays
 
     def __post_init__(self):
@@ -143,7 +144,23 @@ class DurationPredictor(nn.Module):
         return self.proj(x).squeeze(-1)
 
 
+def runs(codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes (B, T) -> the reduced units (B, U), where rows with fewer end in their last one again; and of each frame,
+    (B, T), which of the units it belongs to, the frames since that began, and those until it ends.
+
+    [7, 7, 3, 9, 9, 9] -> [7, 3, 9], [0, 0, 1, 2, 2, 2], [0, 1, 0, 0, 1, 2], [1, 0, 0, 2, 1, 0]"""
+    begins = torch.ones_like(codes)
+    begins[:, 1:] = codes[:, 1:] != codes[:, :-1]
+    index = begins.cumsum(1) - 1
+    units = codes[:, -1:].repeat(1, int(index.max()) + 1).scatter(1, index, codes)
+    lengths = torch.zeros_like(units).scatter_add(1, index, torch.ones_like(codes))
+    since = torch.arange(codes.shape[1], device=codes.device) - (lengths.cumsum(1) - lengths).gather(1, index)
+    return units, index, since, lengths.gather(1, index) - 1 - since
+
+
 class UnitVocoder(nn.Module):
+    LONGEST = 8  # frames of a unit that are told apart, see `since`
+
     def __init__(self, config: VocoderConfig):
         super().__init__()
         self.config = config
@@ -154,6 +171,11 @@ class UnitVocoder(nn.Module):
         elif config.speakers:
             self.spkr = nn.Embedding(config.num_speakers, dim)
         self.conv_pre = same_conv(config.model_in_dim, widths[0], 7)
+        if config.unit_dilations:
+            self.unit_context = ResBlock("2", widths[0], 3, config.unit_dilations)
+            self.since, self.until = (nn.Embedding(self.LONGEST, widths[0]) for _ in range(2))
+            nn.init.zeros_(self.since.weight)
+            nn.init.zeros_(self.until.weight)
         if config.context_dilations:
             self.context = ResBlock("2", widths[0], 3, config.context_dilations)
         self.ups = nn.ModuleList(
@@ -168,18 +190,32 @@ class UnitVocoder(nn.Module):
             self.dur_predictor = DurationPredictor(**config.dur_predictor_params)
 
     def frames(self, codes: Tensor, speaker: Tensor | None = None) -> Tensor:
-        """Codes (B, T), speakers (B,) -> what is to be heard in each frame, (B, C, T): the half before upsampling."""
+        """Codes (B, T), speakers (B,) -> what is to be heard in each frame, (B, C, T): the half before upsampling.
+
+        With unit_dilations the reduced units are understood first, among their neighbours, whatever their durations:
+        predicted ones are never quite those of real speech. Then each is laid out over its frames."""
+        if self.config.unit_dilations:
+            units, index, *place = runs(codes)
+            since, until = (frames.clamp(max=self.LONGEST - 1) for frames in place)
+            x = self.unit_context(self.conv_pre(self.symbols(units, speaker)))  # (B, C, U)
+            x = x.gather(2, index[:, None].expand(-1, x.shape[1], -1))  # -> (B, C, T)
+            x = x + (self.since(since) + self.until(until)).transpose(1, 2)
+        else:
+            x = self.conv_pre(self.symbols(codes, speaker))
+        return self.context(x) if self.config.context_dilations else x
+
+    def symbols(self, codes: Tensor, speaker: Tensor | None) -> Tensor:
+        """The embedding of each code, and beside it the speaker's, if there are several: (B, E or 2 E, T)."""
         x = self.dict(codes).transpose(1, 2)  # (B, T, E) -> (B, E, T)
         if self.config.speakers:
             assert speaker is not None, "a multi-speaker vocoder needs a speaker for each row"
             voice = self.spkr(speaker).unsqueeze(2).expand(-1, -1, x.shape[2])  # (B, E) -> (B, E, T)
             x = torch.cat([x, voice], 1)
-        x = self.conv_pre(x)
-        return self.context(x) if self.config.context_dilations else x
+        return x
 
     def frame_parameters(self) -> list[nn.Parameter]:
         """Those of `frames`."""
-        names = ("dict", "spkr", "conv_pre", "context")
+        names = ("dict", "spkr", "conv_pre", "unit_context", "since", "until", "context")
         return [p for name in names if hasattr(self, name) for p in getattr(self, name).parameters()]
 
     def generate(self, codes: Tensor, speaker: Tensor | None = None, margin: int = 0) -> Tensor:
@@ -287,10 +323,14 @@ class FrameSpectrum(nn.Module):
         x = self.proj(F.leaky_relu(x.float(), SLOPE)).unflatten(1, (2, -1))  # (B, 2, 80, T)
         return x.permute(0, 2, 3, 1).flatten(2)
 
-    def loss(self, x: Tensor, real: Tensor, lengths: Tensor) -> Tensor:
-        """Mean absolute error against recordings (B, T * 320), of which the first `lengths` (B,) frames count."""
-        wanted = log_mel(real, self.N_FFT, self.N_MELS)
-        inside = torch.arange(wanted.shape[2], device=real.device) < 2 * lengths[:, None]
+    @classmethod
+    def of(cls, wav: Tensor) -> Tensor:
+        """What it should say of recordings (B, T * 320): (B, 80, 2 T)."""
+        return log_mel(wav, cls.N_FFT, cls.N_MELS)
+
+    def loss(self, x: Tensor, wanted: Tensor, lengths: Tensor) -> Tensor:
+        """Mean absolute error against `of` the recordings, of which the first `lengths` (B,) frames count."""
+        inside = torch.arange(wanted.shape[2], device=wanted.device) < 2 * lengths[:, None]
         return (self(x) - wanted).abs().mean(1)[inside].mean()
 
 
@@ -430,7 +470,8 @@ def feature_loss(real: list, fake: list) -> Tensor:
 
 WEIGHT_FILES = ("generator.safetensors", "vocoder.pt", "g_*")
 # Names in the files are those of the modules above:
-#   dict.weight  spkr.weight [spkr.bias]  conv_pre.*  context.convs.N.*  ups.I.*  conv_post.*
+#   dict.weight  spkr.weight [spkr.bias]  conv_pre.*  ups.I.*  conv_post.*
+#   unit_context.convs.N.*  since.weight  until.weight  context.convs.N.*  (ours)
 #   resblocks.N.convs1.J.*  resblocks.N.convs2.J.*  (resblock "1")     resblocks.N.convs.J.*  (resblock "2")
 #   dur_predictor.{conv1.0, ln1, conv2.0, ln2, proj}.*
 # but the released file keeps the generator's convolutions as length and direction; torch has two spellings:

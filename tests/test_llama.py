@@ -205,6 +205,20 @@ def test_loss_is_the_mean_over_the_mask(model, ids):
         assert torch.allclose(next_token_loss(model, ids, mask), expected, atol=1e-5)
 
 
+def test_a_weight_is_how_much_a_token_counts(model, ids):
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    weight = torch.ones(model.config.vocab_size)
+    with torch.no_grad():
+        assert torch.allclose(next_token_loss(model, ids, mask, weight=weight), next_token_loss(model, ids, mask))
+        heavy = ids[0, 5].item()
+        weight[heavy] = 3.0
+        loss = -model(ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        counts = torch.where(ids[:, 1:] == heavy, 3.0, 1.0)
+        expected = (loss * counts).sum() / counts.sum()
+        assert torch.allclose(next_token_loss(model, ids, mask, weight=weight), expected, atol=1e-5)
+        assert next_token_loss(model, ids, torch.zeros_like(mask), weight=weight) == 0
+
+
 def test_first_tokens_are_no_targets(model, ids):
     docs = torch.arange(24).expand(3, 24) // 8
     mask = torch.ones_like(ids, dtype=torch.bool)

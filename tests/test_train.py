@@ -88,6 +88,18 @@ def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
     assert runs["killed"] == runs["whole"]  # every loss, to the last bit
 
 
+def test_units_can_count_less_than_text(out):
+    stages(out, "text", "1")
+    first = {}
+    for weight in (1, 0.01):
+        stages(out, "2", flags=["--stage2.unit_weight", weight, "--stage2.steps", 1])
+        first[weight] = metrics(out, "stage2")[0]["loss"]
+        shutil.rmtree(out / "state/2")
+    assert first[1] > 0 and first[0.01] > 0 and abs(first[1] - first[0.01]) > 1e-3  # another mean of the same losses
+    done = train("configs/ci.toml", "--out", out, "--stage", "2", "--stage2.unit_weight", 0)
+    assert done.returncode == 1 and "must be above 0" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_hubert_learns_from_the_speaker_it_is_told_to(spoken, tmp_path):
     out = Path(shutil.copytree(spoken, tmp_path / "ci"))
     shutil.rmtree(out / "state/hubert")

@@ -376,15 +376,14 @@ def test_a_margin_is_seen_and_not_spoken():
 def test_the_frame_spectrum_is_judged_inside_the_recordings_only():
     torch.manual_seed(0)
     spectrum, x = v.FrameSpectrum(8), torch.randn(2, 8, 12)
-    real, lengths = torch.randn(2, 12 * 320), torch.tensor([12, 7])
-    assert spectrum(x).shape == (2, 80, 24) == v.log_mel(real, spectrum.N_FFT, spectrum.N_MELS).shape
-    loss = spectrum.loss(x, real, lengths)
-    beyond = real.clone()
-    beyond[1, 8 * 320:] = 0  # a window reaches 240 samples beyond the last frame
+    wanted, lengths = spectrum.of(torch.randn(2, 12 * 320)), torch.tensor([12, 7])
+    assert spectrum(x).shape == (2, 80, 24) == wanted.shape
+    loss = spectrum.loss(x, wanted, lengths)
+    beyond = wanted.clone()
+    beyond[1, :, 14:] = 0
     assert torch.equal(spectrum.loss(x, beyond, lengths), loss)
-    beyond[1, 6 * 320:7 * 320] = 0
+    beyond[1, :, 13] = 0
     assert not torch.equal(spectrum.loss(x, beyond, lengths), loss)
-    wanted = v.log_mel(real, spectrum.N_FFT, spectrum.N_MELS)
     errors = (spectrum(x) - wanted).abs()
     expected = (errors[0].sum() + errors[1, :, :14].sum()) / (80 * (24 + 14))
     assert torch.allclose(loss, expected)
@@ -402,3 +401,31 @@ def test_running_durations_keep_the_sum():
         assert speaker.durations(torch.arange(10)).tolist() == expected
     nn.init.constant_(speaker.dur_predictor.proj.bias, math.log(0.2 + 1))
     assert speaker.durations(torch.arange(10)).tolist() == [1] * 10  # never none
+
+
+def test_runs_are_the_reduced_units_and_the_places_of_their_frames():
+    units, index, since, until = v.runs(torch.tensor([[7, 7, 3, 9, 9, 9], [4, 4, 4, 4, 4, 4]]))
+    assert units.tolist() == [[7, 3, 9], [4, 4, 4]]
+    assert index.tolist() == [[0, 0, 1, 2, 2, 2], [0] * 6]
+    assert since.tolist() == [[0, 1, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
+    assert until.tolist() == [[1, 0, 0, 2, 1, 0], [5, 4, 3, 2, 1, 0]]
+
+
+def test_units_are_understood_whatever_their_durations():
+    torch.manual_seed(0)
+    small = v.VocoderConfig(num_embeddings=10, embedding_dim=8, model_in_dim=16, multispkr=True, num_speakers=2,
+                            resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1,),), upsample_initial_channel=32,
+                            resblock="2", unit_dilations=(1, 2), dur_predictor_params=None)
+    speaker, units = UnitVocoder(small).eval(), [3, 1, 4, 1, 5, 9, 2, 6]
+    with torch.no_grad():
+        one = speaker.frames(torch.tensor([units]), torch.tensor([1]))  # (1, C, 8)
+        durations = torch.tensor([2, 1, 3, 1, 1, 2, 9, 1])
+        long = speaker.frames(torch.tensor(units).repeat_interleave(durations)[None], torch.tensor([1]))
+        assert torch.allclose(long, one.repeat_interleave(durations, 2), atol=1e-5)  # places are zero before training
+        nn.init.normal_(speaker.since.weight)
+        placed = speaker.frames(torch.tensor(units).repeat_interleave(durations)[None], torch.tensor([1]))
+        assert (placed - long).std(2).min() > 0
+        other = speaker.frames(torch.tensor([units[:-1] + [7]]), torch.tensor([1]))
+    assert not torch.allclose(other[..., -2], one[..., -2])  # a neighbour matters
+    half, names = {id(p) for p in speaker.frame_parameters()}, ("unit_context", "since", "until")
+    assert all(id(p) in half for name, p in speaker.named_parameters() if name.startswith(names))
