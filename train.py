@@ -497,8 +497,8 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
                                  instruct.examples(corpus_folder(c), "train", o.mix), c.seed, o.batch_size, o.max_len,
                                  o.accumulate, run.rank(), run.world_size())
 
-    if not o.unit_weight > 0:
-        raise ValueError(f"{stage.section}.unit_weight is {o.unit_weight}; it must be above 0")
+    if not 0 < o.unit_weight <= 1000:
+        raise ValueError(f"{stage.section}.unit_weight is {o.unit_weight}; it must be above 0 and at most 1000")
     rows = model.config.vocab_size
     weight = torch.ones(max(rows, len(tok)), device=device)
     weight[tok.unit_ids.start:tok.unit_ids.stop] = o.unit_weight
