@@ -102,10 +102,14 @@ class Speech:
         wave = torch.from_numpy(self.wave(i)[:frames * 320] / np.float32(32767))
         return v.FrameSpectrum.of(nn.functional.pad(wave, (0, frames * 320 - len(wave)))[None])[0].half()
 
+    def codes(self, i: int) -> np.ndarray:
+        """The unit of each frame of a recording, (T,)."""
+        return np.repeat(self.rows[i]["units"], self.rows[i]["durations"])
+
     def crop(self, i: int, rng: np.random.Generator, frames: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
         """The wave (frames * 320,) of some frames, and their codes with those around them (margin + frames + margin,).
         Beyond the ends the first and the last code go on, silently."""
-        codes = np.repeat(self.rows[i]["units"], self.rows[i]["durations"])
+        codes = self.codes(i)
         start = rng.integers(max(1, len(codes) - frames + 1))
         wave = self.wave(i)[start * 320:min(start + frames, len(codes)) * 320] / np.float32(32767)
         seen = np.arange(start - margin, start + frames + margin).clip(0, len(codes) - 1)
@@ -125,7 +129,7 @@ class Speech:
         mels = torch.zeros(len(chosen), v.FrameSpectrum.N_MELS, 2 * lengths.max())
         for b, (i, frames) in enumerate(zip(chosen, lengths.tolist())):
             codes[b] = self.rows[i]["units"][-1]
-            codes[b, :frames] = torch.tensor(np.repeat(self.rows[i]["units"], self.rows[i]["durations"]))
+            codes[b, :frames] = torch.from_numpy(self.codes(i))
             mels[b, :, :2 * frames] = self.mel(int(i))
         return codes, mels, self.speakers(chosen), lengths, *self.durations(chosen)
 

@@ -77,6 +77,9 @@ class VocoderConfig:
             (self.resblock not in ("1", "2"), f'resblock is {self.resblock!r}; it must be "1" or "2"'),
             (len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes),
              f"resblock_dilation_sizes must be one list for each of the kernels {self.resblock_kernel_sizes}"),
+            (not all(type(d) is int and 1 <= d <= 1000 for d in (*self.unit_dilations, *self.context_dilations)),
+             f"unit_dilations {self.unit_dilations} and context_dilations {self.context_dilations} must be whole "
+             "numbers of 1 to 1000"),
             (self.model_in_dim != inputs, f"model_in_dim is {self.model_in_dim}, but embeddings of "
              f"{self.embedding_dim} (units{', speaker' * self.speakers}) make {inputs}"),
             ((self.dur_predictor_params or {}).get("var_pred_kernel_size", 3) != 3,

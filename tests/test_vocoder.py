@@ -429,3 +429,11 @@ def test_units_are_understood_whatever_their_durations():
     assert not torch.allclose(other[..., -2], one[..., -2])  # a neighbour matters
     half, names = {id(p) for p in speaker.frame_parameters()}, ("unit_context", "since", "until")
     assert all(id(p) in half for name, p in speaker.named_parameters() if name.startswith(names))
+
+
+@pytest.mark.parametrize("key", ["unit_dilations", "context_dilations"])
+@pytest.mark.parametrize("value", [[0], [-1], ["2"], [1.5], [10**9], 3])
+def test_impossible_dilations_are_one_line(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(ValueError, match="dilations|wrong type"):
+        v.read_config(tmp_path / "config.json")
