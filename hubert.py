@@ -457,6 +457,14 @@ class KMeans(nn.Module):
         """(..., C) -> (...) long. |x - c|^2 is least where |c|^2 - 2 x.c is; the lowest number wins a tie."""
         return (self.centers.square().sum(1) - 2 * x @ self.centers.T).argmin(-1)
 
+    def embeddings(self, dim: int) -> Tensor:
+        """A look-up table (K, dim) to begin with: the centres' first `dim` principal components, zeros if there are
+        fewer, of mean 0 and variance 1. Units that sound alike begin alike, so what is learned of one holds for all."""
+        x = self.centers - self.centers.mean(0)
+        u, s, _ = torch.linalg.svd(x, full_matrices=False)
+        x = F.pad((u * s)[:, :dim], (0, max(0, dim - len(s))))
+        return x / x.std()
+
     def save(self, folder: str | Path):
         checkpoint.save_tensors(Path(folder) / "kmeans.safetensors", {"centers": self.centers})
 

@@ -143,6 +143,7 @@ class UnitsSection:
     layer: int = 11
     smooth: int = 1  # frames averaged before clustering (odd)
     cluster_frames: int = 200_000
+    embed_centers: bool = False  # LLaMA's and the vocoder's embeddings of units begin as the cluster centres
 
 
 @dataclass
@@ -449,7 +450,13 @@ def new_llama(c: Config, tok: Tokenizer) -> Llama:
 def grown_llama(c: Config, tok: Tokenizer) -> Llama:
     """Eq. 1-2: the text model with rows for units and markers added to its vocabulary."""
     model = Llama.from_pretrained(c.pretrained or llama_folder(c, "text"))
+    old = model.config.vocab_size
     model.resize_vocab(len(tok))
+    if c.units.embed_centers:
+        places = KMeans.from_pretrained(Path(c.out) / "model/hubert").embeddings(model.config.dim)
+        for rows in (model.model.embed_tokens.weight, model.lm_head.weight):
+            with torch.no_grad():
+                rows[tok.unit_ids.start:tok.unit_ids.stop] = places * rows[:old].std()  # as large as those of text
     return model
 
 
@@ -533,8 +540,9 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
 
 
 def make_vocoder(c: Config, folder: Path, device: torch.device):
+    kmeans = KMeans.from_pretrained(Path(c.out) / "model/hubert") if c.units.embed_centers else None
     train_vocoder.train(c.vocoder, c.vocoder_model, corpus_folder(c), corpus_folder(c) / "units.jsonl",
-                        Path(c.out) / "model/vocoder", device, work=folder)
+                        Path(c.out) / "model/vocoder", device, work=folder, kmeans=kmeans)
     if run.rank() == 0:
         (Path(c.out) / "metrics").mkdir(exist_ok=True)
         shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")

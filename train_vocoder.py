@@ -3,8 +3,9 @@
     python train_vocoder.py CONFIG.toml [--vocoder.steps 100 ...]           alone; train.py calls `train` below
     torchrun --nproc_per_node 8 train_vocoder.py CONFIG.toml                each rank takes its share of the batch
 
-reads of CONFIG.toml the keys `corpus` (a folder with manifest.jsonl and units.jsonl), `out`, `device`, and the
-sections [vocoder] and [vocoder_model], both below. The result is the folder `out`; state, metrics and samples of
+reads of CONFIG.toml the keys `corpus` (a folder with manifest.jsonl and units.jsonl), `kmeans` (optional: a folder
+with the clusters of these units, to begin from), `out`, `device`, and the sections [vocoder] and [vocoder_model], both
+below. The result is the folder `out`; state, metrics and samples of
 held-out speech are written beside it, into `out`.training.
 
 A step draws crops of (frames, wave) from the training rows of the manifest. The discriminators learn to tell
@@ -33,6 +34,7 @@ import run
 import vocoder as v
 from data import audio
 from data.units import read_jsonl
+from hubert import KMeans
 from vocoder import UnitVocoder, VocoderConfig
 
 
@@ -156,14 +158,21 @@ class Speech:
 # ------------------------------------------------------------------------------------------------------ loop
 
 def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, out: Path, device: torch.device,
-          resume: bool = True, work: Path | None = None):
-    """Writes the folder `out`: config.json and generator.safetensors. State, metrics and samples go to `work`."""
+          resume: bool = True, work: Path | None = None, kmeans: KMeans | None = None):
+    """Writes the folder `out`: config.json and generator.safetensors. State, metrics and samples go to `work`.
+
+    With `kmeans` the embeddings of the units begin as its centres: ours, and worth more than any number of steps."""
     out = Path(out)
     work = Path(work or f"{out}.training")
     speech, held_out = (Speech(Path(corpus), Path(units), split) for split in ("train", "heldout"))
     check(model, stage, speech)
     torch.manual_seed(stage.seed)
     generator = UnitVocoder(model).to(device)
+    if kmeans:
+        if len(kmeans.centers) != model.num_embeddings:
+            raise ValueError(f"there are {len(kmeans.centers)} cluster centres, but vocoder_model.num_embeddings is "
+                             f"{model.num_embeddings}; take those of the same units")
+        generator.dict.weight.data.copy_(kmeans.embeddings(model.embedding_dim))
     spectrum = v.FrameSpectrum(model.channels[0]).to(device)
     judges = nn.ModuleList([v.MultiPeriodDiscriminator(stage.mpd_periods, stage.mpd_channels),
                             v.MultiScaleDiscriminator(stage.msd_scales, stage.msd_layers)]).to(device)
@@ -356,6 +365,7 @@ def load_state(path: Path, parts: dict, now: dict) -> int:
 class Config:
     corpus: str
     out: str
+    kmeans: str = ""
     device: str = "auto"
     vocoder: VocoderStage = field(default_factory=VocoderStage)
     vocoder_model: VocoderConfig = field(default_factory=VocoderConfig)
@@ -368,7 +378,8 @@ def main():
     device = run.device(c.device)
     run.start(device)
     corpus = Path(c.corpus)
-    train(c.vocoder, c.vocoder_model, corpus, corpus / "units.jsonl", Path(c.out), device)
+    train(c.vocoder, c.vocoder_model, corpus, corpus / "units.jsonl", Path(c.out), device,
+          kmeans=KMeans.from_pretrained(c.kmeans) if c.kmeans else None)
     run.finish()
 
 

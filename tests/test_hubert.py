@@ -290,6 +290,21 @@ def test_kmeans_predicts_as_sklearn(tmp_path):
     assert KMeans(torch.tensor([[1.0], [1.0], [-1.0]])).predict(torch.tensor([[2.0], [0.0]])).tolist() == [0, 0]
 
 
+def test_embeddings_lie_as_the_centres_do():
+    torch.manual_seed(0)
+    centers = torch.randn(30, 5) * torch.tensor([1.0, 9.0, 2.0, 4.0, 0.5]) + 7
+    kmeans = KMeans(centers)
+    for dim in (5, 8):  # as many numbers as a centre has, or more: all distances stay, but for one scale
+        places = kmeans.embeddings(dim)
+        assert places.shape == (30, dim)
+        ratio = torch.pdist(places) / torch.pdist(centers)
+        assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-4)
+        assert torch.allclose(places.mean(0), torch.zeros(dim), atol=1e-5) and places.std() == pytest.approx(1, rel=1e-4)
+    two = kmeans.embeddings(2)  # fewer: what differs most
+    assert abs(torch.corrcoef(torch.stack([two[:, 0], centers[:, 1]]))[0, 1]) > 0.97
+    assert abs(torch.corrcoef(torch.stack([two[:, 1], centers[:, 3]]))[0, 1]) > 0.9
+
+
 def test_kmeans_finds_clusters():
     torch.manual_seed(0)
     centers = torch.randn(8, 5) * 10

@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import train_vocoder
 from data import audio
+from hubert import KMeans
 from train_vocoder import Speech, VocoderStage, train
 from vocoder import FrameSpectrum, UnitVocoder, VocoderConfig
 
@@ -125,6 +126,29 @@ def test_the_frame_rate_half_learns(corpus, tmp_path):
     learn(corpus, tmp_path / "out", dict(frame_steps=60, frame_batch=3, frame_lr=1e-2, steps=0, bf16=True))
     errors = [row["frames"] for row in lines(tmp_path / "out")]
     assert np.mean(errors[-5:]) < 0.5 * np.mean(errors[:5])
+
+
+def test_embeddings_of_units_can_begin_as_the_centres_of_their_clusters(corpus, tmp_path):
+    torch.manual_seed(0)
+    kmeans = KMeans(torch.randn(10, 12))
+    learn(corpus, tmp_path / "out", dict(steps=0), kmeans=kmeans)
+    assert torch.equal(weights(tmp_path / "out")["dict.weight"], kmeans.embeddings(8))
+    learn(corpus, tmp_path / "random", dict(steps=0))
+    assert not torch.equal(weights(tmp_path / "random")["dict.weight"], kmeans.embeddings(8))
+    with pytest.raises(ValueError, match="10 cluster centres, but vocoder_model.num_embeddings is 12"):
+        learn(corpus, tmp_path / "other", model=dict(num_embeddings=12), kmeans=kmeans)
+
+
+def test_the_centres_are_read_from_the_folder_that_the_config_names(corpus, tmp_path):
+    kmeans = KMeans(torch.randn(1000, 12))
+    kmeans.save(tmp_path)
+    config = f'corpus = "{corpus}"\nout = "{tmp_path}/out"\nkmeans = "{tmp_path}"\ndevice = "cpu"\n'
+    (tmp_path / "c.toml").write_text(config + "[vocoder]\nsteps = 0\n[vocoder_model]\nmultispkr = true\n"
+                                     "model_in_dim = 256\nupsample_initial_channel = 32\n")
+    result = subprocess.run([sys.executable, ROOT / "train_vocoder.py", "c.toml"], cwd=tmp_path, capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(weights(tmp_path / "out")["dict.weight"], kmeans.embeddings(128))
 
 
 def test_whole_recordings_of_about_one_length(corpus):
