@@ -143,7 +143,8 @@ class UnitsSection:
     layer: int = 11
     smooth: int = 1  # frames averaged before clustering (odd)
     cluster_frames: int = 200_000
-    embed_centers: bool = False  # LLaMA's and the vocoder's embeddings of units begin as the cluster centres
+    embed_centers: float = 0.0  # LLaMA's rows for units begin as cluster centres of this standard deviation, and the
+    # vocoder's as the same of 1: units that sound alike begin alike. 0: all of them at random, as in the paper
 
 
 @dataclass
@@ -450,13 +451,11 @@ def new_llama(c: Config, tok: Tokenizer) -> Llama:
 def grown_llama(c: Config, tok: Tokenizer) -> Llama:
     """Eq. 1-2: the text model with rows for units and markers added to its vocabulary."""
     model = Llama.from_pretrained(c.pretrained or llama_folder(c, "text"))
-    old = model.config.vocab_size
     model.resize_vocab(len(tok))
     if c.units.embed_centers:
         places = KMeans.from_pretrained(Path(c.out) / "model/hubert").embeddings(model.config.dim)
         for rows in (model.model.embed_tokens.weight, model.lm_head.weight):
-            with torch.no_grad():
-                rows[tok.unit_ids.start:tok.unit_ids.stop] = places * rows[:old].std()  # as large as those of text
+            rows.data[tok.unit_ids.start:tok.unit_ids.stop] = places * c.units.embed_centers
     return model
 
 

@@ -299,7 +299,8 @@ def test_embeddings_lie_as_the_centres_do():
         assert places.shape == (30, dim)
         ratio = torch.pdist(places) / torch.pdist(centers)
         assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-4)
-        assert torch.allclose(places.mean(0), torch.zeros(dim), atol=1e-5) and places.std() == pytest.approx(1, rel=1e-4)
+        assert torch.allclose(places.mean(0), torch.zeros(dim), atol=1e-5)
+        assert places.std() == pytest.approx(1, rel=1e-4)
     two = kmeans.embeddings(2)  # fewer: what differs most
     assert abs(torch.corrcoef(torch.stack([two[:, 0], centers[:, 1]]))[0, 1]) > 0.97
     assert abs(torch.corrcoef(torch.stack([two[:, 1], centers[:, 3]]))[0, 1]) > 0.9
