@@ -161,7 +161,7 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
           resume: bool = True, work: Path | None = None, kmeans: KMeans | None = None):
     """Writes the folder `out`: config.json and generator.safetensors. State, metrics and samples go to `work`.
 
-    With `kmeans` the embeddings of the units begin as its centres: ours, and worth more than any number of steps."""
+    With `kmeans` the embeddings of the units begin as its centres; that is ours, and LOG.md says what it is worth."""
     out = Path(out)
     work = Path(work or f"{out}.training")
     speech, held_out = (Speech(Path(corpus), Path(units), split) for split in ("train", "heldout"))
