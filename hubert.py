@@ -465,7 +465,7 @@ class KMeans(nn.Module):
         x = self.centers - self.centers.mean(0)
         u, s, _ = torch.linalg.svd(x, full_matrices=False)
         x = F.pad((u * s)[:, :dim], (0, max(0, dim - len(s))))
-        return x / x.std()
+        return x / x.std().clamp(min=1e-8)  # one cluster lies nowhere
 
     def save(self, folder: str | Path):
         checkpoint.save_tensors(Path(folder) / "kmeans.safetensors", {"centers": self.centers})

@@ -412,6 +412,8 @@ def load_labels(path: Path) -> list[np.ndarray]:
 
 def make_units(c: Config, folder: Path, device: torch.device):
     corpus = corpus_folder(c)
+    if not 0 <= c.units.embed_centers <= 100:
+        raise ValueError(f"units.embed_centers is {c.units.embed_centers}; it must be 0 to 100")
     if run.rank() == 0:
         weights = Path(c.out) / "state/hubert" / f"round{len(c.hubert.clusters)}.safetensors"
         tensors = {n: t for n, t in checkpoint.read_tensors(weights).items()

@@ -5,8 +5,8 @@
 
 reads of CONFIG.toml the keys `corpus` (a folder with manifest.jsonl and units.jsonl), `kmeans` (optional: a folder
 with the clusters of these units, to begin from), `out`, `device`, and the sections [vocoder] and [vocoder_model], both
-below. The result is the folder `out`; state, metrics and samples of
-held-out speech are written beside it, into `out`.training.
+below. The result is the folder `out`; state, metrics and samples of held-out speech are written beside it, into
+`out`.training.
 
 A step draws crops of (frames, wave) from the training rows of the manifest. The discriminators learn to tell
 real speech from the generator's; then the generator learns to fool them and to match the spectrum. Everything drawn
@@ -169,10 +169,9 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
     torch.manual_seed(stage.seed)
     generator = UnitVocoder(model).to(device)
     if kmeans:
-        if len(kmeans.centers) != model.num_embeddings:
-            raise ValueError(f"there are {len(kmeans.centers)} cluster centres, but vocoder_model.num_embeddings is "
-                             f"{model.num_embeddings}; take those of the same units")
-        generator.dict.weight.data.copy_(kmeans.embeddings(model.embedding_dim))
+        if (k := len(kmeans.centers)) > model.num_embeddings:
+            raise ValueError(f"there are {k} clusters; set vocoder_model.num_embeddings to at least {k}")
+        generator.dict.weight.data[:k] = kmeans.embeddings(model.embedding_dim)
     spectrum = v.FrameSpectrum(model.channels[0]).to(device)
     judges = nn.ModuleList([v.MultiPeriodDiscriminator(stage.mpd_periods, stage.mpd_channels),
                             v.MultiScaleDiscriminator(stage.msd_scales, stage.msd_layers)]).to(device)

@@ -103,6 +103,9 @@ def test_embeddings_of_units_can_begin_as_the_centres_of_their_clusters(spoken, 
         assert torch.equal(grown[name][:old], text[name])  # eq. 1-2
         torch.testing.assert_close(grown[name][old:old + units], places * 0.3)
         assert grown[name][old + units:].std() == pytest.approx(0.02, rel=0.2)  # markers: by chance as ever
+    shutil.rmtree(out / "state/units")
+    done = train("configs/ci.toml", "--out", out, "--stage", "units", "--units.embed_centers", -1)
+    assert done.returncode == 1 and "must be 0 to 100" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_units_can_count_less_than_text(out):

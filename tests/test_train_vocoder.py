@@ -135,8 +135,10 @@ def test_embeddings_of_units_can_begin_as_the_centres_of_their_clusters(corpus, 
     assert torch.equal(weights(tmp_path / "out")["dict.weight"], kmeans.embeddings(8))
     learn(corpus, tmp_path / "random", dict(steps=0))
     assert not torch.equal(weights(tmp_path / "random")["dict.weight"], kmeans.embeddings(8))
-    with pytest.raises(ValueError, match="10 cluster centres, but vocoder_model.num_embeddings is 12"):
-        learn(corpus, tmp_path / "other", model=dict(num_embeddings=12), kmeans=kmeans)
+    learn(corpus, tmp_path / "more", dict(steps=0), dict(num_embeddings=12), kmeans=kmeans)
+    assert torch.equal(weights(tmp_path / "more")["dict.weight"][:10], kmeans.embeddings(8))
+    with pytest.raises(ValueError, match="11 clusters; set vocoder_model.num_embeddings to at least 11"):
+        learn(corpus, tmp_path / "fewer", kmeans=KMeans(torch.randn(11, 12)))
 
 
 def test_the_centres_are_read_from_the_folder_that_the_config_names(corpus, tmp_path):
