@@ -449,7 +449,7 @@ class KMeans(nn.Module):
 
         if len(x) < k:
             raise ValueError(f"{len(x)} frames of speech cannot make {k} clusters; use more speech or fewer units")
-        # init_size is scikit-learn's least: its usual choice takes longer than all the rest
+        # 3 k frames to choose first centres from: scikit-learn's own 30,000 take longer than all the rest
         fitted = MiniBatchKMeans(k, batch_size=10_000, n_init=3, init_size=3 * k, max_no_improvement=50,
                                  random_state=seed)
         fitted.fit(x.float().cpu().numpy())
