@@ -298,10 +298,12 @@ class Tokenizer:
         return cls(model, added, str(folder))
 
     @classmethod
-    def extend(cls, llama: str | Path, folder: str | Path, n_units: int = 1000) -> "Tokenizer":
+    def extend(cls, llama: str | Path, folder: str | Path, n_units: int = 1000, anew: bool = False) -> "Tokenizer":
         """Writes to `folder` the tokenizer of a LLaMA folder with those units and markers added that it lacks: all of
-        them for Meta's LLaMA, the dialogue markers for the released stage 1, none for the released stage 2."""
-        added = cls.from_pretrained(llama).added if (Path(llama) / "added_tokens.json").exists() else {}
+        them for Meta's LLaMA, the dialogue markers for the released stage 1, none for the released stage 2. `anew`:
+        whatever was added to its text before is left out, so all of them."""
+        kept = not anew and (Path(llama) / "added_tokens.json").exists()
+        added = cls.from_pretrained(llama).added if kept else {}
         return cls._write(_read(Path(llama) / "tokenizer.model", 16 << 20), added, str(llama), folder, n_units)
 
     @classmethod

@@ -167,7 +167,8 @@ class Config:
     device: str = "auto"
     workers: int = 0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
     beside: bool = True  # on a CPU two stages at a time, where they need nothing of each other, half of the cores each
-    pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped
+    pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped. A SpeechGPT folder (llama/ beside
+    # hubert/) is one whose units were others: its rows for units are translated into this run's
     vocab_size: int = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
     hubert: HubertSection = field(default_factory=HubertSection)
@@ -450,15 +451,46 @@ def new_llama(c: Config, tok: Tokenizer) -> Llama:
     return Llama(config.load(LlamaConfig, c.llama | {"vocab_size": tok.n_text}, "[llama]"))
 
 
+def knows_other_units(c: Config) -> bool:
+    return bool(c.pretrained) and all((Path(c.pretrained) / part).is_dir() for part in ("llama", "hubert"))
+
+
+def first_llama(c: Config) -> Path:
+    """The folder of the LLaMA that stage 1 begins with."""
+    if not c.pretrained:
+        return llama_folder(c, "text")
+    return Path(c.pretrained) / "llama" if knows_other_units(c) else Path(c.pretrained)
+
+
 def grown_llama(c: Config, tok: Tokenizer) -> Llama:
     """Eq. 1-2: the text model with rows for units and markers added to its vocabulary."""
-    model = Llama.from_pretrained(c.pretrained or llama_folder(c, "text"))
+    model = Llama.from_pretrained(first_llama(c))
+    tables = model.model.embed_tokens, model.lm_head
+    before = [table.weight.data for table in tables]
     model.resize_vocab(len(tok))
-    if c.units.embed_centers:
+    if knows_other_units(c):
+        known, extractor = (kind.from_pretrained(Path(c.pretrained) / part)
+                            for kind, part in ((Tokenizer, "llama"), (UnitExtractor, "hubert")))
+        shares = unit_files.heard_together(corpus_folder(c), extractor, c.units.clusters)
+        if shares.shape[1] != known.n_units:
+            raise ValueError(f"{c.pretrained}: its HuBERT makes {shares.shape[1]} units, its LLaMA knows "
+                             f"{known.n_units}; the two are of different models")
+        for old, table in zip(before, tables):
+            translate_rows(old, table.weight.data, shares, known, tok)
+    elif c.units.embed_centers:
         places = KMeans.from_pretrained(Path(c.out) / "model/hubert").embeddings(model.config.dim)
-        for rows in (model.model.embed_tokens.weight, model.lm_head.weight):
-            rows.data[tok.unit_ids.start:tok.unit_ids.stop] = places * c.units.embed_centers
+        for table in tables:
+            table.weight.data[tok.unit_ids.start:tok.unit_ids.stop] = places * c.units.embed_centers
     return model
+
+
+def translate_rows(old: Tensor, new: Tensor, shares: Tensor, known: Tokenizer, tok: Tokenizer):
+    """A unit begins as the mean of the units heard in its place before, sum_u P(u | unit) old[u]; a marker as it was.
+    So the model understands most of what it hears in the new units before it has seen any (LOG.md)."""
+    new[tok.unit_ids.start:tok.unit_ids.stop] = shares @ old[known.unit_ids.start:known.unit_ids.stop]
+    for token, i in tok.added.items():
+        if i not in tok.unit_ids and token in known.added:
+            new[i] = old[known.added[token]]
 
 
 def adapted_llama(c: Config, tok: Tokenizer) -> Llama:
@@ -487,7 +519,7 @@ def make_tokenizer(c: Config) -> Tokenizer:
     folder = Path(c.out) / "tokenizer"
     if not (folder / "added_tokens.json").exists() and run.rank() == 0:
         if c.pretrained:
-            Tokenizer.extend(c.pretrained, folder, c.units.clusters)
+            Tokenizer.extend(first_llama(c), folder, c.units.clusters, anew=knows_other_units(c))
         else:
             Tokenizer.train(instruct.sentences(corpus_folder(c), "train"), folder, c.vocab_size, c.units.clusters)
     run.wait()

@@ -7,6 +7,7 @@ Units are reduced (no unit twice in a row); `durations` counts the 20 ms frames 
 """
 
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,3 +88,20 @@ def extract(corpus: str | Path, extractor, device: torch.device, work: Path, por
                 file.write(json.dumps({"id": row["id"], "units": units, "durations": durations}) + "\n")
     checkpoint.write_atomic(corpus / "units.jsonl", part.read_bytes())  # perhaps on another disk: no rename
     part.unlink()
+
+
+def heard_together(corpus: str | Path, extractor, n_units: int, recordings: int = 400) -> torch.Tensor:
+    """(n_units, K): of the time that a unit of units.jsonl lasts, the share of each of the K units of `extractor`.
+
+    Counted over some training recordings. Each unit has half a frame of everybody's shares besides, and one that is not
+    in those recordings nothing else."""
+    rows = [row for row in read_units(corpus) if row["split"] == "train"]
+    rows = random.Random(0).sample(rows, min(len(rows), recordings))
+    heard = map_speech(corpus, rows, extractor.frames, torch.device("cpu"), "units heard before and now")
+    frames = torch.zeros(n_units, len(extractor.kmeans.centers))
+    for row, before in zip(rows, heard):
+        now = torch.tensor(row["units"]).repeat_interleave(torch.tensor(row["durations"]))
+        n = min(len(now), len(before))
+        frames.index_put_((now[:n], before[:n]), torch.ones(n), accumulate=True)
+    frames += 0.5 * frames.sum(0) / frames.sum()
+    return frames / frames.sum(1, keepdim=True)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from hubert import KMeans
+from hubert import KMeans, UnitExtractor
 from llama import Llama
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -106,6 +107,51 @@ def test_embeddings_of_units_can_begin_as_the_centres_of_their_clusters(spoken, 
     shutil.rmtree(out / "state/units")
     done = train("configs/ci.toml", "--out", out, "--stage", "units", "--units.embed_centers", -1)
     assert done.returncode == 1 and "must be 0 to 100" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_llama_that_knows_other_units_is_translated(out, tmp_path):
+    stages(out, "text", "1", "2")
+    before = Path(shutil.copytree(out / "model", tmp_path / "before"))
+    old, known = Llama.from_pretrained(before / "llama"), Tokenizer.from_pretrained(before / "llama")
+    centers = UnitExtractor.from_pretrained(before / "hubert").kmeans.centers
+    # the units of this run: each of the old ones by another number, and one more that is never heard
+    n = len(centers)
+    other = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [json.loads(line) for line in (out / "corpus/units.jsonl").read_text().splitlines()]
+    frames = torch.zeros(n)
+    train_ids = {row["id"] for row in map(json.loads, (out / "corpus/manifest.jsonl").read_text().splitlines())
+                 if row["split"] == "train"}
+    assert len(train_ids) <= 400  # all of them are counted
+    for row in rows:
+        if row["id"] in train_ids:
+            for unit, duration in zip(row["units"], row["durations"]):
+                frames[unit] += duration
+        row["units"] = [other[unit] for unit in row["units"]]
+    (out / "corpus/units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(out / "tokenizer")
+    shutil.rmtree(out / "state/1")
+    flags = ["--pretrained", before, "--stage1.steps", 0, "--units.clusters", n + 1, "--units.embed_centers", 0.3]
+    stages(out, "1", flags=flags)
+
+    new, tok = Llama.from_pretrained(out / "stage1"), Tokenizer.from_pretrained(out / "stage1")
+    assert tok.n_units == n + 1 and tok.n_text == known.n_text and new.config.vocab_size == len(tok) == len(known) + 1
+    for name, table in old.state_dict().items():
+        if name not in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(new.state_dict()[name], table)
+            continue
+        now, units = new.state_dict()[name], table[known.unit_ids.start:known.unit_ids.stop]
+        assert torch.equal(now[:tok.n_text], table[:tok.n_text])
+        for marker in ("<sosp>", "<eosp>", "<eoh>", "<eoa>"):
+            assert torch.equal(now[tok.added[marker]], table[known.added[marker]])
+        anybody = frames @ units / frames.sum()
+        of_units = (frames[:, None] * units + 0.5 * anybody) / (frames[:, None] + 0.5)
+        torch.testing.assert_close(now[[tok.unit_id(u) for u in other]], of_units, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(now[tok.unit_id(n)], anybody, atol=1e-5, rtol=1e-4)
+
+    KMeans(centers[:-1]).save(before / "hubert")
+    shutil.rmtree(out / "state/1")
+    done = train("configs/ci.toml", "--out", out, "--stage", "1", *flags)
+    assert done.returncode == 1 and "different models" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_units_can_count_less_than_text(out):
