@@ -642,8 +642,8 @@ def halve(source: str | Path, target: str | Path) -> None:
         if file.suffix == ".safetensors":
             tensors = read_tensors(file)
             save_tensors(copy, {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()})
-        else:
-            write_atomic(copy, file.read_bytes())
+        else:  # a LLaMA's config.json says what its tensors are
+            write_atomic(copy, file.read_bytes().replace(b'"torch_dtype": "float32"', b'"torch_dtype": "float16"'))
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:

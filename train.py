@@ -412,14 +412,17 @@ def load_labels(path: Path) -> list[np.ndarray]:
 
 
 def make_units(c: Config, folder: Path, device: torch.device):
-    corpus = corpus_folder(c)
+    """model/hubert: as much of HuBERT as the units need, and their clusters; and the corpus as those units."""
+    corpus, h = corpus_folder(c), c.hubert.model
     if not 0 <= c.units.embed_centers <= 100:
         raise ValueError(f"units.embed_centers is {c.units.embed_centers}; it must be 0 to 100")
+    if not 1 <= c.units.layer <= h.n_layers:
+        raise ValueError(f"units.layer is {c.units.layer}; hubert.model has layers 1 to {h.n_layers}")
     if run.rank() == 0:
         weights = Path(c.out) / "state/hubert" / f"round{len(c.hubert.clusters)}.safetensors"
-        tensors = {n: t for n, t in checkpoint.read_tensors(weights).items()
-                   if not n.startswith(("final_proj", "label_embs"))}
-        model = HuBERT(dataclasses.replace(c.hubert.model, n_classes=0))
+        unused = ("final_proj", "label_embs", *(f"encoder.layers.{i}." for i in range(c.units.layer, h.n_layers)))
+        tensors = {n: t for n, t in checkpoint.read_tensors(weights).items() if not n.startswith(unused)}
+        model = HuBERT(dataclasses.replace(h, n_classes=0, n_layers=c.units.layer))
         checkpoint.assign(model, tensors, str(weights))
         model.to(device).eval()
         rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]

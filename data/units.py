@@ -90,7 +90,7 @@ def extract(corpus: str | Path, extractor, device: torch.device, work: Path, por
     part.unlink()
 
 
-def heard_together(corpus: str | Path, extractor, n_units: int, recordings: int = 400) -> torch.Tensor:
+def heard_together(corpus: str | Path, extractor, n_units: int, recordings: int = 2000) -> torch.Tensor:
     """(n_units, K): of the time that a unit of units.jsonl lasts, the share of each of the K units of `extractor`.
 
     Counted over some training recordings. Each unit has half a frame of everybody's shares besides, and one that is not

@@ -1188,10 +1188,10 @@ def test_halve_copies_a_folder_with_floats_in_half_precision(tmp_path):
     (source / "llama").mkdir(parents=True)
     tensors = {"w": torch.randn(4, 3), "n": torch.arange(5), "b": torch.randn(2).bfloat16()}
     checkpoint.save_tensors(source / "llama/model.safetensors", tensors)
-    (source / "llama/config.json").write_text("{}")
+    (source / "llama/config.json").write_text('{"dim": 3, "torch_dtype": "float32"}')
     checkpoint.halve(source, target)
     copy = checkpoint.read_tensors(target / "llama/model.safetensors")
     assert copy["w"].dtype == torch.float16 and torch.equal(copy["w"], tensors["w"].half())
     assert torch.equal(copy["n"], tensors["n"]) and copy["b"].dtype == torch.bfloat16
-    assert (target / "llama/config.json").read_text() == "{}"
+    assert (target / "llama/config.json").read_text() == '{"dim": 3, "torch_dtype": "float16"}'
     assert (target / "llama/model.safetensors").stat().st_size < (source / "llama/model.safetensors").stat().st_size
