@@ -380,13 +380,17 @@ class HuBERT(nn.Module):
         if n_layers is not None:
             if not 1 <= n_layers <= config.n_layers:
                 raise ValueError(f"{path}: layer {n_layers} asked for, but the model has {config.n_layers}")
-            above = {f"encoder.layers.{i}." for i in range(n_layers, config.n_layers)}
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(above))}
-            config = replace(config, n_layers=n_layers)
+            tensors, config = without_layers_above(n_layers, tensors), replace(config, n_layers=n_layers)
         with torch.device("meta"):  # no time spent on initial weights
             model = cls(config)
         checkpoint.assign(model, tensors, path)
         return model.eval()
+
+
+def without_layers_above(n_layers: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A HuBERT's tensors, by our names, as far as its layer number `n_layers` (from 1)."""
+    layer = {name: re.match(r"encoder\.layers\.(\d+)\.", name) for name in tensors}
+    return {name: tensor for name, tensor in tensors.items() if not layer[name] or int(layer[name][1]) < n_layers}
 
 
 # ---- For training: what to hide, and the first targets ---------------------------------------------------------

@@ -56,7 +56,7 @@ import train_vocoder
 from data import batches, instruct
 from data import units as unit_files
 from data.tiny import prepare
-from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask
+from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask, without_layers_above
 from judge import need_extra
 from llama import Llama, LlamaConfig
 from muon import Muon
@@ -420,8 +420,8 @@ def make_units(c: Config, folder: Path, device: torch.device):
         raise ValueError(f"units.layer is {c.units.layer}; hubert.model has layers 1 to {h.n_layers}")
     if run.rank() == 0:
         weights = Path(c.out) / "state/hubert" / f"round{len(c.hubert.clusters)}.safetensors"
-        unused = ("final_proj", "label_embs", *(f"encoder.layers.{i}." for i in range(c.units.layer, h.n_layers)))
-        tensors = {n: t for n, t in checkpoint.read_tensors(weights).items() if not n.startswith(unused)}
+        tensors = {n: t for n, t in without_layers_above(c.units.layer, checkpoint.read_tensors(weights)).items()
+                   if not n.startswith(("final_proj", "label_embs"))}
         model = HuBERT(dataclasses.replace(h, n_classes=0, n_layers=c.units.layer))
         checkpoint.assign(model, tensors, str(weights))
         model.to(device).eval()
@@ -474,10 +474,10 @@ def grown_llama(c: Config, tok: Tokenizer) -> Llama:
     if knows_other_units(c):
         known, extractor = (kind.from_pretrained(Path(c.pretrained) / part)
                             for kind, part in ((Tokenizer, "llama"), (UnitExtractor, "hubert")))
+        if (k := len(extractor.kmeans.centers)) != known.n_units:
+            raise ValueError(f"{c.pretrained}: its HuBERT makes {k} units, its LLaMA knows {known.n_units}; the two "
+                             "are of different models")
         shares = unit_files.heard_together(corpus_folder(c), extractor, c.units.clusters)
-        if shares.shape[1] != known.n_units:
-            raise ValueError(f"{c.pretrained}: its HuBERT makes {shares.shape[1]} units, its LLaMA knows "
-                             f"{known.n_units}; the two are of different models")
         for old, table in zip(before, tables):
             translate_rows(old, table.weight.data, shares, known, tok)
     elif c.units.embed_centers:
