@@ -61,7 +61,7 @@ from judge import need_extra
 from llama import Llama, LlamaConfig
 from muon import Muon
 from tokenizer import Tokenizer
-from vocoder import VocoderConfig
+from vocoder import UnitVocoder, VocoderConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass for each section of the file. Defaults are the paper's (Table 3) where it gives them.
@@ -575,10 +575,27 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
     run.wait()
 
 
+def known_vocoder(c: Config) -> UnitVocoder | None:
+    """The pretrained vocoder, if this run's is of the same shape; each unit sounds like those heard in its place."""
+    folder = Path(c.pretrained) / "vocoder"
+    if not (knows_other_units(c) and folder.is_dir()):
+        return None
+    before = UnitVocoder.from_pretrained(folder)
+    if dataclasses.replace(before.config, num_embeddings=c.vocoder_model.num_embeddings) != c.vocoder_model:
+        print(f"{folder} has another shape than [vocoder_model]: the vocoder begins from nothing")
+        return None
+    extractor = UnitExtractor.from_pretrained(Path(c.pretrained) / "hubert")
+    shares = unit_files.heard_together(corpus_folder(c), extractor, c.units.clusters)
+    vocoder = UnitVocoder(c.vocoder_model)
+    vocoder.load_state_dict(before.state_dict() | {"dict.weight": vocoder.dict.weight.data})
+    vocoder.dict.weight.data[:c.units.clusters] = shares @ before.dict.weight.data[:len(shares[0])]
+    return vocoder
+
+
 def make_vocoder(c: Config, folder: Path, device: torch.device):
     kmeans = KMeans.from_pretrained(Path(c.out) / "model/hubert") if c.units.embed_centers else None
     train_vocoder.train(c.vocoder, c.vocoder_model, corpus_folder(c), corpus_folder(c) / "units.jsonl",
-                        Path(c.out) / "model/vocoder", device, work=folder, kmeans=kmeans)
+                        Path(c.out) / "model/vocoder", device, work=folder, kmeans=kmeans, begin=known_vocoder(c))
     if run.rank() == 0:
         (Path(c.out) / "metrics").mkdir(exist_ok=True)
         shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")
@@ -612,7 +629,7 @@ STAGES = {
     "1": Stage(partial(train_language, "1"), ("units", "text"), ("stage1",)),
     "2": Stage(partial(train_language, "2"), ("1",), ("stage2",)),
     "3": Stage(partial(train_language, "3"), ("2",), ("stage3", "lora")),
-    "vocoder": Stage(make_vocoder, ("units",), ("vocoder", "vocoder_model")),
+    "vocoder": Stage(make_vocoder, ("units",), ("vocoder", "vocoder_model", "pretrained")),
     "evaluate": Stage(judge, ("3", "vocoder"), ("evaluate",)),
 }
 HARMLESS = {"eval_every", "save_every"}  # keys that may change while a stage is interrupted

@@ -158,17 +158,19 @@ class Speech:
 # ------------------------------------------------------------------------------------------------------ loop
 
 def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, out: Path, device: torch.device,
-          resume: bool = True, work: Path | None = None, kmeans: KMeans | None = None):
+          resume: bool = True, work: Path | None = None, kmeans: KMeans | None = None,
+          begin: UnitVocoder | None = None):
     """Writes the folder `out`: config.json and generator.safetensors. State, metrics and samples go to `work`.
 
-    With `kmeans` the embeddings of the units begin as its centres; that is ours, and LOG.md says what it is worth."""
+    With `kmeans` the embeddings of the units begin as its centres; that is ours, and LOG.md says what it is worth.
+    With `begin` all of the generator begins as that one."""
     out = Path(out)
     work = Path(work or f"{out}.training")
     speech, held_out = (Speech(Path(corpus), Path(units), split) for split in ("train", "heldout"))
     check(model, stage, speech)
     torch.manual_seed(stage.seed)
-    generator = UnitVocoder(model).to(device)
-    if kmeans:
+    generator = (begin or UnitVocoder(model)).to(device).train()
+    if kmeans and not begin:
         if (k := len(kmeans.centers)) > model.num_embeddings:
             raise ValueError(f"there are {k} clusters; set vocoder_model.num_embeddings to at least {k}")
         generator.dict.weight.data[:k] = kmeans.embeddings(model.embedding_dim)

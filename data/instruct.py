@@ -12,6 +12,7 @@ What a stage reads is a mix of kinds of documents, such as {"asr": 0.5, "tts": 0
     asr, tts         §3.1: recognition of everybody, synthesis in the model's own voice
     s2s s2t t2s t2t  Appendix C, speech or text in, speech or text out; "chain" draws one of the four
     standard         Appendix E, one of the four
+    t2t/minus        of any kind above with questions, one family alone, here "minus" of the tiny world
 
 An example is what a document is made from; `render` makes the document, drawing instructions, formats and renditions
 anew in every epoch. Held-out rows never reach a render of training: the caller says which split.
@@ -39,10 +40,11 @@ class Pair(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """(SpeechI, TextI, TextR, SpeechR) of §3.2, with every recording there is of each side."""
+    """(SpeechI, TextI, TextR, SpeechR) of §3.2, with every recording there is of each side: of some, none."""
 
     question: str
     answer: str
+    family: str
     question_units: list[list[int]]
     answer_units: list[list[int]]
 
@@ -69,24 +71,17 @@ def pairs(corpus: Path, split: str) -> list[Pair]:
 
 
 def exchanges(corpus: Path, split: str) -> list[Exchange]:
-    """Dialogues with a spoken question in this split. `rendition`: training dialogues heard anew."""
-    rows = read_units(corpus)
+    """All dialogues of a split. `rendition`: training dialogues with the recordings of their questions made anew."""
     spoken: dict[tuple[str, str], list[list[int]]] = {}
     answers: dict[str, list[list[int]]] = {}
-    for row in rows:
+    for row in read_units(corpus):
         spoken.setdefault((row["split"], row["text"]), []).append(row["units"])
         if row["split"] == "train" and row["speaker"] == OWN_VOICE:
             answers.setdefault(row["text"], []).append(row["units"])
     texts = "heldout" if split == "heldout" else "train"
-    return [Exchange(d["question"], d["answer"], spoken[split, d["question"]], answers.get(d["answer"], []))
-            for d in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split"))
-            if d["split"] == texts and (split, d["question"]) in spoken]
-
-
-def dialogues(corpus: Path, split: str) -> list[Exchange]:
-    """All dialogues of a split, spoken or not, as text."""
-    return [Exchange(d["question"], d["answer"], [], [])
-            for d in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split")) if d["split"] == split]
+    return [Exchange(d["question"], d["answer"], d.get("family", ""), spoken.get((split, d["question"]), []),
+                     answers.get(d["answer"], []))
+            for d in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split")) if d["split"] == texts]
 
 
 def examples(corpus: Path, split: str, mix: dict[str, float]) -> list[Example]:
@@ -94,26 +89,31 @@ def examples(corpus: Path, split: str, mix: dict[str, float]) -> list[Example]:
     if not mix:
         raise ValueError(f"mix: it is empty; give some of {', '.join(KINDS)} a share")
     for kind, share in mix.items():
-        if kind not in KINDS or not isinstance(share, int | float) or not 0.001 <= share <= 1000:
+        if kind.split("/")[0] not in KINDS or not isinstance(share, int | float) or not 0.001 <= share <= 1000:
             raise ValueError(f"mix: {kind} = {share!r}; give some of {', '.join(KINDS)} a share of 0.001 to 1000")
-    sources = {  # each is read once, and only if some kind needs it
-        sentences: ("text",), pairs: ("speech", "asr", "tts"), dialogues: ("t2t",),
-        exchanges: ("s2s", "s2t", "t2s", "chain", "standard")}
+    sources = {sentences: ("text",), pairs: ("speech", "asr", "tts"), exchanges: (*MODES, "chain", "standard")}
+    read = {source: source(corpus, split) for source, kinds in sources.items()  # each once, and only if it is needed
+            if not {kind.split("/")[0] for kind in mix}.isdisjoint(kinds)}
     of = {}
-    for source, kinds in sources.items():
-        if wanted := [kind for kind in kinds if kind in mix]:
-            of |= dict.fromkeys(wanted, source(corpus, split))
-    if "tts" in of:
-        of["tts"] = [pair for pair in of["tts"] if pair.speaker == OWN_VOICE]
-    for kind in {"s2s", "t2s"} & of.keys():
-        of[kind] = [e for e in of[kind] if e.answer_units]
+    for kind in mix:
+        name, _, family = kind.partition("/")
+        of[kind] = [e for source in read if name in sources[source] for e in read[source] if fits(name, family, e)]
     if lost := [kind for kind in mix if not of[kind]]:
         if split == "train":
             raise ValueError(f"{corpus}: there is nothing of kind '{lost[0]}' to train on; take it out of the mix")
         mix = {kind: share for kind, share in mix.items() if kind not in lost}
     size = max((len(of[kind]) / share for kind, share in mix.items()), default=0)
-    return [Example(kind, of[kind][i % len(of[kind])])
+    return [Example(kind.split("/")[0], of[kind][i % len(of[kind])])
             for kind, share in mix.items() for i in range(round(share * size))]
+
+
+def fits(kind: str, family: str, of: str | Pair | Exchange) -> bool:
+    """Whether a document of this kind, and of this family if there is a name, can be made from it."""
+    if isinstance(of, Exchange):
+        asked = bool(of.question_units) or kind in ("t2t", "t2s")
+        answered = bool(of.answer_units) or kind not in ("s2s", "t2s")
+        return asked and answered and family in ("", of.family)
+    return not family and (kind != "tts" or of.speaker == OWN_VOICE)
 
 
 def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, noise: float = 0.0) -> Document:

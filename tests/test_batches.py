@@ -132,8 +132,9 @@ def corpus(tmp_path_factory):
     add("What is two plus two?", "heldout", 1, "question")
     add("Tom sees a dog.", "train", 1, "statement")
     add("Anna sees a cow.", "heldout", 1, "statement")
-    dialogues = [{"question": "What is one plus one?", "answer": "One plus one is two.", "split": "train"},
-                 {"question": "Add one and one.", "answer": "One plus one is two.", "split": "train"},
+    dialogues = [{"question": "What is one plus one?", "answer": "One plus one is two.", "split": "train",
+                  "family": "plus"},
+                 {"question": "Add one and one.", "answer": "One plus one is two.", "split": "train", "family": "more"},
                  {"question": "What is two plus two?", "answer": "Two plus two is four.", "split": "heldout"}]
     for name, table in (("manifest", rows), ("units", unit_rows), ("dialogues", dialogues)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
@@ -153,16 +154,17 @@ def test_nothing_held_out_is_in_training_examples(corpus):
 
 
 def test_exchanges_pair_a_heard_question_with_the_models_own_voice(corpus):
-    (e,) = instruct.exchanges(corpus, "train")
+    e, unspoken = instruct.exchanges(corpus, "train")
     assert (len(e.question_units), len(e.answer_units)) == (2, 1)
-    (r,) = instruct.exchanges(corpus, "rendition")
+    assert (len(unspoken.question_units), len(unspoken.answer_units)) == (0, 1)
+    r, _ = instruct.exchanges(corpus, "rendition")
     assert r.question == e.question and r.question_units != e.question_units
     (h,) = instruct.exchanges(corpus, "heldout")
     assert h.answer == "Two plus two is four." and h.answer_units == []
 
 
 def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
-    (e,) = instruct.exchanges(corpus, "train")
+    e, _ = instruct.exchanges(corpus, "train")
     for k in range(40):
         ids, mask = instruct.render(tok, instruct.Example(("chain", "standard")[k % 2], e), random.Random(k), 0.1)
         first = mask.index(True)
@@ -193,7 +195,24 @@ def test_every_kind_has_its_share_and_every_example_its_turn(corpus):
         assert all(e in found for e in examples) and {e.kind for e in examples} == {kind}
 
 
-@pytest.mark.parametrize("mix", [{"asr": 0}, {"asr": "much"}, {"song": 1.0}, {}, {"asr": 1e-9}, {"asr": float("nan")}])
+def test_a_question_is_heard_only_where_it_was_spoken(corpus):
+    asked = {kind: {e.of.question for e in instruct.examples(corpus, "train", {kind: 1.0})}
+             for kind in ("s2s", "s2t", "t2s", "t2t", "chain", "standard")}
+    spoken = {"What is one plus one?"}
+    assert asked == dict.fromkeys(asked, spoken) | dict.fromkeys(("t2s", "t2t"), spoken | {"Add one and one."})
+
+
+def test_a_family_may_have_a_share_of_its_own(corpus):
+    found = instruct.examples(corpus, "train", {"t2t": 0.5, "t2t/plus": 0.5})
+    assert {e.kind for e in found} == {"t2t"}
+    assert sum(e.of.family == "plus" for e in found) == 3 * sum(e.of.family == "more" for e in found) > 0
+    for kind in ("t2t/minus", "asr/plus", "text/plus", "tts/plus", "speech/plus"):
+        with pytest.raises(ValueError, match=f"nothing of kind '{kind}'"):
+            instruct.examples(corpus, "train", {kind: 1.0})
+
+
+@pytest.mark.parametrize("mix", [{"asr": 0}, {"asr": "much"}, {"song": 1.0}, {"song/plus": 1.0}, {}, {"asr": 1e-9},
+                                 {"asr": float("nan")}])
 def test_a_mix_that_cannot_be_is_one_line(corpus, mix):
     with pytest.raises(ValueError, match="mix: "):
         instruct.examples(corpus, "train", mix)

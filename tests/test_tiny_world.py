@@ -174,6 +174,32 @@ def test_every_question_is_heard_from_two_speakers_and_answered_by_the_models_ow
     assert {u.speaker for u in chosen("question", "heldout")} == set(range(5))
 
 
+def test_readings_come_besides_and_say_nothing_that_is_asked_or_tested():
+    utterances, rows = prepare.plan(readings=3000)
+    more, said = utterances[len(PLAN) :], rows[len(ROWS) :]
+    assert utterances[: len(PLAN)] == PLAN and rows[: len(ROWS)] == ROWS  # no other choice depends on them
+    texts = [u.text for u in more]
+    assert len(set(texts)) == len(texts) == 3000 and {u.text for u in PLAN}.isdisjoint(texts)
+    assert {row["answer"] for row in ROWS}.isdisjoint(texts) and not any(map(world.held_out, texts))
+    assert {(u.kind, u.split, u.speaker, u.r) for u in more} == {("reading", "train", 0, 1.0)}
+    assert [row["answer"] for row in said] == texts and {row["split"] for row in said} == {"train"}
+    asked = [row["question"] for row in rows]
+    assert len(set(asked)) == len(asked) and all(row["question"].endswith(row["answer"]) for row in said)
+    assert prepare.plan(readings=100)[0] == utterances[: len(PLAN) + 100]
+
+
+def test_what_nobody_asks_is_true_where_it_can_be_false():
+    checked = Counter()
+    for text in world.unasked():
+        n = numbers(text)
+        for word, true in (("plus", lambda: n[0] + n[1] == n[2]), ("minus", lambda: n[0] - n[1] == n[2]),
+                           ("bigger", lambda: n[0] > n[1]), ("smaller", lambda: n[0] < n[1])):
+            if word in words(text):
+                assert true(), text
+                checked[word] += 1
+    assert checked["plus"] == 110 and checked["minus"] == 143 and checked["bigger"] == checked["smaller"] == 132
+
+
 def test_families_are_balanced_and_tables_are_complete():
     takes = Counter(u.family for u in chosen("question", "train"))
     assert set(takes) == set(FAMILIES) and max(takes.values()) < 1.6 * min(takes.values()), takes

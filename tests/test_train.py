@@ -17,6 +17,7 @@ from checkpoint import read_tensors
 from hubert import KMeans, UnitExtractor
 from llama import Llama
 from tokenizer import Tokenizer
+from vocoder import UnitVocoder
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -127,8 +128,8 @@ def test_model_hubert_has_no_layer_above_the_units(spoken, tmp_path):
         assert not name.startswith("encoder.layers.1.") and torch.equal(tensor, whole[name])
 
 
-def test_a_llama_that_knows_other_units_is_translated(out, tmp_path):
-    stages(out, "text", "1", "2")
+def test_a_model_that_knows_other_units_is_translated(out, tmp_path):
+    stages(out, "text", "1", "2", "vocoder")
     before = Path(shutil.copytree(out / "model", tmp_path / "before"))
     old, known = Llama.from_pretrained(before / "llama"), Tokenizer.from_pretrained(before / "llama")
     centers = UnitExtractor.from_pretrained(before / "hubert").kmeans.centers
@@ -165,6 +166,19 @@ def test_a_llama_that_knows_other_units_is_translated(out, tmp_path):
         of_units = (frames[:, None] * units + 0.5 * anybody) / (frames[:, None] + 0.5)
         torch.testing.assert_close(now[[tok.unit_id(u) for u in other]], of_units, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(now[tok.unit_id(n)], anybody, atol=1e-5, rtol=1e-4)
+
+    old = UnitVocoder.from_pretrained(before / "vocoder").state_dict()
+    flags_of = ["--vocoder.steps", 0, "--vocoder.frame_steps", 0, "--vocoder_model.num_embeddings", n + 1]
+    for wider in (False, True):
+        shutil.rmtree(out / "state/vocoder")
+        shape = ["--vocoder_model.context_dilations", "[3]"] if wider else []
+        stages(out, "vocoder", flags=[*flags, *flags_of, *shape])
+        new = UnitVocoder.from_pretrained(out / "model/vocoder").state_dict()
+        of_units = (frames[:, None] * old["dict.weight"] + 0.5 * (frames @ old["dict.weight"] / frames.sum())) / (
+            frames[:, None] + 0.5)
+        rest = [torch.equal(new[name], table) for name, table in old.items() if name != "dict.weight"]
+        assert all(rest) != wider  # of another shape: anew
+        assert torch.allclose(new["dict.weight"][other], of_units, atol=1e-5) != wider
 
     KMeans(centers[:-1]).save(before / "hubert")
     shutil.rmtree(out / "state/1")

@@ -13,7 +13,8 @@ speaks every answer, evenly. Everything else is spoken by everybody, faster and 
     OUT/manifest.jsonl    {"id": "plus-5b0c81d2f3a4e697", "wav": "wav/plus-5b0c81d2f3a4e697.wav",
                            "text": "What is three plus four?", "answer": "Three plus four is seven.",
                            "speaker": 3, "seconds": 1.4, "kind": "question", "split": "train", "family": "plus"}
-                          kind: question (with its answer), answer, or statement
+                          kind: question (with its answer), answer, statement, or reading: a statement that only
+                          the model's own voice says, so that it learns to read aloud what it never said
     OUT/dialogues.jsonl   {"question": ..., "answer": ..., "family": ..., "split": ..., "spoken": true}
                           every wording of every question; not all are spoken, but all may be read
 
@@ -60,7 +61,7 @@ PAUSE = 0.12  # seconds of silence on either side of a full stop inside an utter
 class Utterance(NamedTuple):
     text: str
     family: str
-    kind: str  # question, answer or statement
+    kind: str  # question, answer, statement or reading
     split: str  # train, rendition or heldout
     answer: str | None
     speaker: int
@@ -80,7 +81,7 @@ def render(text: str, family: str, kind: str, split: str, take: int, seed: int, 
     def draw(low: float, high: float, what: str) -> float:
         return round(low + (high - low) * chance(seed, text, kind, split, take, what), 4)
 
-    if kind == "answer":
+    if kind in ("answer", "reading"):
         speaker, r, speed, margin = 0, SPEAKERS[0], draw(1.02, 1.08, "speed"), (0.1, 0.1)
     else:
         speaker = (int(chance(seed, text, split) * len(SPEAKERS)) + take) % len(SPEAKERS)
@@ -89,7 +90,8 @@ def render(text: str, family: str, kind: str, split: str, take: int, seed: int, 
     return Utterance(text, family, kind, split, answer, speaker, r, speed, margin, int(draw(0, 1e6, "noise")))
 
 
-def plan(sentences: int = 3000, renditions: int = 2, seed: int = 0) -> tuple[list[Utterance], list[dict]]:
+def plan(sentences: int = 3000, renditions: int = 2, seed: int = 0,
+         readings: int = 0) -> tuple[list[Utterance], list[dict]]:
     """(utterances, rows of dialogues.jsonl). Every family gets as many takes: where texts are few, more of each."""
     utterances, rows = [], []
     families = world.dialogues(echoes=max(8, sentences // 20))
@@ -122,6 +124,16 @@ def plan(sentences: int = 3000, renditions: int = 2, seed: int = 0) -> tuple[lis
     jobs = [(text, "train", take) for text in train for take in range(renditions)]
     jobs += [(text, "rendition", 0) for text in train[: len(heldout)]] + [(text, "heldout", 0) for text in heldout]
     utterances += [render(text, "statement", "statement", name, take, seed) for text, name, take in jobs]
+
+    endless = (*world.unasked(), *world.statements(len(train) + 2 * readings))
+    known = {*said, *train}
+    extra = [text for text in dict.fromkeys(endless) if text not in known and not world.held_out(text)][:readings]
+    utterances += [render(text, "reading", "reading", "train", 0, seed) for text in extra]
+    rows += [
+        {"question": f"{world.ECHOES[int(chance('echo', text) * len(world.ECHOES))]} {text}", "answer": text,
+         "family": "reading", "split": "train", "spoken": False}
+        for text in extra
+    ]
     return utterances, rows
 
 
@@ -187,20 +199,22 @@ def _speak(wavs: Path, batch: list[Utterance]) -> int:
 # The corpus
 
 
-def prepare(out: str | Path, sentences: int = 3000, renditions: int = 2, seed: int = 0, workers: int = 2,
-            progress: bool = True) -> None:
+def prepare(out: str | Path, sentences: int = 3000, renditions: int = 2, seed: int = 0, readings: int = 0,
+            workers: int = 2, progress: bool = True) -> None:
     """Makes the corpus in folder `out`, or what is missing of it.
 
     `sentences` is about the number of different sentences to hear in train, most of them questions and answers, in
-    equal parts from each family; `renditions` how often questions and statements are spoken, at least. ValueError or
-    OSError, one line each, when the voice is not installed, a number makes no sense, or a file cannot be written.
+    equal parts from each family; `renditions` how often questions and statements are spoken, at least; `readings` the
+    number of further sentences that the model's own voice reads aloud once. ValueError or OSError, one line each, when the voice is not installed, a number makes no sense, or a file cannot be written.
     """
     for name, value in (("sentences", sentences), ("renditions", renditions), ("workers", workers)):
         if value < 1:
             raise ValueError(f"--{name} is {value}: it must be at least 1")
+    if readings < 0:
+        raise ValueError(f"--readings is {readings}: it must be at least 0")
     if find_spec("hibari") is None:
         raise ValueError("the tiny world needs a voice, the package hibari-tts: pip install 'speechgpt[demo]'")
-    utterances, rows = plan(sentences, renditions, seed)
+    utterances, rows = plan(sentences, renditions, seed, readings)
     out, wavs = Path(out), Path(out) / "wav"
     wavs.mkdir(parents=True, exist_ok=True)
     there = {entry.name for entry in os.scandir(wavs) if entry.stat().st_size > 44}  # 44 bytes: a header alone
@@ -255,6 +269,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to make, or to complete")
     parser.add_argument("--sentences", type=int, default=3000, help="about how many different sentences to hear")
     parser.add_argument("--renditions", type=int, default=2, help="how often each is spoken, at least")
+    parser.add_argument("--readings", type=int, default=0, help="further sentences that the own voice reads aloud once")
     parser.add_argument("--seed", type=int, default=0, help="of speakers, pace and noise; the splits have none")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = vars(parser.parse_args())

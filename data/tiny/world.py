@@ -60,6 +60,7 @@ THINGS = "ball letter box lamp chair clock phone bottle hat key".split()
 GOODS = "apples lemons carrots coins pencils flowers".split()
 PAINTS = "red blue green yellow white black brown pink orange".split()
 ADJECTIVES = "big small old young happy sad fast slow quiet strong".split()
+ECHOES = "Please say:", "Say after me:", "Repeat:"
 TALK = {
     "I am a small speech model.": ("Who are you?", "What are you?", "Tell me who you are."),
     "Hello, how can I help you?": ("Hello!", "Good morning!", "Hello there!"),
@@ -164,7 +165,7 @@ def dialogues(echoes: int = 150) -> dict[str, dict[str, list[str]]]:
             ask("sum", f"{name} has {NUMBERS[total]} {goods}.",
                 f"{story}. How many {goods} now?", f"{story} {more}. How many {goods} are there?")
     for sentence in statements(echoes, "echo"):
-        ask("echo", sentence, f"Please say: {sentence}", f"Say after me: {sentence}", f"Repeat: {sentence}")
+        ask("echo", sentence, *[f"{please} {sentence}" for please in ECHOES])
     return world
 
 
@@ -198,6 +199,29 @@ def statements(number: int, tag: str = "statement") -> list[str]:
         )
         if name != friend:
             found.setdefault(capital(templates[k % len(templates)]))
+
+
+def unasked() -> list[str]:
+    """Sentences of the same patterns as answers that no question asks for: larger numbers, other people, counting out
+    of order. Who can say them reads what is written, and does not recite what it knows."""
+    found = []
+    for k in range(500):
+        length = 3 + int(chance("list", k) * 4)
+        found.append(", ".join(NUMBERS[int(chance("list", k, i) * 21)] for i in range(length)) + ".")
+    for a, b in product(range(21), repeat=2):
+        x, y, beyond = NUMBERS[a], NUMBERS[b], max(a, b) > 12
+        if a + b <= 20 and max(a, b) > 10:
+            found.append(f"{x} plus {y} is {NUMBERS[a + b]}.")
+        if a >= b and (a > 12 or b > 10):
+            found.append(f"{x} minus {y} is {NUMBERS[a - b]}.")
+        if a > b and beyond:
+            found += [f"{x} is bigger than {y}.", f"{y} is smaller than {x}."]
+        if 2 <= abs(a - b) <= 5 and beyond:
+            found.append(", ".join(NUMBERS[a : b + 1] or NUMBERS[b : a + 1][::-1]) + ".")
+    found += [f"{name} is in the {place}." for name, place in product(NAMES[12:], PLACES)]
+    found += [f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[8:], GOODS, range(2, 21))]
+    found += [f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[:8], GOODS, range(11, 21))]
+    return [capital(sentence) for sentence in found]
 
 
 def capital(sentence: str) -> str:
