@@ -256,7 +256,7 @@ def ask(model: SpeechGPT, prompts: list, mode: str, bar, **options) -> list[Repl
 
 
 def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, corpus: Path, items: int, seed: int,
-            out: Path) -> tuple[list[Item], list[list[int]], list[dict]]:
+            out: Path, takes: int | None) -> tuple[list[Item], list[list[int]], list[dict]]:
     """Every item of every measure; the held-out speech as units; the examples written to out/examples.
 
     Of each split, `items` recordings are transcribed and `items` questions answered in text; half as many are
@@ -301,7 +301,7 @@ def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, 
             note("resynthesis.own", split, rows, texts, [
                 wave(model.vocoder(u, row["speaker"] if row["speaker"] in voices else None, durations))
                 for row, (u, durations) in zip(rows, units[split])])
-            replies = ask(model, texts, "t2s", bar, task="tts", seed=seed)
+            replies = ask(model, texts, "t2s", bar, task="tts", seed=seed, takes=takes)
             note("tts", split, rows, texts, [reply.wav for reply in replies])
         for split, rows in questions.items():
             wavs, answers = [corpus / row["wav"] for row in rows], [row["answer"] for row in rows]
@@ -313,7 +313,7 @@ def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, 
             rows, wavs, answers = rows[:half], wavs[:half], answers[:half]
             replies = ask(model, wavs, "s2t", bar, chain=False)
             note("standard", split, rows, answers, [reply.text for reply in replies])
-            replies = ask(model, wavs, "s2s", bar, seed=seed)
+            replies = ask(model, wavs, "s2s", bar, seed=seed, takes=takes)
             note("spoken.text", split, rows, answers, [reply.text for reply in replies])
             heard = note("spoken.answer", split, rows, answers, [reply.wav for reply in replies])
             own = [reply.text if normalise(reply.text) else row["answer"] for row, reply in zip(rows, replies)]
@@ -461,10 +461,12 @@ def plot_curves(metrics: Path, out: Path) -> list[str]:
 
 
 def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int = 120, seed: int = 0,
-             device: str | torch.device = "auto", metrics: str | Path | None = None) -> dict[str, float | None]:
+             device: str | torch.device = "auto", metrics: str | Path | None = None,
+             takes: int | None = None) -> dict[str, float | None]:
     """Judges the model in `folder` on `corpus` and writes the report to `out`; returns the value of each row.
 
-    `items` is the size of a row (0: all there are); metrics, a folder of JSONL files, is by default beside `folder`."""
+    `items` is the size of a row (0: all there are); metrics, a folder of JSONL files, is by default beside `folder`;
+    takes of what is spoken as in `SpeechGPT.reply_batch`."""
     need_extra()
     folder, corpus, out, device = Path(folder), Path(corpus), Path(out), run.device(str(device))
     if items < 0:
@@ -482,7 +484,7 @@ def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int
         before = SpeechGPT(Llama.from_pretrained(folder / "llama", device=device), model.tok, model.extractor)
         before.hear = model.hear
     with one_thread(model.llama):  # the judge has the others
-        found, speech, examples = measure(model, before, Recogniser(), corpus, items, seed, out)
+        found, speech, examples = measure(model, before, Recogniser(), corpus, items, seed, out, takes)
     rows = score_all(found, Memory([d for d in dialogues if d["split"] == "train"]))
     train = train_units(model.extractor, audio.read_manifest(corpus), corpus, 400)
     bits = {"bits": ("bits per unit of held-out speech", model)}
@@ -497,6 +499,7 @@ def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int
         rows.append(Row("first.factor", "the same, by second of speech", factor, None, None, 2, "s"))
     curves = plot_curves(Path(metrics or folder.parent / "metrics"), out)
     facts = about(folder, corpus, items, seed, device, time.perf_counter() - began)
+    facts["takes"] = f"up to {takes or model.takes} of what is spoken"
     write_report(out, facts, rows, found, examples, curves)
     for row in rows:
         print(f"{row.name:56} {row.show(row.value):>10}   {row.target}")
@@ -515,11 +518,12 @@ def main():
     p.add_argument("--out", default="out/report", help="folder for the report")
     p.add_argument("--items", type=int, default=120, help="items in a row; 0: all there are")
     p.add_argument("--seed", type=int, default=0, help="of the choice of items, and of sampled speech")
+    p.add_argument("--takes", type=int, help="as of sample.py: speak again, up to so many times in all")
     p.add_argument("--device", default="auto", help="cpu, cuda or mps")
     p.add_argument("--metrics", help="folder of training curves (default: beside the model's)")
     p.error = complain
     a = p.parse_args()
-    evaluate(a.model, a.corpus, a.out, a.items, a.seed, a.device, a.metrics)
+    evaluate(a.model, a.corpus, a.out, a.items, a.seed, a.device, a.metrics, a.takes)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     python sample.py "What is two plus three?"           a prompt that is no file is text
     python sample.py a.wav b.wav --to text               several prompts are answered in batches
     python sample.py a.wav --task asr                    or tts, continue; --standard skips the intermediate text
+    python sample.py a.wav --takes 1                     speak once; a small model listens to itself and tries again
     python sample.py                                     a conversation in the terminal
 
 From Python:  reply = SpeechGPT.from_pretrained("weights/tiny").reply("question.wav"); reply.text, reply.wav
@@ -21,10 +22,12 @@ References: the paper's decoding (§5.1); Holtzman et al. 2020, arXiv:1904.09751
 """
 
 import argparse
+import math
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -125,7 +128,7 @@ def one_thread(model: Llama):
     """For a small model on a CPU: its operations are shorter than it takes to wake a second thread, and on a busy
     machine waiting for one made decoding 20 times slower."""
     threads = torch.get_num_threads()
-    if model.lm_head.weight.device.type == "cpu" and weight_bytes(model) < 1e8:
+    if model.lm_head.weight.device.type == "cpu" and weight_bytes(model) < SMALL:
         torch.set_num_threads(1)
     try:
         yield
@@ -183,6 +186,9 @@ def weight_bytes(model: nn.Module) -> int:
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 TASKS = ("chat", "asr", "tts", "continue")
 MODES = ("s2s", "s2t", "t2s", "t2t", "*2s", "*2t")      # speech or text in, out; "*": whatever the prompt is
+SMALL = 1e8                                             # bytes of weights: time goes into Python, not into memory
+TAKES = 8                                               # of a small model, at most
+UNDERSTOOD = math.log(0.5)                              # log probability of its text from which on a take is good
 MIN_ANSWER = 64                                         # tokens of the context that a prompt must leave for the answer
 
 Prompt = str | Path | np.ndarray                        # a text or the name of a sound file; samples (N,) at 16 kHz
@@ -289,13 +295,17 @@ class SpeechGPT:
         """ids (T,) -> logits (T, V) of the token after each."""
         return self.llama(torch.tensor([ids], device=self.llama.lm_head.weight.device))[0].float()
 
+    def style(self, style: str = "auto") -> str:
+        if style != "auto":
+            return style
+        return "released" if self.tok.sp.piece_to_id("▁[tq]") == self.tok.unk else "paper"
+
     def question(self, prompt: Prompt, mode: str = "*2s", task: str = "chat", chain: bool = True,
                  style: str = "auto") -> Question:
         """Puts the prompt in its template (tokenizer.py). style "paper" is Appendix C, "released" the form of the
         released weights; "auto" is "paper" for a tokenizer with a piece "[tq]", as Tokenizer.train makes it."""
         assert task in TASKS and mode in MODES, f"task {task!r} of {TASKS}, mode {mode!r} of {MODES}"
-        if style == "auto":
-            style = "released" if self.tok.sp.piece_to_id("▁[tq]") == self.tok.unk else "paper"
+        style = self.style(style)
         source, target = {"asr": "s2t", "tts": "t2s"}.get(task, mode).split("2")
         if source == "*":
             source = "s" if is_sound(prompt) else "t"
@@ -349,17 +359,36 @@ class SpeechGPT:
 
     def reply_batch(self, prompts: list[Prompt], mode: str = "*2s", task: str = "chat", chain: bool = True,
                     style: str = "auto", text: Sampling = GREEDY, speech: Sampling = PAPER, max_new: int | None = None,
-                    seed: int = 0, speaker: int | None = None, free: bool = False, show: bool = False) -> list[Reply]:
+                    seed: int = 0, speaker: int | None = None, free: bool = False, show: bool = False,
+                    takes: int | None = None) -> list[Reply]:
         """Answers several prompts at once. task: chat (by chain of modality, or with chain=False by standard
-        prompting), asr, tts or continue; seed: of every draw; the rest as in `question` and `generate`."""
+        prompting), asr, tts or continue; seed: of every draw; takes: see `speak_again` (None: TAKES if the model is
+        small, else 1); the rest as in `question` and `generate`."""
+        written = task == "tts" or task == "chat" and chain  # there is a text to be spoken
+        if takes is None:
+            takes = self.takes if written else 1
+        if takes < 1:
+            raise ValueError(f"takes is {takes}; an answer is spoken at least once")
+        if takes > 1 and not written:
+            raise ValueError("to speak again needs a text to compare with: not asr, continue or standard prompting")
         if speaker is not None and not 0 <= speaker < self.n_speakers:
             raise ValueError(f"there is no speaker {speaker}: this vocoder has {self.n_speakers}, counted from 0")
         clock = [time.perf_counter()]
         questions = [self.question(prompt, mode, task, chain, style) for prompt in prompts]
         clock.append(time.perf_counter())
-        answers = generate(self.llama, [q.ids for q in questions], self.tok, text, speech, max_new,
-                           torch.Generator().manual_seed(seed), free,
+        drawn = []  # tokens of each answer in each round
+
+        def draw(ids: list[list[int]], limit: int | None) -> list[list[int]]:
+            new = generate(self.llama, ids, self.tok, text, speech, limit, generator, free,
                            (self.tok.eosp,) if task == "continue" else (), show)
+            drawn.append([len(answer) for answer in new])
+            return new
+
+        generator = torch.Generator().manual_seed(seed)
+        answers = draw([q.ids for q in questions], max_new)
+        if takes > 1 and speech.temperature > 0:
+            texts = prompts if task == "tts" else [self.tok.parse(ids).ta for ids in answers]
+            self.speak_again(questions, answers, texts, self.style(style), takes, draw, max_new)
         clock.append(time.perf_counter())
         replies = [self.compose(question, ids, task, speaker) for question, ids in zip(questions, answers)]
         clock.append(time.perf_counter())
@@ -370,11 +399,47 @@ class SpeechGPT:
             reply.stats = {
                 "prompt_tokens": len(question.ids), "new_tokens": len(ids), "batch": len(prompts),
                 "hear_seconds": hear, "think_seconds": think, "speak_seconds": speak,
-                "tokens_per_second": sum(map(len, answers)) / think,
-                "gigabytes_per_second": max(map(len, answers)) * weight_bytes(self.llama) / think / 1e9,
+                "tokens_per_second": sum(map(sum, drawn)) / think, "takes": len(drawn),
+                "gigabytes_per_second": sum(map(max, drawn)) * weight_bytes(self.llama) / think / 1e9,
                 # waiting time for each second of speech: of what was said, or else of what was heard
                 "real_time_factor": (hear + think + speak) / spoken if spoken else None}
         return replies
+
+    @property
+    def takes(self) -> int:
+        """How often an answer is spoken at most, where nobody says it."""
+        return TAKES if weight_bytes(self.llama) < SMALL else 1
+
+    def speak_again(self, questions: list[Question], answers: list[list[int]], texts: list[str], style: str, takes: int,
+                    draw: Callable, max_new: int | None) -> None:
+        """Puts better takes into `answers`: what is spoken so that the model itself would hardly recognise its text is
+        spoken again, and of up to `takes` the best understood stays. Ours: a small model writes one thing and says
+        another, and hears the difference (LOG.md)."""
+        speaking = [i for i, q in enumerate(questions) if q.target == "s" and texts[i] and self.tok.sosp in answers[i]]
+        scores = {i: self.understood(answers[i], texts[i], style) for i in speaking}
+        for _ in range(takes - 1):
+            again = [i for i in speaking if scores[i] < UNDERSTOOD]
+            if not again:
+                break
+            heads = [answers[i][:answers[i].index(self.tok.sosp) + 1] for i in again]  # what was written stays
+            limit = max_new and max(1, max_new - max(map(len, heads)))
+            tails = draw([questions[i].ids + head for i, head in zip(again, heads)], limit)
+            for i, head, tail in zip(again, heads, tails):
+                score = self.understood(head + tail, texts[i], style)
+                if score > scores[i]:
+                    answers[i], scores[i] = head + tail, score
+
+    def understood(self, answer: list[int], text: str, style: str = "paper") -> float:
+        """log P(text | the units in `answer`) by this model as a recogniser (§3.1): 0 if it is sure to hear that."""
+        units = self.tok.parse(answer).ua
+        if not units:
+            return -math.inf
+        recognise = tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], tokenizer.units_to_text(units), text, style)
+        ids, mask = (torch.tensor(x) for x in self.tok.document(*recognise))
+        if len(ids) > self.llama.config.max_len:
+            return 0.0  # too long to listen to
+        chances = self.logits(ids[:-1].tolist()).log_softmax(-1).cpu()
+        return chances.gather(1, ids[1:, None])[mask[1:]].sum().item()
 
     def compose(self, question: Question, ids: list[int], task: str, speaker: int | None) -> Reply:
         """The generated ids as a reply, with its speech synthesised and a note of whatever is missing."""
@@ -417,6 +482,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--top-p", type=float)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-new", type=int, help="tokens in an answer (default: what the context holds)")
+    p.add_argument("--takes", type=int, help=f"speak again, up to so many times in all, until it understands itself "
+                   f"(default: {TAKES} for a small model, else 1)")
     p.add_argument("--speaker", type=int, help="number of the voice, for a vocoder with several")
     p.add_argument("--batch", type=int, default=8, help="prompts answered at the same time")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps, or several: cuda:0,cuda:1")
@@ -496,7 +563,8 @@ def main() -> None:
     if a.batch < 1 or (a.max_new is not None and a.max_new < 1):
         raise ValueError("--batch and --max-new must be at least 1")
     options = {"mode": {"auto": "*", "speech": "s", "text": "t"}[a.source] + "2" + a.to[0], "task": a.task,
-               "chain": not a.standard, "style": a.style, "max_new": a.max_new, "speaker": a.speaker, **sampling(a)}
+               "chain": not a.standard, "style": a.style, "max_new": a.max_new, "speaker": a.speaker, "takes": a.takes,
+               **sampling(a)}
     paths, start = reply_paths(a.prompts, a.out), time.perf_counter()
     model = SpeechGPT.from_pretrained(a.model, a.device, a.dtype, a.int8)
     print(f"{a.model} loaded in {time.perf_counter() - start:.1f} s", flush=True)

@@ -158,6 +158,7 @@ class LoraSection:
 @dataclass
 class EvaluateSection:
     items: int = 120
+    takes: int | None = None  # of what is spoken, at most; None: as sample.py does
 
 
 @dataclass
@@ -606,7 +607,7 @@ def judge(c: Config, folder: Path, device: torch.device):
 
     if run.rank() == 0:
         evaluate.evaluate(Path(c.out) / "model", corpus_folder(c), Path(c.out) / "report", items=c.evaluate.items,
-                          seed=c.seed, device=device)
+                          seed=c.seed, device=device, takes=c.evaluate.takes)
 
 
 # ---------------------------------------------------------------------------------------------------------------

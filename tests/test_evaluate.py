@@ -154,7 +154,7 @@ class KnownModel(OnlyLogits):
     """Hears and reads perfectly; answers wrongly what is held out if it was spoken; without chain it knows nothing;
     never speaks about the sky."""
 
-    n_speakers = 1
+    n_speakers, takes = 1, 3
 
     def hear(self, prompt):
         raise AssertionError("reply_batch hears")
@@ -166,7 +166,7 @@ class KnownModel(OnlyLogits):
         assert speaker in (None, 0)
         return torch.from_numpy(sound_of("Tom is here." if durations is None else SENTENCES[units[0]]))
 
-    def reply_batch(self, prompts, mode, task="chat", chain=True, max_new=None, seed=0):
+    def reply_batch(self, prompts, mode, task="chat", chain=True, max_new=None, seed=0, takes=None):
         assert max_new and len(prompts) <= 32
         return [self.one(p if mode[0] == "t" else text_of(audio.load(p)), mode, task, chain) for p in prompts]
 

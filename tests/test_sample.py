@@ -355,6 +355,53 @@ def test_a_seed_decides_everything(gpt):
     assert one == same != other
 
 
+def test_a_model_knows_whether_it_would_recognise_a_text(gpt):
+    heard = [gpt.tok.sosp, *map(gpt.tok.unit_id, gpt.units(chirp())), gpt.tok.eosp]
+    right, wrong = gpt.understood(heard, ASKED), gpt.understood(heard, ANSWERED)
+    assert wrong < sample.UNDERSTOOD < right < 0
+    assert gpt.understood([gpt.tok.eoa], ASKED) == -np.inf
+
+    dialogue = tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], gpt.tok.decode(heard), ASKED)
+    ids, mask = gpt.tok.document(*dialogue)
+    steps = [gpt.logits(ids[:n])[-1].log_softmax(-1)[ids[n]] for n in range(1, len(ids)) if mask[n]]
+    assert right == pytest.approx(sum(steps).item(), abs=1e-3)
+
+
+def test_an_answer_is_spoken_again_and_the_best_understood_take_stays(gpt, monkeypatch):
+    hot, lengths = Sampling(3.0), []
+
+    def understood(self, answer, text, style):
+        assert text == ANSWERED and style == "paper"
+        lengths.append(len(self.tok.parse(answer).ua))
+        return -float(lengths[-1])  # as if it understood the shortest best
+
+    monkeypatch.setattr(SpeechGPT, "understood", understood)
+    for prompt, options in ((chirp(), {}), (ANSWERED, {"task": "tts"})):
+        first, best = (gpt.reply(prompt, speech=hot, takes=takes, **options) for takes in (1, 6))
+        assert len(lengths) == best.stats["takes"] == 6 and first.stats["takes"] == 1
+        assert len(first.units) == lengths[0] and len(best.units) == min(lengths) < max(lengths)
+        assert (best.transcript, best.text) == (first.transcript, first.text) and best.note == ""
+        assert best.stats["new_tokens"] < sum(lengths)
+        lengths.clear()
+    assert gpt.reply(chirp(), speech=GREEDY, takes=6).stats["takes"] == 1 and not lengths  # it would be the same again
+
+
+def test_only_what_is_not_understood_is_spoken_again(gpt, monkeypatch):
+    scores, sizes = iter([-5.0, 0.0, -5.0, -3.0, -0.1, -0.2]), []
+    monkeypatch.setattr(SpeechGPT, "understood", lambda *_: next(scores))
+    real = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda model, ids, *a: sizes.append(len(ids)) or real(model, ids, *a))
+    gpt.reply_batch([chirp(), ASKED, chirp()], speech=Sampling(3.0))
+    assert sizes == [3, 2, 1] and next(scores, None) is None
+
+
+@pytest.mark.parametrize("options", [{"takes": 0}, {"takes": 2, "chain": False}, {"takes": 2, "task": "asr"},
+                                     {"takes": 2, "task": "continue"}])
+def test_takes_that_cannot_be(gpt, options):
+    with pytest.raises(ValueError, match="at least once" if not options["takes"] else "text to compare"):
+        gpt.reply(chirp(), **options)
+
+
 def test_speakers(gpt):
     first, second = (gpt.speak(ANSWERED, speech=GREEDY, speaker=s).wav for s in (0, 1))
     assert first.shape == second.shape and not np.allclose(first, second)

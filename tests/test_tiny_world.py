@@ -189,15 +189,14 @@ def test_readings_come_besides_and_say_nothing_that_is_asked_or_tested():
 
 
 def test_what_nobody_asks_is_true_where_it_can_be_false():
+    right = {"plus": lambda a, b, c: a + b == c, "minus": lambda a, b, c: a - b == c, "bigger": lambda a, b: a > b,
+             "smaller": lambda a, b: a < b}
     checked = Counter()
     for text in world.unasked():
-        n = numbers(text)
-        for word, true in (("plus", lambda: n[0] + n[1] == n[2]), ("minus", lambda: n[0] - n[1] == n[2]),
-                           ("bigger", lambda: n[0] > n[1]), ("smaller", lambda: n[0] < n[1])):
-            if word in words(text):
-                assert true(), text
-                checked[word] += 1
-    assert checked["plus"] == 110 and checked["minus"] == 143 and checked["bigger"] == checked["smaller"] == 132
+        for word in right.keys() & words(text):
+            assert right[word](*numbers(text)), text
+            checked[word] += 1
+    assert checked == {"plus": 110, "minus": 143, "bigger": 132, "smaller": 132}
 
 
 def test_families_are_balanced_and_tables_are_complete():

@@ -125,15 +125,15 @@ def plan(sentences: int = 3000, renditions: int = 2, seed: int = 0,
     jobs += [(text, "rendition", 0) for text in train[: len(heldout)]] + [(text, "heldout", 0) for text in heldout]
     utterances += [render(text, "statement", "statement", name, take, seed) for text, name, take in jobs]
 
-    endless = (*world.unasked(), *world.statements(len(train) + 2 * readings))
-    known = {*said, *train}
-    extra = [text for text in dict.fromkeys(endless) if text not in known and not world.held_out(text)][:readings]
-    utterances += [render(text, "reading", "reading", "train", 0, seed) for text in extra]
+    said |= {*train, *heldout}
+    more = (*world.unasked(), *world.statements(sentences // 2 + 2 * readings))  # half of it would do
+    more = [text for text in dict.fromkeys(more) if text not in said and not world.held_out(text)][:readings]
+    utterances += [render(text, "reading", "reading", "train", 0, seed) for text in more]
     rows += [
         {"question": f"{world.ECHOES[int(chance('echo', text) * len(world.ECHOES))]} {text}", "answer": text,
          "family": "reading", "split": "train", "spoken": False}
-        for text in extra
-    ]
+        for text in more
+    ]  # fmt: skip
     return utterances, rows
 
 
@@ -205,7 +205,8 @@ def prepare(out: str | Path, sentences: int = 3000, renditions: int = 2, seed: i
 
     `sentences` is about the number of different sentences to hear in train, most of them questions and answers, in
     equal parts from each family; `renditions` how often questions and statements are spoken, at least; `readings` the
-    number of further sentences that the model's own voice reads aloud once. ValueError or OSError, one line each, when the voice is not installed, a number makes no sense, or a file cannot be written.
+    number of further sentences that the model's own voice alone reads aloud, once. ValueError or OSError, one line
+    each, when the voice is not installed, a number makes no sense, or a file cannot be written.
     """
     for name, value in (("sentences", sentences), ("renditions", renditions), ("workers", workers)):
         if value < 1:
