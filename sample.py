@@ -531,6 +531,7 @@ def answer(model: SpeechGPT, prompts: list[str], paths: list[Path], **options) -
         print(f"\n{prompt}", *(f"  {title:7} {line}" for title, line in lines.items() if line), sep="\n")
     s, weight = replies[0].stats, model.llama.lm_head.weight
     factor = f"real-time factor {s['real_time_factor']:.2f}, " if s["real_time_factor"] else ""
+    factor += f"spoken {s['takes']} times, " if s["takes"] > 1 else ""
     print(f"  [{s['hear_seconds']:.2f} s to hear, {s['think_seconds']:.2f} s to think, {s['speak_seconds']:.2f} s to "
           f"speak: {factor}{s['tokens_per_second']:.0f} tokens/s, {s['gigabytes_per_second']:.1f} GB/s of weights, on "
           f"{weight.device} in {str(weight.dtype).removeprefix('torch.')}]", flush=True)

@@ -169,7 +169,7 @@ class Config:
     workers: int = 0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
     beside: bool = True  # on a CPU two stages at a time, where they need nothing of each other, half of the cores each
     pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped. A SpeechGPT folder (llama/ beside
-    # hubert/) is one whose units were others: its rows for units are translated into this run's
+    # hubert/) is one whose units were others: its rows for units are translated into this run's, its vocoder/ too
     vocab_size: int = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
     hubert: HubertSection = field(default_factory=HubertSection)
@@ -595,8 +595,9 @@ def known_vocoder(c: Config) -> UnitVocoder | None:
 
 def make_vocoder(c: Config, folder: Path, device: torch.device):
     kmeans = KMeans.from_pretrained(Path(c.out) / "model/hubert") if c.units.embed_centers else None
+    begin = None if (folder / "state.safetensors").exists() else known_vocoder(c)
     train_vocoder.train(c.vocoder, c.vocoder_model, corpus_folder(c), corpus_folder(c) / "units.jsonl",
-                        Path(c.out) / "model/vocoder", device, work=folder, kmeans=kmeans, begin=known_vocoder(c))
+                        Path(c.out) / "model/vocoder", device, work=folder, kmeans=kmeans, begin=begin)
     if run.rank() == 0:
         (Path(c.out) / "metrics").mkdir(exist_ok=True)
         shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")
