@@ -387,7 +387,7 @@ class SpeechGPT:
         generator = torch.Generator().manual_seed(seed)
         answers = draw([q.ids for q in questions], max_new)
         if takes > 1 and speech.temperature > 0:
-            texts = prompts if task == "tts" else [self.tok.parse(ids).ta for ids in answers]
+            texts = [text.strip() if task == "tts" else self.tok.parse(ids).ta for text, ids in zip(prompts, answers)]
             self.speak_again(questions, answers, texts, self.style(style), takes, draw, max_new)
         clock.append(time.perf_counter())
         replies = [self.compose(question, ids, task, speaker) for question, ids in zip(questions, answers)]

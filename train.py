@@ -586,10 +586,15 @@ def known_vocoder(c: Config) -> UnitVocoder | None:
         print(f"{folder} has another shape than [vocoder_model]: the vocoder begins from nothing")
         return None
     extractor = UnitExtractor.from_pretrained(Path(c.pretrained) / "hubert")
-    shares = unit_files.heard_together(corpus_folder(c), extractor, c.units.clusters)
+    if (k := len(extractor.kmeans.centers)) > before.config.num_embeddings:
+        raise ValueError(f"{c.pretrained}: its HuBERT makes {k} units, its vocoder knows "
+                         f"{before.config.num_embeddings}; the two are of different models")
+    if (n := c.units.clusters) > c.vocoder_model.num_embeddings:
+        raise ValueError(f"there are {n} clusters; set vocoder_model.num_embeddings to at least {n}")
+    shares = unit_files.heard_together(corpus_folder(c), extractor, n)
     vocoder = UnitVocoder(c.vocoder_model)
     vocoder.load_state_dict(before.state_dict() | {"dict.weight": vocoder.dict.weight.data})
-    vocoder.dict.weight.data[:c.units.clusters] = shares @ before.dict.weight.data[:len(shares[0])]
+    vocoder.dict.weight.data[:n] = shares @ before.dict.weight.data[:k]
     return vocoder
 
 

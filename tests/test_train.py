@@ -180,6 +180,12 @@ def test_a_model_that_knows_other_units_is_translated(out, tmp_path):
         assert all(rest) != wider  # of another shape: anew
         assert torch.allclose(new["dict.weight"][other], of_units, atol=1e-5) != wider
 
+    shutil.rmtree(out / "state/vocoder")
+    for clusters, message in ((centers, "num_embeddings to at least"), (torch.cat([centers] * 2), "vocoder knows")):
+        KMeans(clusters).save(before / "hubert")
+        done = train("configs/ci.toml", "--out", out, "--stage", "vocoder", *flags, "--vocoder_model.num_embeddings", n)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
     KMeans(centers[:-1]).save(before / "hubert")
     shutil.rmtree(out / "state/1")
     done = train("configs/ci.toml", "--out", out, "--stage", "1", *flags)

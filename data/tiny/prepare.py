@@ -125,6 +125,8 @@ def plan(sentences: int = 3000, renditions: int = 2, seed: int = 0,
     jobs += [(text, "rendition", 0) for text in train[: len(heldout)]] + [(text, "heldout", 0) for text in heldout]
     utterances += [render(text, "statement", "statement", name, take, seed) for text, name, take in jobs]
 
+    if not readings:
+        return utterances, rows
     said |= {*train, *heldout}
     more = (*world.unasked(), *world.statements(sentences // 2 + 2 * readings))  # half of it would do
     more = [text for text in dict.fromkeys(more) if text not in said and not world.held_out(text)][:readings]

@@ -106,8 +106,7 @@ def dialogues(echoes: int = 150) -> dict[str, dict[str, list[str]]]:
     for a, b in product(range(13), repeat=2):
         if 2 <= abs(a - b) <= 5:
             x, y = NUMBERS[a], NUMBERS[b]
-            steps = NUMBERS[a : b + 1] or NUMBERS[b : a + 1][::-1]
-            ask("count", ", ".join(steps) + ".",
+            ask("count", counting(a, b),
                 f"Count from {x} to {y}.", f"Please count from {x} to {y}.", f"Can you count from {x} to {y}?")
 
     # facts
@@ -217,11 +216,16 @@ def unasked() -> list[str]:
         if a > b and beyond:
             found += [f"{x} is bigger than {y}.", f"{y} is smaller than {x}."]
         if 2 <= abs(a - b) <= 5 and beyond:
-            found.append(", ".join(NUMBERS[a : b + 1] or NUMBERS[b : a + 1][::-1]) + ".")
+            found.append(counting(a, b))
     found += [f"{name} is in the {place}." for name, place in product(NAMES[12:], PLACES)]
     found += [f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[8:], GOODS, range(2, 21))]
     found += [f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[:8], GOODS, range(11, 21))]
     return [capital(sentence) for sentence in found]
+
+
+def counting(a: int, b: int) -> str:
+    """From a to b, up or down: "three, two, one." """
+    return ", ".join(NUMBERS[a : b + 1] or NUMBERS[b : a + 1][::-1]) + "."
 
 
 def capital(sentence: str) -> str:
