@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizer
-from data.units import read_jsonl, read_units
+from data.units import OWN_VOICE, read_jsonl, read_perturbed, read_units
 
 Document = tuple[list[int], list[bool]]
-OWN_VOICE = 0  # the speaker in whose voice the model answers
+SOMEBODY = -1  # a speaker without a number, who never talks for the model
+READING = "reading"  # the family of sentences to read aloud
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
 KINDS = ("text", "speech", "asr", "tts", *MODES, "chain", "standard")
 
@@ -67,7 +68,8 @@ def sentences(corpus: Path, split: str) -> list[str]:
 
 
 def pairs(corpus: Path, split: str) -> list[Pair]:
-    return [Pair(row["units"], row["text"], row["speaker"]) for row in read_units(corpus) if row["split"] == split]
+    rows = read_units(corpus) + [row | {"speaker": SOMEBODY} for row in read_perturbed(corpus)]
+    return [Pair(row["units"], row["text"], row["speaker"]) for row in rows if row["split"] == split]
 
 
 def exchanges(corpus: Path, split: str) -> list[Exchange]:
@@ -78,6 +80,8 @@ def exchanges(corpus: Path, split: str) -> list[Exchange]:
         spoken.setdefault((row["split"], row["text"]), []).append(row["units"])
         if row["split"] == "train" and row["speaker"] == OWN_VOICE:
             answers.setdefault(row["text"], []).append(row["units"])
+    for row in read_perturbed(corpus):
+        spoken.setdefault((row["split"], row["text"]), []).append(row["units"])
     texts = "heldout" if split == "heldout" else "train"
     return [Exchange(d["question"], d["answer"], d.get("family", ""), spoken.get((split, d["question"]), []),
                      answers.get(d["answer"], []))
@@ -112,7 +116,8 @@ def fits(kind: str, family: str, of: str | Pair | Exchange) -> bool:
     if isinstance(of, Exchange):
         asked = bool(of.question_units) or kind in ("t2t", "t2s")
         answered = bool(of.answer_units) or kind not in ("s2s", "t2s")
-        return asked and answered and family in ("", of.family)
+        reads = of.family == READING and kind == "t2t" and not family  # those are there to be spoken
+        return asked and answered and family in ("", of.family) and not reads
     return not family and (kind != "tts" or of.speaker == OWN_VOICE)
 
 

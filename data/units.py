@@ -3,10 +3,16 @@
     manifest.jsonl  {"id": "q0001-a", "wav": "wav/q0001-a.wav", "text": "...", "speaker": 0, "split": "train", ...}
     units.jsonl     {"id": "q0001-a", "units": [17, 4, 93, ...], "durations": [2, 1, 5, ...]}
 
-Units are reduced (no unit twice in a row); `durations` counts the 20 ms frames each one stands for.
+Units are reduced (no unit twice in a row); `durations` counts the 20 ms frames each one stands for. There may be a
+third file, perturbed.jsonl: the same of the model's own voice played at other rates, as if others said what it says
+(ours). It teaches recognition what only the own voice has recorded, and the vocoder to say in that voice what it hears
+in another.
+
+    perturbed.jsonl  {"id": "q0001-a", "units": [...], "durations": [...], "rate": 1.08}    of training recordings only
 """
 
 import json
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +22,8 @@ import torch
 import checkpoint
 import run
 from data import audio
+
+OWN_VOICE = 0  # the speaker in whose voice the model answers
 
 
 def read_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> list[dict]:
@@ -48,12 +56,23 @@ def read_units(corpus: str | Path) -> list[dict]:
     return [row | units[row["id"]] for row in rows]
 
 
+def read_perturbed(corpus: str | Path) -> list[dict]:
+    """The same of perturbed.jsonl; of a corpus without that file no rows."""
+    if not (path := Path(corpus) / "perturbed.jsonl").exists():
+        return []
+    found = read_jsonl(path, ("id", "units", "durations", "rate"))
+    rows = {row["id"]: row for row in read_manifest(corpus)}
+    return [rows[row["id"]] | row for row in found if row["id"] in rows]
+
+
 def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.device, title: str, workers: int = 2):
-    """[function(wav (N,)) for each row's recording], with a progress bar, without gradients."""
+    """[function(wav (N,)) for each row's recording], with a progress bar, without gradients. A row with a `rate` is
+    played at it: twice as fast and an octave higher at 2."""
 
     def one(row: dict):
+        wav = audio.load(Path(corpus) / row["wav"], round(audio.RATE / row.get("rate", 1.0)))
         with torch.inference_mode():
-            return function(torch.from_numpy(audio.load(Path(corpus) / row["wav"])).to(device))
+            return function(torch.from_numpy(wav).to(device))
 
     # Utterances are short: two threads of one core each beat one thread of two.
     threads = torch.get_num_threads()
@@ -70,11 +89,22 @@ def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.dev
     return results
 
 
-def extract(corpus: str | Path, extractor, device: torch.device, work: Path, portion: int = 500):
-    """Writes corpus/units.jsonl. A killed run keeps its finished portions in the folder `work` and goes on there."""
+def extract(corpus: str | Path, extractor, device: torch.device, work: Path, perturb: float = 0.0, portion: int = 500):
+    """Writes corpus/units.jsonl, and perturbed.jsonl if `perturb` is not 0: rates of exp(-perturb) to exp(perturb)."""
     corpus = Path(corpus)
-    rows, part = read_manifest(corpus), work / "units.jsonl.part"
-    finished = set()
+    rows = read_manifest(corpus)
+    own = [row | {"rate": math.exp(random.Random(row["id"]).uniform(-perturb, perturb))}
+           for row in rows if row["split"] == "train" and row["speaker"] == OWN_VOICE]
+    _extract(corpus, rows, "units.jsonl", extractor, device, work, portion)
+    if perturb:
+        _extract(corpus, own, "perturbed.jsonl", extractor, device, work, portion)
+    else:
+        (corpus / "perturbed.jsonl").unlink(missing_ok=True)  # it would be of other units
+
+
+def _extract(corpus: Path, rows: list[dict], name: str, extractor, device: torch.device, work: Path, portion: int):
+    """Rows as corpus/NAME. A killed run keeps its finished portions in the folder `work` and goes on there."""
+    part, finished = work / f"{name}.part", set()
     if part.exists():
         lines = [line for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
         finished = {json.loads(line)["id"] for line in lines}
@@ -82,11 +112,12 @@ def extract(corpus: str | Path, extractor, device: torch.device, work: Path, por
     rows = [row for row in rows if row["id"] not in finished]
     for first in range(0, len(rows), portion):
         some = rows[first : first + portion]
-        pairs = map_speech(corpus, some, extractor, device, f"units from {first + len(finished)}")
+        pairs = map_speech(corpus, some, extractor, device, f"{name.split('.')[0]} from {first + len(finished)}")
         with part.open("a", encoding="utf-8") as file:
             for row, (units, durations) in zip(some, pairs):
-                file.write(json.dumps({"id": row["id"], "units": units, "durations": durations}) + "\n")
-    checkpoint.write_atomic(corpus / "units.jsonl", part.read_bytes())  # perhaps on another disk: no rename
+                rate = {"rate": row["rate"]} if "rate" in row else {}
+                file.write(json.dumps({"id": row["id"], "units": units, "durations": durations, **rate}) + "\n")
+    checkpoint.write_atomic(corpus / name, part.read_bytes())  # perhaps on another disk: no rename
     part.unlink()
 
 

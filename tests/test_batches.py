@@ -185,6 +185,38 @@ def test_only_the_own_voice_is_learned_to_speak(corpus, tok):
         assert tok.parse(answer).ta == example.of.text or tok.parse(answer).ua == example.of.units
 
 
+def test_the_own_voice_at_another_rate_is_only_listened_to(corpus, tmp_path):
+    for name in ("manifest", "units", "dialogues"):
+        (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
+    assert units.read_perturbed(tmp_path) == []
+    rows = [row | {"units": [9, 8], "durations": [3, 3], "rate": 1.1} for row in units.read_units(corpus)
+            if row["split"] == "train" and row["speaker"] == instruct.OWN_VOICE]
+    keys = ("id", "units", "durations", "rate")
+    (tmp_path / "perturbed.jsonl").write_text("".join(json.dumps({k: row[k] for k in keys}) + "\n" for row in rows))
+    assert units.read_perturbed(tmp_path) == rows and len(rows) == 2
+    perturbed = [instruct.Pair([9, 8], row["text"], instruct.SOMEBODY) for row in rows]
+    for kind, times in (("asr", 1), ("tts", 0)):
+        found = [e.of for e in instruct.examples(tmp_path, "train", {kind: 1.0})]
+        assert all(found.count(pair) == times for pair in perturbed)
+    e, _ = instruct.exchanges(tmp_path, "train")
+    before, _ = instruct.exchanges(corpus, "train")
+    assert e.question_units == [*before.question_units, [9, 8]] and e.answer_units == before.answer_units
+    for split in ("rendition", "heldout"):
+        assert instruct.exchanges(tmp_path, split) == instruct.exchanges(corpus, split)
+        assert instruct.pairs(tmp_path, split) == instruct.pairs(corpus, split)
+
+
+def test_what_is_there_to_be_read_aloud_is_not_answered_in_text(corpus, tmp_path):
+    for name in ("manifest", "units"):
+        (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
+    row = {"question": "Please say: One plus one is two.", "answer": "One plus one is two.", "split": "train",
+           "family": instruct.READING}
+    (tmp_path / "dialogues.jsonl").write_text((corpus / "dialogues.jsonl").read_text() + json.dumps(row) + "\n")
+    reads = {kind: row["question"] in {e.of.question for e in instruct.examples(tmp_path, "train", {kind: 1.0})}
+             for kind in ("t2t", "t2s", "t2t/reading")}
+    assert reads == {"t2t": False, "t2s": True, "t2t/reading": True}
+
+
 def test_every_kind_has_its_share_and_every_example_its_turn(corpus):
     mix = {"asr": 0.6, "tts": 0.1, "s2t": 0.2, "text": 0.1}
     found = instruct.examples(corpus, "train", mix)

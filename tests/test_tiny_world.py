@@ -176,7 +176,7 @@ def test_every_question_is_heard_from_two_speakers_and_answered_by_the_models_ow
 
 def test_readings_come_besides_and_say_nothing_that_is_asked_or_tested():
     utterances, rows = prepare.plan(readings=3000)
-    more, said = utterances[len(PLAN) :], rows[len(ROWS) :]
+    more, said, read = utterances[len(PLAN) :], rows[len(ROWS) :][:3000], rows[len(ROWS) + 3000 :]
     assert utterances[: len(PLAN)] == PLAN and rows[: len(ROWS)] == ROWS  # no other choice depends on them
     texts = [u.text for u in more]
     assert len(set(texts)) == len(texts) == 3000 and {u.text for u in PLAN}.isdisjoint(texts)
@@ -185,6 +185,10 @@ def test_readings_come_besides_and_say_nothing_that_is_asked_or_tested():
     assert [row["answer"] for row in said] == texts and {row["split"] for row in said} == {"train"}
     asked = [row["question"] for row in rows]
     assert len(set(asked)) == len(asked) and all(row["question"].endswith(row["answer"]) for row in said)
+    assert {(row["split"], row["spoken"]) for row in read} == {("train", False)}
+    assert Counter(row["family"] for row in read) == {"plus": 330, "minus": 429}  # three wordings of each
+    assert {row["answer"] for row in ROWS}.isdisjoint(row["answer"] for row in read)
+    assert all(set(numbers(row["question"])) <= set(numbers(row["answer"])) for row in read)
     assert prepare.plan(readings=100)[0] == utterances[: len(PLAN) + 100]
 
 

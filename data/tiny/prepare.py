@@ -136,6 +136,10 @@ def plan(sentences: int = 3000, renditions: int = 2, seed: int = 0,
          "family": "reading", "split": "train", "spoken": False}
         for text in more
     ]  # fmt: skip
+    rows += [
+        {"question": question, "answer": answer, "family": family, "split": "train", "spoken": False}
+        for family, sums in world.beyond().items() for answer, questions in sums.items() for question in questions
+    ]
     return utterances, rows
 
 

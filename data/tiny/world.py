@@ -89,14 +89,10 @@ def dialogues(echoes: int = 150) -> dict[str, dict[str, list[str]]]:
 
     # tables
     for a, b in product(range(11), repeat=2):
-        x, y = NUMBERS[a], NUMBERS[b]
-        ask("plus", f"{x} plus {y} is {NUMBERS[a + b]}.",
-            f"What is {x} plus {y}?", f"How much is {x} plus {y}?", f"Please add {x} and {y}.")
+        ask("plus", *addition(a, b))
     for a, b in product(range(13), range(11)):
         if b <= a:
-            x, y = NUMBERS[a], NUMBERS[b]
-            ask("minus", f"{x} minus {y} is {NUMBERS[a - b]}.",
-                f"What is {x} minus {y}?", f"How much is {x} minus {y}?", f"Please take {y} from {x}.")
+            ask("minus", *subtraction(a, b))
     for a, b in combinations(NUMBERS[:13], 2):
         for x, y in ((a, b), (b, a)):
             ask("compare", f"{b} is bigger than {a}.",
@@ -200,27 +196,48 @@ def statements(number: int, tag: str = "statement") -> list[str]:
             found.setdefault(capital(templates[k % len(templates)]))
 
 
+def beyond() -> dict[str, dict[str, list[str]]]:
+    """Sums and differences beyond the tables of `dialogues`, up to twenty: family -> answer -> questions, to be read
+    only. Who has seen them finds the differences that are held out more often (LOG.md)."""
+    pairs = [(a, b) for a, b in product(range(21), repeat=2) if max(a, b) > 10]
+    plus = [addition(a, b) for a, b in pairs if a + b <= 20]
+    minus = [subtraction(a, b) for a, b in pairs if b <= a and (a > 12 or b > 10)]
+    return {family: {capital(answer): [capital(question) for question in questions] for answer, *questions in sums}
+            for family, sums in (("plus", plus), ("minus", minus))}
+
+
 def unasked() -> list[str]:
-    """Sentences of the same patterns as answers that no question asks for: larger numbers, other people, counting out
+    """Sentences of the same patterns as answers that nobody asks for aloud: larger numbers, other people, counting out
     of order. Who can say them reads what is written, and does not recite what it knows."""
     found = []
     for k in range(500):
         length = 3 + int(chance("list", k) * 4)
         found.append(", ".join(NUMBERS[int(chance("list", k, i) * 21)] for i in range(length)) + ".")
     for a, b in product(range(21), repeat=2):
-        x, y, beyond = NUMBERS[a], NUMBERS[b], max(a, b) > 12
-        if a + b <= 20 and max(a, b) > 10:
-            found.append(f"{x} plus {y} is {NUMBERS[a + b]}.")
-        if a >= b and (a > 12 or b > 10):
-            found.append(f"{x} minus {y} is {NUMBERS[a - b]}.")
-        if a > b and beyond:
+        x, y, large = NUMBERS[a], NUMBERS[b], max(a, b) > 12
+        if a > b and large:
             found += [f"{x} is bigger than {y}.", f"{y} is smaller than {x}."]
-        if 2 <= abs(a - b) <= 5 and beyond:
+        if 2 <= abs(a - b) <= 5 and large:
             found.append(counting(a, b))
+    found += [answer for sums in beyond().values() for answer in sums]
     found += [f"{name} is in the {place}." for name, place in product(NAMES[12:], PLACES)]
     found += [f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[8:], GOODS, range(2, 21))]
     found += [f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[:8], GOODS, range(11, 21))]
     return [capital(sentence) for sentence in found]
+
+
+def addition(a: int, b: int) -> tuple[str, ...]:
+    """(answer, questions)"""
+    x, y = NUMBERS[a], NUMBERS[b]
+    return (f"{x} plus {y} is {NUMBERS[a + b]}.",
+            f"What is {x} plus {y}?", f"How much is {x} plus {y}?", f"Please add {x} and {y}.")
+
+
+def subtraction(a: int, b: int) -> tuple[str, ...]:
+    """(answer, questions)"""
+    x, y = NUMBERS[a], NUMBERS[b]
+    return (f"{x} minus {y} is {NUMBERS[a - b]}.",
+            f"What is {x} minus {y}?", f"How much is {x} minus {y}?", f"Please take {y} from {x}.")
 
 
 def counting(a: int, b: int) -> str:
