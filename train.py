@@ -143,7 +143,8 @@ class UnitsSection:
     layer: int = 11
     smooth: int = 1  # frames averaged before clustering (odd)
     cluster_frames: int = 200_000
-    perturb: float = 0.0  # not 0: also the own voice at rates of exp(-perturb) to exp(perturb); see data/units.py
+    perturb: tuple[float, float] = (0.0, 0.0)  # not 0: also the own voice at other rates and pitches, each between
+    # exp(-that) and exp(that); see data/units.py
     embed_centers: float = 0.0  # LLaMA's rows for units begin as cluster centres of this standard deviation, and the
     # vocoder's as the same of 1: units that sound alike begin alike. 0: all of them at random, as in the paper
 
@@ -418,8 +419,8 @@ def make_units(c: Config, folder: Path, device: torch.device):
     corpus, h = corpus_folder(c), c.hubert.model
     if not 0 <= c.units.embed_centers <= 100:
         raise ValueError(f"units.embed_centers is {c.units.embed_centers}; it must be 0 to 100")
-    if not 0 <= c.units.perturb <= 1:
-        raise ValueError(f"units.perturb is {c.units.perturb}; it must be 0 to 1 (rates up to e = 2.7)")
+    if len(c.units.perturb) != 2 or not all(0 <= most <= 1 for most in c.units.perturb):
+        raise ValueError(f"units.perturb is {c.units.perturb}; it must be two numbers, 0 to 1 (a pitch of 2.7)")
     if not 1 <= c.units.layer <= h.n_layers:
         raise ValueError(f"units.layer is {c.units.layer}; hubert.model has layers 1 to {h.n_layers}")
     if run.rank() == 0:
@@ -606,7 +607,7 @@ def make_vocoder(c: Config, folder: Path, device: torch.device):
     begin = None if (folder / "state.safetensors").exists() else known_vocoder(c)
     train_vocoder.train(c.vocoder, c.vocoder_model, corpus_folder(c), corpus_folder(c) / "units.jsonl",
                         Path(c.out) / "model/vocoder", device, work=folder, kmeans=kmeans, begin=begin,
-                        perturbed=corpus_folder(c) / "perturbed.jsonl" if c.units.perturb else None)
+                        perturbed=corpus_folder(c) / "perturbed.jsonl" if any(c.units.perturb) else None)
     if run.rank() == 0:
         (Path(c.out) / "metrics").mkdir(exist_ok=True)
         shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")

@@ -110,7 +110,7 @@ class Speech:
         heard = math.ceil(rate * frames)  # frames of the recording itself
         wave = torch.from_numpy(self.wave(i)[:heard * 320] / np.float32(32767))
         mel = v.FrameSpectrum.of(nn.functional.pad(wave, (0, heard * 320 - len(wave)))[None])
-        if rate != 1:  # of a voice as it is, at the pace of the voice that was heard
+        if rate != 1:  # of a voice as it is, at the pace of what was heard
             middle = (rate * (torch.arange(2 * frames) + 0.5) - 0.5).clamp(0, 2 * heard - 1)
             before, after = middle.floor().long(), middle.ceil().long()
             mel = mel[..., before].lerp(mel[..., after], middle - before)

@@ -116,6 +116,32 @@ def check_speech(wav: np.ndarray, name: str = "the recording") -> None:
         raise ValueError(f"{name} is silent (nothing louder than -60 dB): check the microphone and record again")
 
 
+def play(wav: np.ndarray, rate: float = 1.0, pitch: float = 1.0) -> np.ndarray:
+    """wav (N,) at 16 kHz as if somebody else had said it, (about N / rate,): `rate` times as fast, with pitch and
+    formants `pitch` times as high."""
+    return soxr.resample(stretch(wav, rate / pitch), RATE * pitch, RATE)
+
+
+def stretch(wav: np.ndarray, pace: float, window: int = 480, search: int = 120) -> np.ndarray:
+    """wav (N,) said `pace` times as fast in the same voice: (N / pace,), by WSOLA (Verhelst & Roelands 1993).
+
+    Pieces of `window` samples (30 ms), each half over the next, are laid at an even distance and taken from where the
+    pace leads, or up to `search` samples (7.5 ms) beside it, where they go on most like the piece before.
+    """
+    hop, length = window // 2, round(len(wav) / pace)
+    padded = np.pad(wav, (search + hop, search + 2 * window + hop))  # sample n of wav is sample n + search + hop here
+    said, fade = np.zeros(length + 2 * window, np.float32), np.hanning(window + 1)[:-1].astype(np.float32)
+    taken = search
+    for at in range(0, length + hop, hop):
+        first = min(round(at * pace), len(wav))  # of the places to take a piece from
+        if at:
+            goes_on = padded[taken + hop : taken + hop + window]
+            near = padded[first : first + 2 * search + window]
+            taken = first + int(np.correlate(near, goes_on, "valid").argmax())
+        said[at : at + window] += fade * padded[taken : taken + window]
+    return said[hop : hop + length]
+
+
 def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
     """Writes wav (N,) in [-1, 1] as 16-bit mono wav. Atomic: an old file stays until the new one is complete.
 

@@ -4,11 +4,13 @@
     units.jsonl     {"id": "q0001-a", "units": [17, 4, 93, ...], "durations": [2, 1, 5, ...]}
 
 Units are reduced (no unit twice in a row); `durations` counts the 20 ms frames each one stands for. There may be a
-third file, perturbed.jsonl: the same of the model's own voice played at other rates, as if others said what it says
-(ours). It teaches recognition what only the own voice has recorded, and the vocoder to say in that voice what it hears
-in another.
+third file, perturbed.jsonl: the same of the model's own voice with other paces and pitches, as if others said what it
+says (ours). It teaches recognition what only the own voice has recorded, and the vocoder to say in that voice what it
+hears in another.
 
-    perturbed.jsonl  {"id": "q0001-a", "units": [...], "durations": [...], "rate": 1.08}    of training recordings only
+    perturbed.jsonl  {"id": "q0001-a", "units": [...], "durations": [...], "rate": 1.08, "pitch": 0.9}
+
+of training recordings only; rate and pitch as in `audio.play`.
 """
 
 import json
@@ -60,17 +62,19 @@ def read_perturbed(corpus: str | Path) -> list[dict]:
     """The same of perturbed.jsonl; of a corpus without that file no rows."""
     if not (path := Path(corpus) / "perturbed.jsonl").exists():
         return []
-    found = read_jsonl(path, ("id", "units", "durations", "rate"))
+    found = read_jsonl(path, ("id", "units", "durations", "rate", "pitch"))
     rows = {row["id"]: row for row in read_manifest(corpus)}
     return [rows[row["id"]] | row for row in found if row["id"] in rows]
 
 
 def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.device, title: str, workers: int = 2):
-    """[function(wav (N,)) for each row's recording], with a progress bar, without gradients. A row with a `rate` is
-    played at it: twice as fast and an octave higher at 2."""
+    """[function(wav (N,)) for each row's recording], with a progress bar, without gradients. A row with a `rate`
+    and a `pitch` is played at them."""
 
     def one(row: dict):
-        wav = audio.load(Path(corpus) / row["wav"], round(audio.RATE / row.get("rate", 1.0)))
+        wav = audio.load(Path(corpus) / row["wav"])
+        if "pitch" in row:
+            wav = audio.play(wav, row["rate"], row["pitch"])
         with torch.inference_mode():
             return function(torch.from_numpy(wav).to(device))
 
@@ -89,14 +93,20 @@ def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.dev
     return results
 
 
-def extract(corpus: str | Path, extractor, device: torch.device, work: Path, perturb: float = 0.0, portion: int = 500):
-    """Writes corpus/units.jsonl, and perturbed.jsonl if `perturb` is not 0: rates of exp(-perturb) to exp(perturb)."""
+def extract(corpus: str | Path, extractor, device: torch.device, work: Path,
+            perturb: tuple[float, float] = (0.0, 0.0), portion: int = 500):
+    """Writes corpus/units.jsonl, and perturbed.jsonl if `perturb` is not 0: each recording at a rate and a pitch of its
+    own, their logarithms between minus and plus the two numbers of `perturb`."""
     corpus = Path(corpus)
     rows = read_manifest(corpus)
-    own = [row | {"rate": math.exp(random.Random(row["id"]).uniform(-perturb, perturb))}
-           for row in rows if row["split"] == "train" and row["speaker"] == OWN_VOICE]
+
+    def draw(row: dict) -> dict:
+        chance = random.Random(row["id"])
+        return {key: math.exp(chance.uniform(-most, most)) for key, most in zip(("rate", "pitch"), perturb)}
+
+    own = [row | draw(row) for row in rows if row["split"] == "train" and row["speaker"] == OWN_VOICE]
     _extract(corpus, rows, "units.jsonl", extractor, device, work, portion)
-    if perturb:
+    if any(perturb):
         _extract(corpus, own, "perturbed.jsonl", extractor, device, work, portion)
     else:
         (corpus / "perturbed.jsonl").unlink(missing_ok=True)  # it would be of other units
@@ -115,8 +125,8 @@ def _extract(corpus: Path, rows: list[dict], name: str, extractor, device: torch
         pairs = map_speech(corpus, some, extractor, device, f"{name.split('.')[0]} from {first + len(finished)}")
         with part.open("a", encoding="utf-8") as file:
             for row, (units, durations) in zip(some, pairs):
-                rate = {"rate": row["rate"]} if "rate" in row else {}
-                file.write(json.dumps({"id": row["id"], "units": units, "durations": durations, **rate}) + "\n")
+                played = {key: row[key] for key in ("rate", "pitch") if key in row}
+                file.write(json.dumps({"id": row["id"], "units": units, "durations": durations, **played}) + "\n")
     checkpoint.write_atomic(corpus / name, part.read_bytes())  # perhaps on another disk: no rename
     part.unlink()
 

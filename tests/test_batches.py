@@ -189,9 +189,9 @@ def test_the_own_voice_at_another_rate_is_only_listened_to(corpus, tmp_path):
     for name in ("manifest", "units", "dialogues"):
         (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
     assert units.read_perturbed(tmp_path) == []
-    rows = [row | {"units": [9, 8], "durations": [3, 3], "rate": 1.1} for row in units.read_units(corpus)
+    rows = [row | {"units": [9, 8], "durations": [3, 3], "rate": 1.1, "pitch": 0.9} for row in units.read_units(corpus)
             if row["split"] == "train" and row["speaker"] == instruct.OWN_VOICE]
-    keys = ("id", "units", "durations", "rate")
+    keys = ("id", "units", "durations", "rate", "pitch")
     (tmp_path / "perturbed.jsonl").write_text("".join(json.dumps({k: row[k] for k in keys}) + "\n" for row in rows))
     assert units.read_perturbed(tmp_path) == rows and len(rows) == 2
     perturbed = [instruct.Pair([9, 8], row["text"], instruct.SOMEBODY) for row in rows]

@@ -178,7 +178,7 @@ def test_a_recording_heard_at_another_rate_is_to_sound_as_it_is(corpus, tmp_path
     own = plain.rows[1]
     for rate in (0.8, 1.25):
         frames = int(sum(own["durations"]) / rate)
-        row = {"id": own["id"], "units": [3, 4], "durations": [frames - 1, 1], "rate": rate}
+        row = {"id": own["id"], "units": [3, 4], "durations": [frames - 1, 1], "rate": rate, "pitch": 1.1}
         (tmp_path / "perturbed.jsonl").write_text(json.dumps(row) + "\n")
         speech = Speech(corpus, corpus / "units.jsonl", "train", tmp_path / "perturbed.jsonl")
         assert speech.rows[:-1] == plain.rows and speech.rows[-1] == own | row
