@@ -150,16 +150,6 @@ class UnitsSection:
 
 
 @dataclass
-class SteadySection(Optimisation):
-    """HuBERT, so far as units need it, after its clusters are found: see `steady`."""
-
-    steps: int = 0
-    batch_size: int = 8
-    frames: int = 99  # of 20 ms, in a crop
-    temperature: float = 7.0  # of squared distances to the clusters' centres
-
-
-@dataclass
 class LoraSection:
     r: int = 8
     alpha: float = 16.0
@@ -186,7 +176,6 @@ class Config:
     corpus: CorpusSection = field(default_factory=CorpusSection)
     hubert: HubertSection = field(default_factory=HubertSection)
     units: UnitsSection = field(default_factory=UnitsSection)
-    steady: SteadySection = field(default_factory=SteadySection)
     llama: dict = field(default_factory=dict)  # a LlamaConfig without vocab_size
     text: Language = field(default_factory=Language)
     stage1: Stage1 = field(default_factory=Stage1)
@@ -434,7 +423,7 @@ def make_units(c: Config, folder: Path, device: torch.device):
         raise ValueError(f"units.perturb is {c.units.perturb}; it must be two numbers, 0 to 1 (a pitch of 2.7)")
     if not 1 <= c.units.layer <= h.n_layers:
         raise ValueError(f"units.layer is {c.units.layer}; hubert.model has layers 1 to {h.n_layers}")
-    if run.rank() == 0 and not (folder / "found/labels.npz").exists():
+    if run.rank() == 0:
         weights = Path(c.out) / "state/hubert" / f"round{len(c.hubert.clusters)}.safetensors"
         tensors = {n: t for n, t in without_layers_above(c.units.layer, checkpoint.read_tensors(weights)).items()
                    if not n.startswith(("final_proj", "label_embs"))}
@@ -444,43 +433,10 @@ def make_units(c: Config, folder: Path, device: torch.device):
         rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
         features = partial(layer_features, model, c.units.layer, c.units.smooth)
         kmeans = fit_clusters(corpus, rows, features, c.units.clusters, c.units.cluster_frames, c.seed, device)
-        UnitExtractor(model, kmeans, c.units.layer, c.units.smooth).save_pretrained(folder / "found")
-    run.wait()
-    extractor = UnitExtractor.from_pretrained(folder / "found").to(device)
-    if c.steady.steps:
-        steady(c, folder, extractor, device)
-    if run.rank() == 0:
+        extractor = UnitExtractor(model, kmeans, c.units.layer, c.units.smooth)
         unit_files.extract(corpus, extractor, device, folder, c.units.perturb)
         extractor.save_pretrained(Path(c.out) / "model/hubert")
     run.wait()
-
-
-def steady(c: Config, folder: Path, extractor: UnitExtractor, device: torch.device):
-    """HuBERT learns to give to the own voice, said at other paces and pitches, the units that it has as it is: so
-    that units say what was said, and not how (Gat et al. 2023, arXiv:2209.15483). The clusters stay what they were."""
-    corpus, o, labels_file = corpus_folder(c), c.steady, folder / "found/labels.npz"
-    rows = [row for row in unit_files.read_manifest(corpus)
-            if row["split"] == "train" and row["speaker"] == unit_files.OWN_VOICE]
-    if not any(c.units.perturb) or not rows:
-        raise ValueError("steady.steps: there is nothing to be steady against; set units.perturb, and give "
-                         f"recordings of speaker {unit_files.OWN_VOICE}")
-    if not labels_file.exists() and run.rank() == 0:
-        labels = unit_files.map_speech(corpus, rows, extractor.frames, device, "units as they are")
-        save_labels(labels_file, [label.short().cpu().numpy() for label in labels])
-    run.wait()
-    batch_at = batches.played_crops([corpus / row["wav"] for row in rows], load_labels(labels_file), o.frames, c.seed,
-                                    o.batch_size, o.accumulate, run.rank(), run.world_size(), c.units.perturb)
-    centers = extractor.kmeans.centers
-
-    def loss(model: HuBERT, batch):
-        wav, labels = batch
-        x = smooth(model.features(wav, extractor.layer), extractor.smooth)[labels >= 0]
-        scores = (2 * x @ centers.T - centers.square().sum(1)) / o.temperature  # as `KMeans.predict`
-        labels = labels[labels >= 0]
-        same = (scores.argmax(1) == labels).float().mean()
-        return nn.functional.cross_entropy(scores, labels), len(labels), {"same": same}
-
-    optimise("steady", folder / "steady", extractor.model, loss, batch_at, o, c, lambda: ({}, ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -679,7 +635,7 @@ class Stage(NamedTuple):
 STAGES = {
     "corpus": Stage(make_corpus, (), ("seed", "corpus")),
     "hubert": Stage(train_hubert, ("corpus",), ("hubert",)),
-    "units": Stage(make_units, ("hubert",), ("units", "steady")),
+    "units": Stage(make_units, ("hubert",), ("units",)),
     "text": Stage(partial(train_language, "text"), ("corpus",),
                   ("vocab_size", "llama", "text", "pretrained", "units")),
     "1": Stage(partial(train_language, "1"), ("units", "text"), ("stage1",)),
