@@ -606,8 +606,7 @@ def make_vocoder(c: Config, folder: Path, device: torch.device):
     kmeans = KMeans.from_pretrained(Path(c.out) / "model/hubert") if c.units.embed_centers else None
     begin = None if (folder / "state.safetensors").exists() else known_vocoder(c)
     train_vocoder.train(c.vocoder, c.vocoder_model, corpus_folder(c), corpus_folder(c) / "units.jsonl",
-                        Path(c.out) / "model/vocoder", device, work=folder, kmeans=kmeans, begin=begin,
-                        perturbed=corpus_folder(c) / "perturbed.jsonl" if any(c.units.perturb) else None)
+                        Path(c.out) / "model/vocoder", device, work=folder, kmeans=kmeans, begin=begin)
     if run.rank() == 0:
         (Path(c.out) / "metrics").mkdir(exist_ok=True)
         shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")

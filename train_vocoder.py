@@ -17,7 +17,6 @@ model on a CPU has no time for it: it first learns spectra alone, which costs a 
 """
 
 import dataclasses
-import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -82,21 +81,16 @@ HARMLESS = {"eval_every", "save_every"}  # keys that may change while a run is i
 class Speech:
     """Rows of a manifest with their units, as random crops and as whole recordings."""
 
-    def __init__(self, corpus: Path, units: Path, split: str, perturbed: Path | None = None):
+    def __init__(self, corpus: Path, units: Path, split: str):
         self.corpus = corpus
+        found = {row["id"]: row for row in read_jsonl(units, ("id", "units", "durations"))}
         rows = read_jsonl(corpus / "manifest.jsonl", ("id", "wav", "speaker", "split"))
-
-        def known(path: Path | None) -> list[dict]:
-            found = {row["id"]: row for row in read_jsonl(path, ("id", "units", "durations"))} if path else {}
-            return [row | found[row["id"]] for row in rows if row["split"] == split and row["id"] in found]
-
-        self.rows = known(units)
+        self.rows = [row | found[row["id"]] for row in rows if row["split"] == split and row["id"] in found]
         if not self.rows and split == "train":
             raise ValueError(f"{corpus}: no training recording has units in {units}; run the stage 'units' first")
         frames = np.array([sum(row["durations"]) for row in self.rows], dtype=np.float64)
+        self.by_length = frames.argsort(kind="stable")
         self.share = frames / frames.sum()  # a long recording is drawn more often than a short one
-        self.rows += known(perturbed)  # only ever drawn as whole recordings
-        self.by_length = np.argsort([sum(row["durations"]) for row in self.rows], kind="stable")
 
     @lru_cache(maxsize=20_000)  # noqa: B019  (16-bit: 1.3 GB for 20,000 recordings of two seconds)
     def wave(self, i: int) -> np.ndarray:
@@ -106,15 +100,9 @@ class Speech:
     @lru_cache(maxsize=20_000)  # noqa: B019  (16-bit: 0.7 GB for as many; computed anew, it is a fifth of a step)
     def mel(self, i: int) -> Tensor:
         """What `FrameSpectrum` is to say of a recording, (80, 2 T), in half precision."""
-        frames, rate = sum(self.rows[i]["durations"]), self.rows[i].get("rate", 1.0)
-        heard = math.ceil(rate * frames)  # frames of the recording itself
-        wave = torch.from_numpy(self.wave(i)[:heard * 320] / np.float32(32767))
-        mel = v.FrameSpectrum.of(nn.functional.pad(wave, (0, heard * 320 - len(wave)))[None])
-        if rate != 1:  # of a voice as it is, at the pace of what was heard
-            middle = (rate * (torch.arange(2 * frames) + 0.5) - 0.5).clamp(0, 2 * heard - 1)
-            before, after = middle.floor().long(), middle.ceil().long()
-            mel = mel[..., before].lerp(mel[..., after], middle - before)
-        return mel[0].half()
+        frames = sum(self.rows[i]["durations"])
+        wave = torch.from_numpy(self.wave(i)[:frames * 320] / np.float32(32767))
+        return v.FrameSpectrum.of(nn.functional.pad(wave, (0, frames * 320 - len(wave)))[None])[0].half()
 
     def codes(self, i: int) -> np.ndarray:
         """The unit of each frame of a recording, (T,)."""
@@ -150,7 +138,7 @@ class Speech:
     def batch(self, rng: np.random.Generator, size: int, frames: int, margin: int = 0) -> tuple[Tensor, ...]:
         """Codes (B, frames + 2 * margin), waves (B, frames * 320), speakers (B,); and for the duration predictor the
         units of the whole recordings, their frames and which of them are no padding, each (B, U)."""
-        chosen = rng.choice(len(self.share), size, p=self.share)
+        chosen = rng.choice(len(self.rows), size, p=self.share)
         codes, waves = zip(*(self.crop(i, rng, frames, margin) for i in chosen))
         return (torch.tensor(np.stack(codes)), torch.tensor(np.stack(waves)), self.speakers(chosen),
                 *self.durations(chosen))
@@ -171,16 +159,14 @@ class Speech:
 
 def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, out: Path, device: torch.device,
           resume: bool = True, work: Path | None = None, kmeans: KMeans | None = None,
-          begin: UnitVocoder | None = None, perturbed: Path | None = None):
+          begin: UnitVocoder | None = None):
     """Writes the folder `out`: config.json and generator.safetensors. State, metrics and samples go to `work`.
 
     With `kmeans` the embeddings of the units begin as its centres; that is ours, and LOG.md says what it is worth.
-    With `begin` all of the generator begins as that one. `perturbed` is a file of `data.units.perturbed_rows`: the
-    frame-rate half learns from it, too, to say in a voice as it is what it heard in one that is higher or deeper."""
+    With `begin` all of the generator begins as that one."""
     out = Path(out)
     work = Path(work or f"{out}.training")
-    speech = Speech(Path(corpus), Path(units), "train", perturbed)
-    held_out = Speech(Path(corpus), Path(units), "heldout")
+    speech, held_out = (Speech(Path(corpus), Path(units), split) for split in ("train", "heldout"))
     check(model, stage, speech)
     torch.manual_seed(stage.seed)
     generator = (begin or UnitVocoder(model)).to(device).train()

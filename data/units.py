@@ -5,8 +5,7 @@
 
 Units are reduced (no unit twice in a row); `durations` counts the 20 ms frames each one stands for. There may be a
 third file, perturbed.jsonl: the same of the model's own voice with other paces and pitches, as if others said what it
-says (ours). It teaches recognition what only the own voice has recorded, and the vocoder to say in that voice what it
-hears in another.
+says (ours). It teaches recognition what only the own voice has recorded.
 
     perturbed.jsonl  {"id": "q0001-a", "units": [...], "durations": [...], "rate": 1.08, "pitch": 0.9}
 

@@ -133,7 +133,6 @@ def test_the_own_voice_is_also_heard_as_if_others_spoke(spoken, tmp_path):
         assert sum(row["durations"]) == pytest.approx(sum(own[row["id"]]["durations"]) / row["rate"], abs=1.5)
         wav = audio.play(audio.load(out / "corpus" / row["wav"]), row["rate"], row["pitch"])
         assert (row["units"], row["durations"]) == extractor(torch.from_numpy(wav))
-    stages(out, "text", "vocoder", flags=flags)
     shutil.rmtree(out / "state/units")
     stages(out, "units")
     assert not (out / "corpus/perturbed.jsonl").exists()  # it would be of other units

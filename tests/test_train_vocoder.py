@@ -173,31 +173,6 @@ def test_whole_recordings_of_about_one_length(corpus):
     assert all(np.ptp(many.alike(np.random.default_rng(seed), 2)) < 32 for seed in range(20))
 
 
-def test_a_recording_heard_at_another_rate_is_to_sound_as_it_is(corpus, tmp_path):
-    plain = Speech(corpus, corpus / "units.jsonl", "train")
-    own = plain.rows[1]
-    for rate in (0.8, 1.25):
-        frames = int(sum(own["durations"]) / rate)
-        row = {"id": own["id"], "units": [3, 4], "durations": [frames - 1, 1], "rate": rate, "pitch": 1.1}
-        (tmp_path / "perturbed.jsonl").write_text(json.dumps(row) + "\n")
-        speech = Speech(corpus, corpus / "units.jsonl", "train", tmp_path / "perturbed.jsonl")
-        assert speech.rows[:-1] == plain.rows and speech.rows[-1] == own | row
-        assert len(Speech(corpus, corpus / "units.jsonl", "heldout", tmp_path / "perturbed.jsonl").rows) == 1
-        last = len(plain.rows)
-        codes, mels, speakers, lengths, *_ = speech.recordings(np.array([last]))
-        assert codes.tolist() == [[3] * (frames - 1) + [4]] and speakers == own["speaker"] and lengths == frames
-        whole = plain.mel(1)  # the pitch of each of its frames, sooner or later than there, and no other
-        there = (rate * torch.arange(2 * frames)).round().long().clamp(max=whole.shape[1] - 1)
-        assert mels.shape == (1, 80, 2 * frames)
-        assert (mels[0].argmax(0) - whole.argmax(0)[there]).abs().float().mean() < 1
-        assert any(last in speech.alike(np.random.default_rng(seed), 3) for seed in range(20))
-        rng = np.random.default_rng(0)
-        drawn = torch.cat([speech.batch(rng, 4, 8)[0] for _ in range(20)])
-        assert not (drawn == 3).all(1).any()  # there are no samples of it to learn from
-    learn(corpus, tmp_path / "out", dict(frame_steps=3), perturbed=tmp_path / "perturbed.jsonl")
-    assert len(lines(tmp_path / "out")) == 9
-
-
 def test_a_killed_run_continues_to_the_last_bit(corpus, tmp_path):
     frames = dict(steps=10, save_every=3, frame_steps=30, frame_batch=2)  # killed in the first part
     learn(corpus, tmp_path / "whole", frames)
