@@ -12,7 +12,8 @@ What a stage reads is a mix of kinds of documents, such as {"asr": 0.5, "tts": 0
     asr, tts         §3.1: recognition of everybody, synthesis in the model's own voice
     s2s s2t t2s t2t  Appendix C, speech or text in, speech or text out; "chain" draws one of the four
     standard         Appendix E, one of the four
-    t2t/minus        of any kind above with questions, one family alone, here "minus" of the tiny world
+    t2t/minus        of any kind above with questions, one family alone, here "minus" of the tiny world; "reading",
+                     sentences to read aloud, is not in "t2t" unless it is named so
 
 An example is what a document is made from; `render` makes the document, drawing instructions, formats and renditions
 anew in every epoch. Held-out rows never reach a render of training: the caller says which split.
@@ -116,8 +117,9 @@ def fits(kind: str, family: str, of: str | Pair | Exchange) -> bool:
     if isinstance(of, Exchange):
         asked = bool(of.question_units) or kind in ("t2t", "t2s")
         answered = bool(of.answer_units) or kind not in ("s2s", "t2s")
-        reads = of.family == READING and kind == "t2t" and not family  # those are there to be spoken
-        return asked and answered and family in ("", of.family) and not reads
+        if of.family == READING and kind == "t2t" and not family:
+            return False  # it is there to be spoken
+        return asked and answered and family in ("", of.family)
     return not family and (kind != "tts" or of.speaker == OWN_VOICE)
 
 

@@ -95,7 +95,9 @@ def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.dev
 def extract(corpus: str | Path, extractor, device: torch.device, work: Path,
             perturb: tuple[float, float] = (0.0, 0.0), portion: int = 500):
     """Writes corpus/units.jsonl, and perturbed.jsonl if `perturb` is not 0: each recording at a rate and a pitch of its
-    own, their logarithms between minus and plus the two numbers of `perturb`."""
+    own, their logarithms between minus and plus the two numbers of `perturb`.
+
+    A killed run keeps its finished portions in the folder `work`, until everything is written, and goes on there."""
     corpus = Path(corpus)
     rows = read_manifest(corpus)
 
@@ -103,31 +105,35 @@ def extract(corpus: str | Path, extractor, device: torch.device, work: Path,
         chance = random.Random(row["id"])
         return {key: math.exp(chance.uniform(-most, most)) for key, most in zip(("rate", "pitch"), perturb)}
 
-    own = [row | draw(row) for row in rows if row["split"] == "train" and row["speaker"] == OWN_VOICE]
-    _extract(corpus, rows, "units.jsonl", extractor, device, work, portion)
+    tables = {"units": rows}
     if any(perturb):
-        _extract(corpus, own, "perturbed.jsonl", extractor, device, work, portion)
-    else:
-        (corpus / "perturbed.jsonl").unlink(missing_ok=True)  # it would be of other units
+        tables["perturbed"] = [row | draw(row) for row in rows
+                               if row["split"] == "train" and row["speaker"] == OWN_VOICE]
+    parts = {name: _extract(corpus, table, name, extractor, device, work, portion) for name, table in tables.items()}
+    (corpus / "perturbed.jsonl").unlink(missing_ok=True)  # of other units
+    for name, part in parts.items():
+        checkpoint.write_atomic(corpus / f"{name}.jsonl", part.read_bytes())  # perhaps on another disk: no rename
+    for part in parts.values():
+        part.unlink()
 
 
-def _extract(corpus: Path, rows: list[dict], name: str, extractor, device: torch.device, work: Path, portion: int):
-    """Rows as corpus/NAME. A killed run keeps its finished portions in the folder `work` and goes on there."""
-    part, finished = work / f"{name}.part", set()
-    if part.exists():
-        lines = [line for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
-        finished = {json.loads(line)["id"] for line in lines}
-        part.write_text("".join(lines), encoding="utf-8")
+def _extract(corpus: Path, rows: list[dict], name: str, extractor, device: torch.device, work: Path,
+             portion: int) -> Path:
+    """work/NAME.jsonl.part with the units of all rows, some of which may be there already."""
+    part = work / f"{name}.jsonl.part"
+    part.touch()
+    lines = [line for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    finished = {json.loads(line)["id"] for line in lines}
+    part.write_text("".join(lines), encoding="utf-8")
     rows = [row for row in rows if row["id"] not in finished]
     for first in range(0, len(rows), portion):
         some = rows[first : first + portion]
-        pairs = map_speech(corpus, some, extractor, device, f"{name.split('.')[0]} from {first + len(finished)}")
+        pairs = map_speech(corpus, some, extractor, device, f"{name} from {first + len(finished)}")
         with part.open("a", encoding="utf-8") as file:
             for row, (units, durations) in zip(some, pairs):
                 played = {key: row[key] for key in ("rate", "pitch") if key in row}
                 file.write(json.dumps({"id": row["id"], "units": units, "durations": durations, **played}) + "\n")
-    checkpoint.write_atomic(corpus / name, part.read_bytes())  # perhaps on another disk: no rename
-    part.unlink()
+    return part
 
 
 def heard_together(corpus: str | Path, extractor, n_units: int, recordings: int = 2000) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import batches, instruct, units
+from data import audio, batches, instruct, units
 from llama import Llama, LlamaConfig, next_token_loss
 from tokenizer import Tokenizer, units_to_text
 
@@ -183,6 +183,41 @@ def test_only_the_own_voice_is_learned_to_speak(corpus, tok):
         answer = [i for i, m in zip(ids, mask) if m]
         assert (tok.sosp in answer) == (example.kind == "tts")
         assert tok.parse(answer).ta == example.of.text or tok.parse(answer).ua == example.of.units
+
+
+def test_a_killed_extraction_does_nothing_twice(tmp_path):
+    corpus, work = tmp_path / "corpus", tmp_path / "work"
+    work.mkdir()
+    rows = [{"id": str(i), "wav": f"{i}.wav", "text": "", "speaker": i % 2, "split": "train"} for i in range(6)]
+    for row in rows:
+        audio.save(corpus / row["wav"], np.full(4000, 0.1))
+    (corpus / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (corpus / "perturbed.jsonl").write_text("of other units")
+    calls = []
+
+    def extractor(wav, last=10**6):
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        calls.append(len(wav))
+        return [len(calls)], [1]
+
+    def extract(*perturb, last=10**6):
+        units.extract(corpus, lambda wav: extractor(wav, last), torch.device("cpu"), work, perturb, portion=1)
+
+    for last in (3, 8):  # in the middle of the one, then of the other
+        with pytest.raises(KeyboardInterrupt):
+            extract(0.2, 0.1, last=last)
+        assert len(calls) == last
+    extract(0.2, 0.1)
+    assert len(calls) == 9 and calls[:6] == [4000] * 6 and 4000 not in calls[6:]
+    assert [row["id"] for row in units.read_units(corpus)] == [row["id"] for row in rows]
+    assert [row["id"] for row in units.read_perturbed(corpus)] == ["0", "2", "4"] and not any(work.iterdir())
+    extract(0.0, 0.0)
+    assert not (corpus / "perturbed.jsonl").exists() and not any(work.iterdir())
+    others = [json.dumps(row) + "\n" for row in rows if row["speaker"] != units.OWN_VOICE]
+    (corpus / "manifest.jsonl").write_text("".join(others))
+    extract(0.2, 0.1)
+    assert len(units.read_units(corpus)) == 3 and units.read_perturbed(corpus) == []
 
 
 def test_the_own_voice_at_another_rate_is_only_listened_to(corpus, tmp_path):
