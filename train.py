@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -34,6 +35,7 @@ import sys
 import time
 import traceback
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,6 +152,19 @@ class UnitsSection:
 
 
 @dataclass
+class Normalize(Optimisation):
+    """HuBERT, so far as units need it, after its clusters are found: see `normalize`."""
+
+    steps: int = 0
+    batch_size: int = 8
+    frames: int = 99  # of 20 ms, in a crop
+    others: float = 0.6  # share of the crops in which somebody else speaks
+    perturb: tuple[float, float] = (0.18, 0.22)  # pace and pitch at which the own voice is played, as units.perturb
+    perturb_others: tuple[float, float] = (0.05, 0.05)  # and the others, who differ by themselves
+    temperature: float = 8.0  # of squared distances to the clusters' centres
+
+
+@dataclass
 class LoraSection:
     r: int = 8
     alpha: float = 16.0
@@ -176,6 +191,7 @@ class Config:
     corpus: CorpusSection = field(default_factory=CorpusSection)
     hubert: HubertSection = field(default_factory=HubertSection)
     units: UnitsSection = field(default_factory=UnitsSection)
+    normalize: Normalize = field(default_factory=Normalize)
     llama: dict = field(default_factory=dict)  # a LlamaConfig without vocab_size
     text: Language = field(default_factory=Language)
     stage1: Stage1 = field(default_factory=Stage1)
@@ -403,9 +419,9 @@ def fit_clusters(corpus: Path, rows: list[dict], features: Callable, k: int, n_f
     return KMeans.fit(torch.cat(x), k, seed).to(device)
 
 
-def save_labels(path: Path, labels: list[np.ndarray]):
+def save_labels(path: Path, labels: list[np.ndarray], **more: list):
     part = path.with_suffix(".part.npz")
-    np.savez(part, flat=np.concatenate(labels), lengths=[len(label) for label in labels])
+    np.savez(part, flat=np.concatenate(labels), lengths=[len(label) for label in labels], **more)
     part.replace(path)
 
 
@@ -423,7 +439,7 @@ def make_units(c: Config, folder: Path, device: torch.device):
         raise ValueError(f"units.perturb is {c.units.perturb}; it must be two numbers, 0 to 1 (a pitch of 2.7)")
     if not 1 <= c.units.layer <= h.n_layers:
         raise ValueError(f"units.layer is {c.units.layer}; hubert.model has layers 1 to {h.n_layers}")
-    if run.rank() == 0:
+    if run.rank() == 0 and not (folder / "found/labels.npz").exists():
         weights = Path(c.out) / "state/hubert" / f"round{len(c.hubert.clusters)}.safetensors"
         tensors = {n: t for n, t in without_layers_above(c.units.layer, checkpoint.read_tensors(weights)).items()
                    if not n.startswith(("final_proj", "label_embs"))}
@@ -433,10 +449,94 @@ def make_units(c: Config, folder: Path, device: torch.device):
         rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
         features = partial(layer_features, model, c.units.layer, c.units.smooth)
         kmeans = fit_clusters(corpus, rows, features, c.units.clusters, c.units.cluster_frames, c.seed, device)
-        extractor = UnitExtractor(model, kmeans, c.units.layer, c.units.smooth)
+        UnitExtractor(model, kmeans, c.units.layer, c.units.smooth).save_pretrained(folder / "found")
+    run.wait()
+    extractor = UnitExtractor.from_pretrained(folder / "found").to(device)
+    if c.normalize.steps:
+        normalize(c, folder, extractor, device)
+    if run.rank() == 0:
         unit_files.extract(corpus, extractor, device, folder, c.units.perturb)
         extractor.save_pretrained(Path(c.out) / "model/hubert")
     run.wait()
+
+
+def normalize(c: Config, folder: Path, extractor: UnitExtractor, device: torch.device):
+    """HuBERT learns to give to a sentence, whoever says it, the units that it has in the model's own voice: the speech
+    normaliser of Lee et al. 2022 (arXiv:2112.08352 §3.2), for every frame instead of by CTC. The clusters stay."""
+    o, target_file = c.normalize, folder / "found/targets.npz"
+    if not 0 <= o.others <= 1:
+        raise ValueError(f"normalize.others is {o.others}; it is a share, 0 to 1")
+    for key in ("perturb", "perturb_others"):
+        if len(most := getattr(o, key)) != 2 or not all(0 <= x <= 1 for x in most):
+            raise ValueError(f"normalize.{key} is {most}; it must be two numbers, 0 to 1 (a pitch of 2.7)")
+    rows = {row["id"]: row for row in unit_files.read_manifest(corpus_folder(c)) if row["split"] == "train"}
+    if not target_file.exists() and run.rank() == 0:
+        found = own_units(corpus_folder(c), [*rows.values()], extractor, device)
+        save_labels(target_file, [t.units for t in found], ids=[t.id for t in found], apart=[t.apart for t in found])
+    run.wait()
+    with np.load(target_file) as stored:
+        ids, apart = stored["ids"].tolist(), stored["apart"]
+    other = np.array([rows[id]["speaker"] != unit_files.OWN_VOICE for id in ids])
+    share = np.where(other, apart, 1.0)  # who is further from the own voice is heard more often
+    for who, part in ((other, o.others if other.any() else 0.0), (~other, 1 - o.others if other.any() else 1.0)):
+        share[who] *= part / max(share[who].sum(), 1e-9)
+    perturb = [o.perturb_others if another else o.perturb for another in other]
+    wavs = [corpus_folder(c) / rows[id]["wav"] for id in ids]
+    batch_at = batches.played_crops(wavs, load_labels(target_file), perturb, share, o.frames, c.seed,
+                                    o.batch_size, o.accumulate, run.rank(), run.world_size())
+    centers = extractor.kmeans.centers
+
+    def loss(model: HuBERT, batch):
+        wav, labels = batch
+        x = smooth(model.features(wav, extractor.layer), extractor.smooth)[labels >= 0]
+        scores = (2 * x @ centers.T - centers.square().sum(1)) / o.temperature  # as `KMeans.predict`
+        labels = labels[labels >= 0]
+        same = (scores.argmax(1) == labels).float().mean()
+        return nn.functional.cross_entropy(scores, labels), len(labels), {"same": same}
+
+    optimise("normalize", folder / "normalize", extractor.model, loss, batch_at, o, c, lambda: ({}, ""))
+
+
+class Target(NamedTuple):
+    """What HuBERT is to hear in a recording."""
+
+    id: str
+    units: np.ndarray  # (T,)
+    apart: float  # of another speaker: mean squared distance to the own voice
+
+
+def own_units(corpus: Path, rows: list[dict], extractor: UnitExtractor, device: torch.device,
+              portion: int = 2000) -> list[Target]:
+    """Of the own voice its units; of another speaker those of the own voice's most similar recording of the sentence,
+    frame for frame (`units.warp`). What the own voice never says teaches nothing."""
+    features = partial(layer_features, extractor.model, extractor.layer, extractor.smooth)
+
+    def hear(wav: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        x = features(wav)
+        return x.half().cpu().numpy(), extractor.kmeans.predict(x).short().cpu().numpy()
+
+    own = [row for row in rows if row["speaker"] == unit_files.OWN_VOICE]
+    if not own:
+        raise ValueError(f"{corpus}: normalize.steps needs training recordings of speaker {unit_files.OWN_VOICE}, "
+                         "the model's own voice; set it to 0")
+    others = [row for row in rows if row["speaker"] != unit_files.OWN_VOICE]
+    answered = {row["text"] for row in others}
+    targets, said = [], defaultdict(list)
+    for first in range(0, len(own), portion):
+        some = own[first : first + portion]
+        for row, (x, units) in zip(some, unit_files.map_speech(corpus, some, hear, device, "the own voice")):
+            targets.append(Target(row["id"], units, 0.0))
+            if row["text"] in answered:
+                said[row["text"]].append((x, units))
+    others = [row for row in others if row["text"] in said]
+    for first in range(0, len(others), portion):
+        some = others[first : first + portion]
+        for row, (x, _) in zip(some, unit_files.map_speech(corpus, some, hear, device, "the others")):
+            ways = [(*unit_files.warp(x, mine), units) for mine, units in said[row["text"]]]
+            way, apart, units = min(ways, key=lambda found: found[1])
+            if apart < math.inf:
+                targets.append(Target(row["id"], units[way], apart))
+    return targets
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -634,7 +734,7 @@ class Stage(NamedTuple):
 STAGES = {
     "corpus": Stage(make_corpus, (), ("seed", "corpus")),
     "hubert": Stage(train_hubert, ("corpus",), ("hubert",)),
-    "units": Stage(make_units, ("hubert",), ("units",)),
+    "units": Stage(make_units, ("hubert",), ("units", "normalize")),
     "text": Stage(partial(train_language, "text"), ("corpus",),
                   ("vocab_size", "llama", "text", "pretrained", "units")),
     "1": Stage(partial(train_language, "1"), ("units", "text"), ("stage1",)),

@@ -20,6 +20,8 @@ import soundfile
 import torch
 from torch import Tensor
 
+from data import audio
+
 
 class Packed(NamedTuple):
     ids: Tensor  # (R, L) long
@@ -105,7 +107,6 @@ def crops(paths: list[Path], labels: list[np.ndarray], frames: int, seed: int, b
 
     Each is played at a rate of its own between exp(-perturb) and exp(perturb), and its labels with it: pitch, formants
     and pace change, as from speaker to speaker, and what is said does not."""
-    share = max(1, batch_size // (world * accumulate))
     size = 320 * (frames - 1) + 400  # samples that give `frames` frames
 
     def crop(index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -124,6 +125,40 @@ def crops(paths: list[Path], labels: list[np.ndarray], frames: int, seed: int, b
             middle = rate * (320 * np.arange(frames) + 200)  # of each new frame, as a sample of the recording
             label = label[((middle - 200) / 320).round().clip(0, heard - 1).astype(int)]
         return wav, label
+
+    return _cropped(crop, batch_size, accumulate, rank, world)
+
+
+def played_crops(paths: list[Path], labels: list[np.ndarray], perturb: list[tuple[float, float]], weights: np.ndarray,
+                 frames: int, seed: int, batch_size: int, accumulate: int, rank: int = 0, world: int = 1,
+                 plain: float = 0.15):
+    """The same of recordings drawn by their `weights`. Each is played at a pace and a pitch (`audio.play`) whose
+    logarithms are up to its two numbers of `perturb`; a share `plain` is as it is.
+
+    What is too short is followed by silence, with labels of -1."""
+    size, upto = 320 * (frames - 1) + 400, np.cumsum(weights)
+
+    def crop(index: int) -> tuple[np.ndarray, np.ndarray]:
+        draw = random.Random(f"{seed} {index}")
+        item = min(int(np.searchsorted(upto, draw.random() * upto[-1], "right")), len(paths) - 1)
+        wav, rate, pitch = audio.load(paths[item]), 1.0, 1.0
+        if draw.random() >= plain:
+            rate, pitch = (math.exp(draw.uniform(-most, most)) for most in perturb[item])
+            wav = audio.play(wav, rate, pitch)
+        there = max(1, (len(wav) - 400) // 320 + 1)
+        first = draw.randint(0, max(0, there - frames))
+        middle = rate * (320 * np.arange(first, first + frames) + 200)  # of each frame, as a sample of the recording
+        place = ((middle - 200) / 320).round().astype(int)
+        known = (place < len(labels[item])) & (np.arange(first, first + frames) < there)
+        label = np.where(known, labels[item][place.clip(0, len(labels[item]) - 1)], -1)
+        wav = wav[320 * first :][:size]
+        return np.pad(wav, (0, size - len(wav))), label
+
+    return _cropped(crop, batch_size, accumulate, rank, world)
+
+
+def _cropped(crop, batch_size: int, accumulate: int, rank: int, world: int):
+    share = max(1, batch_size // (world * accumulate))
 
     def batch(step: int) -> list[Crops]:
         micro_batches = []

@@ -18,6 +18,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -134,6 +135,31 @@ def _extract(corpus: Path, rows: list[dict], name: str, extractor, device: torch
                 played = {key: row[key] for key in ("rate", "pitch") if key in row}
                 file.write(json.dumps({"id": row["id"], "units": units, "durations": durations, **played}) + "\n")
     return part
+
+
+def warp(heard: np.ndarray, wanted: np.ndarray, ends: int = 10) -> tuple[np.ndarray, float]:
+    """Which frame of `wanted` (U, C) says what each of `heard` (T, C) says, (T,), and how far apart they are: mean
+    squared distance, infinite if one is too short for the other. Dynamic time warping (Sakoe & Chiba 1978).
+
+    From frame to frame of `heard` it goes on by none to three of `wanted`, from one of its first `ends` to one of its
+    last."""
+    heard, wanted = heard.astype(np.float32), wanted.astype(np.float32)
+    apart = (heard**2).sum(1)[:, None] + (wanted**2).sum(1) - 2 * heard @ wanted.T  # (T, U)
+    T, U = apart.shape
+    total = np.full((T, U + 3), np.inf, np.float32)  # of the best way to here; three columns before the first
+    steps = np.zeros((T, U), np.int8)  # how many the last step of that way went on by
+    total[0, 3 : 3 + ends] = apart[0, :ends]
+    for t in range(1, T):
+        before = np.stack([total[t - 1, 3 - step : U + 3 - step] for step in range(4)])
+        steps[t] = before.argmin(0)
+        total[t, 3:] = apart[t] + before.min(0)
+    start = max(0, U - ends)
+    u = start + int(total[-1, 3 + start :].argmin())
+    distance, way = float(total[-1, 3 + u]) / T, np.empty(T, int)
+    for t in range(T - 1, -1, -1):
+        way[t] = u
+        u -= int(steps[t, u])
+    return way, distance
 
 
 def heard_together(corpus: str | Path, extractor, n_units: int, recordings: int = 2000) -> torch.Tensor:

@@ -220,6 +220,61 @@ def test_a_killed_extraction_does_nothing_twice(tmp_path):
     assert len(units.read_units(corpus)) == 3 and units.read_perturbed(corpus) == []
 
 
+def test_played_crops_keep_each_label_with_its_sound(tmp_path):
+    steps = np.repeat(np.arange(20), 5)  # a tone for each label
+    wav = 0.3 * np.sin(2 * np.pi * np.cumsum(np.repeat(300 + 150 * steps, 320)) / 16000)
+    audio.save(tmp_path / "x.wav", np.pad(wav, (0, 80)))
+    paths, labels, perturb = [tmp_path / "x.wav"] * 4, [steps] * 4, [(0.15, 0.0)] * 4
+    batch_at = batches.played_crops(paths, labels, perturb, np.ones(4), 60, 0, 4, 1)
+    right = total = 0
+    for step in range(5):
+        (crops,) = batch_at(step)
+        assert crops.wav.shape == (4, 320 * 59 + 400) and crops.labels.shape == (4, 60)
+        for x, heard in zip(crops.wav, crops.labels):
+            for t in range(60):
+                if heard[t] >= 0:
+                    hertz = torch.fft.rfft(x[320 * t : 320 * t + 400] * torch.hann_window(400), 4096).abs().argmax()
+                    right += abs(float(hertz) * 16000 / 4096 - 300 - 150 * int(heard[t])) < 90
+                    total += 1
+    assert total > 900 and right > 0.9 * total
+    again, other = batch_at(3)[0], batches.played_crops(paths, labels, perturb, np.ones(4), 60, 1, 4, 1)(3)[0]
+    assert torch.equal(again.wav, batch_at(3)[0].wav) and not torch.equal(again.wav, other.wav)
+    (long,) = batches.played_crops(paths, labels, [(0.0, 0.0)] * 4, np.ones(4), 150, 0, 4, 1)(0)  # than there is
+    assert (long.labels[:, :100] >= 0).all() and (long.labels[:, 100:] == -1).all() and (long.wav[:, 32080:] == 0).all()
+
+
+def test_played_crops_are_drawn_by_their_weights_and_shared_between_ranks(tmp_path):
+    for i in range(3):
+        audio.save(tmp_path / f"{i}.wav", np.full(2000, 0.1 * i))
+    paths, labels = [tmp_path / f"{i}.wav" for i in range(3)], [np.full(6, i) for i in range(3)]
+
+    def drawn(rank, world):
+        weights, perturb = np.array([1.0, 0.0, 3.0]), [(0.1, 0.1)] * 3
+        batch_at = batches.played_crops(paths, labels, perturb, weights, 4, 0, 8, 2, rank, world)
+        return [crops.labels[:, 0] for step in range(50) for crops in batch_at(step)]
+
+    alone = torch.cat(drawn(0, 1))
+    assert len(alone) == 400 and not (alone == 1).any() and 0.65 < (alone == 2).float().mean() < 0.85
+    halves = [torch.cat(pair) for pair in zip(drawn(0, 2), drawn(1, 2))]
+    assert torch.equal(torch.cat(halves), alone)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_warp_finds_the_frames_that_were_played_faster_and_slower(steps, first):
+    wanted = np.random.default_rng(0).normal(size=(first + sum(steps) + 1, 8))
+    way = first + np.cumsum([0, *steps])
+    found, apart = units.warp(wanted[way], wanted)
+    assert found.tolist() == way.tolist() and abs(apart) < 1e-4
+
+
+def test_warp_has_no_way_through_what_is_too_short():
+    wanted = np.random.default_rng(0).normal(size=(40, 8))
+    assert units.warp(wanted[:3], wanted)[1] == np.inf
+    way, apart = units.warp(wanted + 0.1, wanted)
+    assert way.tolist() == list(range(40)) and abs(apart - 0.08) < 1e-3
+
+
 def test_the_own_voice_at_another_rate_is_only_listened_to(corpus, tmp_path):
     for name in ("manifest", "units", "dialogues"):
         (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())

@@ -15,6 +15,7 @@ import torch
 
 from checkpoint import read_tensors
 from data import audio, units
+from data.tiny import prepare
 from hubert import KMeans, UnitExtractor
 from llama import Llama
 from tokenizer import Tokenizer
@@ -136,6 +137,51 @@ def test_the_own_voice_is_also_heard_as_if_others_spoke(spoken, tmp_path):
     shutil.rmtree(out / "state/units")
     stages(out, "units")
     assert not (out / "corpus/perturbed.jsonl").exists()  # it would be of other units
+
+
+def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_says_it(spoken, tmp_path):
+    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+    shutil.rmtree(out / "state/units")
+    prepare.prepare(out / "corpus", sentences=20, renditions=len(prepare.SPEAKERS), workers=1, progress=False)
+    flags = ["--normalize.steps", 40, "--normalize.lr", 2e-3, "--normalize.save_every", 10]
+    stages(out, "units", flags=flags)
+    loss, same = ([line[key] for line in metrics(out, "normalize")] for key in ("loss", "same"))
+    assert len(loss) == 40 and np.mean(loss[-8:]) < np.mean(loss[:8]) and 0 < min(same) and max(same) < 1
+    found, normal = out / "state/units/found", out / "model/hubert"
+    assert (found / "kmeans.safetensors").read_bytes() == (normal / "kmeans.safetensors").read_bytes()
+    assert (found / "model.safetensors").read_bytes() != (normal / "model.safetensors").read_bytes()
+    before, after = UnitExtractor.from_pretrained(found), UnitExtractor.from_pretrained(normal)
+    rows = {row["id"]: row for row in units.read_units(out / "corpus")}
+    for row in [*rows.values()][:3]:
+        assert row["units"] == after(torch.from_numpy(audio.load(out / "corpus" / row["wav"])))[0]
+
+    own = {row["text"] for row in rows.values() if row["split"] == "train" and row["speaker"] == units.OWN_VOICE}
+    with np.load(found / "targets.npz") as stored:
+        targets = np.split(stored["flat"], stored["lengths"].cumsum()[:-1])
+        apart = dict(zip(stored["ids"].tolist(), stored["apart"]))
+        targets = dict(zip(stored["ids"].tolist(), targets))
+    others = 0
+    for id, target in targets.items():
+        row = rows[id]
+        wav = torch.from_numpy(audio.load(out / "corpus" / row["wav"]))
+        assert row["split"] == "train" and row["text"] in own and len(target) == len(before.frames(wav))
+        if row["speaker"] == units.OWN_VOICE:
+            assert target.tolist() == before.frames(wav).tolist() and apart[id] == 0
+        else:
+            assert set(target) <= set(range(20)) and apart[id] > 0
+            others += 1
+    train_rows = [row for row in rows.values() if row["split"] == "train" and row["text"] in own]
+    assert others == sum(row["speaker"] != units.OWN_VOICE for row in train_rows) > 50
+
+
+def test_a_share_or_a_pitch_that_is_none_is_refused_before_hubert_is_normalised(spoken, tmp_path):
+    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+    for flag, value in (("others", 1.5), ("perturb", "[2, 0]")):
+        shutil.rmtree(out / "state/units")
+        done = train("configs/ci.toml", "--out", out, "--stage", "units", "--normalize.steps", 3,
+                     f"--normalize.{flag}", value)
+        wrong = f"normalize.{flag} is "
+        assert done.returncode == 1 and wrong in done.stderr and "Traceback" not in done.stderr
 
 
 def test_model_hubert_has_no_layer_above_the_units(spoken, tmp_path):
