@@ -51,6 +51,7 @@ from data.tiny import world
 from data.tiny.world import chance
 
 SPEAKERS = (1.0, 0.88, 1.07, 1.14, 1.21)  # r of each; a recogniser reads all of them, below 0.85 it does not
+# (hibari runs phones together when speed / r is above 1.33: speaker 1 at a pace of 1.17 and more; LOG.md)
 PAUSE = 0.12  # seconds of silence on either side of a full stop inside an utterance
 
 
