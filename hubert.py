@@ -460,8 +460,12 @@ class KMeans(nn.Module):
         return cls(torch.from_numpy(fitted.cluster_centers_))
 
     def predict(self, x: Tensor) -> Tensor:
-        """(..., C) -> (...) long. |x - c|^2 is least where |c|^2 - 2 x.c is; the lowest number wins a tie."""
-        return (self.centers.square().sum(1) - 2 * x @ self.centers.T).argmin(-1)
+        """(..., C) -> (...) long. The lowest number wins a tie."""
+        return self.distances(x).argmin(-1)
+
+    def distances(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., K): |x - c|^2 of each centre, less |x|^2, which is the same for all of them."""
+        return self.centers.square().sum(1) - 2 * x @ self.centers.T
 
     def embeddings(self, dim: int) -> Tensor:
         """A look-up table (K, dim) to begin with: the centres' first `dim` principal components, zeros if there are

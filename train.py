@@ -435,11 +435,15 @@ def make_units(c: Config, folder: Path, device: torch.device):
     corpus, h = corpus_folder(c), c.hubert.model
     if not 0 <= c.units.embed_centers <= 100:
         raise ValueError(f"units.embed_centers is {c.units.embed_centers}; it must be 0 to 100")
-    if len(c.units.perturb) != 2 or not all(0 <= most <= 1 for most in c.units.perturb):
-        raise ValueError(f"units.perturb is {c.units.perturb}; it must be two numbers, 0 to 1 (a pitch of 2.7)")
+    for name, most in (("units.perturb", c.units.perturb), ("normalize.perturb", c.normalize.perturb),
+                       ("normalize.perturb_others", c.normalize.perturb_others)):
+        if len(most) != 2 or not all(0 <= x <= 1 for x in most):
+            raise ValueError(f"{name} is {most}; it must be two numbers, 0 to 1 (a pitch of 2.7)")
+    if not 0 <= c.normalize.others <= 1:
+        raise ValueError(f"normalize.others is {c.normalize.others}; it is a share, 0 to 1")
     if not 1 <= c.units.layer <= h.n_layers:
         raise ValueError(f"units.layer is {c.units.layer}; hubert.model has layers 1 to {h.n_layers}")
-    if run.rank() == 0 and not (folder / "found/labels.npz").exists():
+    if run.rank() == 0 and not (folder / "found/targets.npz").exists():  # which are of these clusters
         weights = Path(c.out) / "state/hubert" / f"round{len(c.hubert.clusters)}.safetensors"
         tensors = {n: t for n, t in without_layers_above(c.units.layer, checkpoint.read_tensors(weights)).items()
                    if not n.startswith(("final_proj", "label_embs"))}
@@ -464,11 +468,6 @@ def normalize(c: Config, folder: Path, extractor: UnitExtractor, device: torch.d
     """HuBERT learns to give to a sentence, whoever says it, the units that it has in the model's own voice: the speech
     normaliser of Lee et al. 2022 (arXiv:2112.08352 §3.2), for every frame instead of by CTC. The clusters stay."""
     o, target_file = c.normalize, folder / "found/targets.npz"
-    if not 0 <= o.others <= 1:
-        raise ValueError(f"normalize.others is {o.others}; it is a share, 0 to 1")
-    for key in ("perturb", "perturb_others"):
-        if len(most := getattr(o, key)) != 2 or not all(0 <= x <= 1 for x in most):
-            raise ValueError(f"normalize.{key} is {most}; it must be two numbers, 0 to 1 (a pitch of 2.7)")
     rows = {row["id"]: row for row in unit_files.read_manifest(corpus_folder(c)) if row["split"] == "train"}
     if not target_file.exists() and run.rank() == 0:
         found = own_units(corpus_folder(c), [*rows.values()], extractor, device)
@@ -477,20 +476,17 @@ def normalize(c: Config, folder: Path, extractor: UnitExtractor, device: torch.d
     with np.load(target_file) as stored:
         ids, apart = stored["ids"].tolist(), stored["apart"]
     other = np.array([rows[id]["speaker"] != unit_files.OWN_VOICE for id in ids])
-    share = np.where(other, apart, 1.0)  # who is further from the own voice is heard more often
-    for who, part in ((other, o.others if other.any() else 0.0), (~other, 1 - o.others if other.any() else 1.0)):
-        share[who] *= part / max(share[who].sum(), 1e-9)
+    others = o.others if other.any() else 0.0  # who is further from the own voice is heard more often:
+    share = np.where(other, others * apart / (apart.sum() or 1.0), (1 - others) / (~other).sum())
     perturb = [o.perturb_others if another else o.perturb for another in other]
     wavs = [corpus_folder(c) / rows[id]["wav"] for id in ids]
     batch_at = batches.played_crops(wavs, load_labels(target_file), perturb, share, o.frames, c.seed,
                                     o.batch_size, o.accumulate, run.rank(), run.world_size())
-    centers = extractor.kmeans.centers
 
     def loss(model: HuBERT, batch):
         wav, labels = batch
         x = smooth(model.features(wav, extractor.layer), extractor.smooth)[labels >= 0]
-        scores = (2 * x @ centers.T - centers.square().sum(1)) / o.temperature  # as `KMeans.predict`
-        labels = labels[labels >= 0]
+        scores, labels = -extractor.kmeans.distances(x) / o.temperature, labels[labels >= 0]
         same = (scores.argmax(1) == labels).float().mean()
         return nn.functional.cross_entropy(scores, labels), len(labels), {"same": same}
 
@@ -509,33 +505,31 @@ def own_units(corpus: Path, rows: list[dict], extractor: UnitExtractor, device: 
               portion: int = 2000) -> list[Target]:
     """Of the own voice its units; of another speaker those of the own voice's most similar recording of the sentence,
     frame for frame (`units.warp`). What the own voice never says teaches nothing."""
-    features = partial(layer_features, extractor.model, extractor.layer, extractor.smooth)
-
     def hear(wav: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        x = features(wav)
+        x = layer_features(extractor.model, extractor.layer, extractor.smooth, wav)
         return x.half().cpu().numpy(), extractor.kmeans.predict(x).short().cpu().numpy()
+
+    def heard(rows: list[dict], title: str):  # not all at once: features take more room than speech
+        for first in range(0, len(rows), portion):
+            some = rows[first : first + portion]
+            yield from zip(some, unit_files.map_speech(corpus, some, hear, device, title))
 
     own = [row for row in rows if row["speaker"] == unit_files.OWN_VOICE]
     if not own:
         raise ValueError(f"{corpus}: normalize.steps needs training recordings of speaker {unit_files.OWN_VOICE}, "
                          "the model's own voice; set it to 0")
     others = [row for row in rows if row["speaker"] != unit_files.OWN_VOICE]
-    answered = {row["text"] for row in others}
+    echoed = {row["text"] for row in others}
     targets, said = [], defaultdict(list)
-    for first in range(0, len(own), portion):
-        some = own[first : first + portion]
-        for row, (x, units) in zip(some, unit_files.map_speech(corpus, some, hear, device, "the own voice")):
-            targets.append(Target(row["id"], units, 0.0))
-            if row["text"] in answered:
-                said[row["text"]].append((x, units))
-    others = [row for row in others if row["text"] in said]
-    for first in range(0, len(others), portion):
-        some = others[first : first + portion]
-        for row, (x, _) in zip(some, unit_files.map_speech(corpus, some, hear, device, "the others")):
-            ways = [(*unit_files.warp(x, mine), units) for mine, units in said[row["text"]]]
-            way, apart, units = min(ways, key=lambda found: found[1])
-            if apart < math.inf:
-                targets.append(Target(row["id"], units[way], apart))
+    for row, (x, units) in heard(own, "the own voice"):
+        targets.append(Target(row["id"], units, 0.0))
+        if row["text"] in echoed:
+            said[row["text"]].append((x, units))
+    for row, (x, _) in heard([row for row in others if row["text"] in said], "the others"):
+        ways = [(*unit_files.warp(x, mine), units) for mine, units in said[row["text"]]]
+        way, apart, units = min(ways, key=lambda found: found[1])
+        if apart < math.inf:
+            targets.append(Target(row["id"], units[way], apart))
     return targets
 
 

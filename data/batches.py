@@ -136,11 +136,11 @@ def played_crops(paths: list[Path], labels: list[np.ndarray], perturb: list[tupl
     logarithms are up to its two numbers of `perturb`; a share `plain` is as it is.
 
     What is too short is followed by silence, with labels of -1."""
-    size, upto = 320 * (frames - 1) + 400, np.cumsum(weights)
+    size, upto = 320 * (frames - 1) + 400, np.cumsum(weights).tolist()
 
     def crop(index: int) -> tuple[np.ndarray, np.ndarray]:
         draw = random.Random(f"{seed} {index}")
-        item = min(int(np.searchsorted(upto, draw.random() * upto[-1], "right")), len(paths) - 1)
+        (item,) = draw.choices(range(len(paths)), cum_weights=upto)
         wav, rate, pitch = audio.load(paths[item]), 1.0, 1.0
         if draw.random() >= plain:
             rate, pitch = (math.exp(draw.uniform(-most, most)) for most in perturb[item])

@@ -155,7 +155,7 @@ def warp(heard: np.ndarray, wanted: np.ndarray, ends: int = 10) -> tuple[np.ndar
         total[t, 3:] = apart[t] + before.min(0)
     start = max(0, U - ends)
     u = start + int(total[-1, 3 + start :].argmin())
-    distance, way = float(total[-1, 3 + u]) / T, np.empty(T, int)
+    distance, way = max(0.0, float(total[-1, 3 + u])) / T, np.empty(T, int)
     for t in range(T - 1, -1, -1):
         way[t] = u
         u -= int(steps[t, u])

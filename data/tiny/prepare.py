@@ -213,8 +213,8 @@ def prepare(out: str | Path, sentences: int = 3000, renditions: int = 2, seed: i
     `sentences` is about the number of different sentences to hear in train, most of them questions and answers, in
     equal parts from each family; `renditions` how often questions and statements are spoken, at least; `readings` the
     number of further sentences that the model's own voice alone reads aloud, once; if there are any, sums beyond the
-    tables are there to be read, too (`world.beyond`). ValueError or OSError, one line
-    each, when the voice is not installed, a number makes no sense, or a file cannot be written.
+    tables are there to be read, too (`world.beyond`). ValueError or OSError, one line each, when the voice is not
+    installed, a number makes no sense, or a file cannot be written.
     """
     for name, value in (("sentences", sentences), ("renditions", renditions), ("workers", workers)):
         if value < 1:
