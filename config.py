@@ -9,11 +9,13 @@ A config file is a list of sections, one for each dataclass; the defaults stand 
 
 and on the command line the same names, dotted:  python train.py configs/tiny.toml --stage2.steps 100 --out /tmp/try
 
-Nothing in a config file is executed. An unknown key or a value of the wrong type is one readable line.
+Nothing in a config file is executed. An unknown key, a value of the wrong type or beyond its limits: one readable line.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import tomllib
@@ -21,36 +23,60 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, NamedTuple
+
+
+class Limits(NamedTuple):
+    """Of a number, as the annotation of a field."""
+
+    least: float
+    most: float = math.inf
+
+
+Whole = Annotated[int, Limits(0)]
+Count = Annotated[int, Limits(1)]
+Share = Annotated[float, Limits(0, 1)]
+Amount = Annotated[float, Limits(0)]
+Positive = Annotated[float, Limits(0.001, 1000)]
 
 
 def fit(value, hint, where: str):
     """`value` as type `hint` says (ints serve as floats, lists as tuples), else ValueError naming the place."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value, (least, most) = fit(value, arguments[0], where), arguments[1]
+        if not least <= value <= most or value == math.inf:
+            limits = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+            raise ValueError(f"{where}: must be {limits}, found {value!r}")
+        return value
     if origin in (typing.Union, types.UnionType):
-        for choice in arguments:
-            try:
+        if value is None and types.NoneType in arguments:
+            return None
+        *others, last = (choice for choice in arguments if choice is not types.NoneType)
+        for choice in others:
+            with contextlib.suppress(ValueError):
                 return fit(value, choice, where)
-            except ValueError:
-                continue
-    elif origin in (list, tuple) and isinstance(value, list | tuple):
-        return origin(fit(item, arguments[0], where) for item in value)
-    elif hint is dict and isinstance(value, dict):
+        return fit(value, last, where)
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        inner = arguments if origin is tuple and ... not in arguments else arguments[:1] * len(value)
+        if len(inner) != len(value):
+            raise ValueError(f"{where}: expected {len(inner)} values, found {value!r}")
+        return origin(fit(item, of, where) for item, of in zip(value, inner))
+    if hint is dict and isinstance(value, dict):
         return value
     elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return load(hint, value, where)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif hint is type(None) and value is None:
-        return None
     elif hint in (int, str, bool) and type(value) is hint:
         return value
-    expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    expected = "a list" if origin in (list, tuple) else hint.__name__
     raise ValueError(f"{where}: expected {expected}, found {value!r}")
 
 
 def load(cls, table: dict, where: str):
     """A `cls` from one TOML table; `where` (file and section) begins every complaint."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     names = {field.name for field in dataclasses.fields(cls)}
     for key in table:
         if key not in names:

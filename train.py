@@ -41,7 +41,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ import lora
 import run
 import sample
 import train_vocoder
+from config import Amount, Count, Limits, Positive, Share, Whole
 from data import batches, instruct
 from data import units as unit_files
 from data.tiny import prepare
@@ -73,46 +74,46 @@ from vocoder import UnitVocoder, VocoderConfig
 class Optimisation:
     """AdamW with warm-up and cosine decay. Batch, peak rate, length and steps are the paper's, the rest LLaMA's."""
 
-    steps: int = 2100
-    batch_size: int = 1536  # documents (or crops) a step, over all ranks and micro-batches
-    accumulate: int = 1  # micro-batches a step
-    lr: float = 2e-4
-    warmup: int = 60  # steps
-    floor: float = 0.1  # the last learning rate, as a share of `lr`
-    weight_decay: float = 0.1  # on matrices only
-    betas: tuple[float, ...] = (0.9, 0.95)
-    clip: float = 1.0
+    steps: Whole = 2100
+    batch_size: Count = 1536  # documents (or crops) a step, over all ranks and micro-batches
+    accumulate: Count = 1  # micro-batches a step
+    lr: Amount = 2e-4
+    warmup: Whole = 60  # steps
+    floor: Share = 0.1  # the last learning rate, as a share of `lr`
+    weight_decay: Amount = 0.1  # on matrices only
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    clip: Amount = 1.0
     muon: bool = False  # matrices of the layers learn by Muon (muon.py) instead of AdamW
     bf16: bool = True  # matrix products in bfloat16 where that is faster; weights and updates stay float32
-    eval_every: int = 200
-    save_every: int = 200
+    eval_every: Count = 200
+    save_every: Count = 200
 
 
 @dataclass
 class Language(Optimisation):
-    max_len: int = 1024  # tokens in a packed row
+    max_len: Count = 1024  # tokens in a packed row
     mix: dict = field(default_factory=lambda: {"text": 1.0})  # kinds of documents (data/instruct.py), their shares
-    unit_weight: float = 1.0  # of a unit in the mean of the losses, where a piece of text has 1
-    noise: float = 0.0  # share of the units of speech to listen to that are lost, and as many that are misheard
+    unit_weight: Positive = 1.0  # of a unit in the mean of the losses, where a piece of text has 1
+    noise: Share = 0.0  # share of the units of speech to listen to that are lost, and as many that are misheard
 
 
 @dataclass
 class Stage1(Language):
-    steps: int = 900
-    batch_size: int = 768
+    steps: Whole = 900
+    batch_size: Count = 768
     mix: dict = field(default_factory=lambda: {"speech": 1.0})
 
 
 @dataclass
 class Stage2(Language):
-    max_len: int = 512
+    max_len: Count = 512
     mix: dict = field(default_factory=lambda: {"asr": 0.4, "tts": 0.4, "t2t": 0.2})  # p = 1/2 each; of text not said
 
 
 @dataclass
 class Stage3(Language):
-    steps: int = 4200
-    batch_size: int = 128
+    steps: Whole = 4200
+    batch_size: Count = 128
     mix: dict = field(default_factory=lambda: {"chain": 1.0})
 
 
@@ -126,56 +127,57 @@ class CorpusSection:
 class HubertSection(Optimisation):
     """Two rounds (HuBERT paper §3): on clusters of MFCCs, then on clusters of the first round's `layer`."""
 
-    recordings: int | None = None  # learn from so many of the training recordings; None: from all
+    recordings: Count | None = None  # learn from so many of the training recordings; None: from all
     speaker: int | None = None  # learn from this speaker's recordings alone: units are then the sounds of one voice
-    perturb: float = 0.0  # play every crop at a rate between exp(-perturb) and exp(perturb): as if others spoke
-    clusters: tuple[int, ...] = (100, 500)  # of each round; the number of rounds is how many there are
-    layer: int = 6  # whose clusters teach the second round
-    frames: int = 99  # of 20 ms, in a crop
-    mask_prob: float = 0.08
-    mask_span: int = 10
-    unmasked_weight: float = 0.0  # of the loss at frames that are not hidden (HuBERT paper eq. 2: (1 - alpha) / alpha)
-    cluster_frames: int = 100_000  # k-means is fitted on so many
+    perturb: Share = 0.0  # play every crop at a rate between exp(-perturb) and exp(perturb): as if others spoke
+    clusters: tuple[Count, ...] = (100, 500)  # of each round; the number of rounds is how many there are
+    layer: Count = 6  # whose clusters teach the second round
+    frames: Count = 99  # of 20 ms, in a crop
+    mask_prob: Share = 0.08
+    mask_span: Count = 10
+    unmasked_weight: Amount = 0.0  # of the loss at frames that are not hidden (HuBERT paper eq. 2: (1 - alpha) / alpha)
+    cluster_frames: Count = 100_000  # k-means is fitted on so many
     model: HuBERTConfig = field(default_factory=HuBERTConfig)
 
 
 @dataclass
 class UnitsSection:
-    clusters: int = 1000
-    layer: int = 11
-    smooth: int = 1  # frames averaged before clustering (odd)
-    cluster_frames: int = 200_000
-    perturb: tuple[float, float] = (0.0, 0.0)  # not 0: also the own voice at other rates and pitches, each between
-    # exp(-that) and exp(that); see data/units.py
-    embed_centers: float = 0.0  # LLaMA's rows for units begin as cluster centres of this standard deviation, and the
-    # vocoder's as the same of 1: units that sound alike begin alike. 0: all of them at random, as in the paper
+    clusters: Count = 1000
+    layer: Count = 11
+    smooth: Count = 1  # frames averaged before clustering (odd)
+    cluster_frames: Count = 200_000
+    # not 0: also the own voice at other rates and pitches, each between exp(-that) and exp(that); see data/units.py
+    perturb: tuple[Share, Share] = (0.0, 0.0)
+    # LLaMA's rows for units begin as cluster centres of this standard deviation, and the vocoder's as the same of 1:
+    # units that sound alike begin alike. 0: all of them at random, as in the paper
+    embed_centers: Annotated[float, Limits(0, 100)] = 0.0
 
 
 @dataclass
 class Normalize(Optimisation):
     """HuBERT, so far as units need it, after its clusters are found: see `normalize`."""
 
-    steps: int = 0
-    batch_size: int = 8
-    frames: int = 99  # of 20 ms, in a crop
-    others: float = 0.6  # share of the crops in which somebody else speaks
-    perturb: tuple[float, float] = (0.18, 0.22)  # pace and pitch at which the own voice is played, as units.perturb
-    perturb_others: tuple[float, float] = (0.05, 0.05)  # and the others, who differ by themselves
-    temperature: float = 8.0  # of squared distances to the clusters' centres
+    steps: Whole = 0
+    batch_size: Count = 8
+    frames: Count = 99  # of 20 ms, in a crop
+    others: Share = 0.6  # share of the crops in which somebody else speaks
+    perturb: tuple[Share, Share] = (0.18, 0.22)  # pace and pitch at which the own voice is played, as units.perturb
+    perturb_others: tuple[Share, Share] = (0.05, 0.05)  # and the others, who differ by themselves
+    temperature: Positive = 8.0  # of squared distances to the clusters' centres
 
 
 @dataclass
 class LoraSection:
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
+    r: Count = 8
+    alpha: Amount = 16.0
+    dropout: Share = 0.0
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
 @dataclass
 class EvaluateSection:
-    items: int = 120
-    takes: int | None = None  # of what is spoken, at most; None: as sample.py does
+    items: Count = 120
+    takes: Count | None = None  # of what is spoken, at most; None: as sample.py does
 
 
 @dataclass
@@ -183,11 +185,11 @@ class Config:
     out: str = "out/tiny"
     seed: int = 0
     device: str = "auto"
-    workers: int = 0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
+    workers: Whole = 0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
     beside: bool = True  # on a CPU two stages at a time, where they need nothing of each other, half of the cores each
     pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped. A SpeechGPT folder (llama/ beside
     # hubert/) is one whose units were others: its rows for units are translated into this run's, its vocoder/ too
-    vocab_size: int = 600  # text pieces, where there is no pretrained LLaMA
+    vocab_size: Count = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
     hubert: HubertSection = field(default_factory=HubertSection)
     units: UnitsSection = field(default_factory=UnitsSection)
@@ -201,6 +203,14 @@ class Config:
     vocoder: train_vocoder.VocoderStage = field(default_factory=train_vocoder.VocoderStage)
     vocoder_model: VocoderConfig = field(default_factory=VocoderConfig)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+
+    def __post_init__(self):
+        most = self.hubert.model.n_layers
+        for key, layer in (("units.layer", self.units.layer), ("hubert.layer", self.hubert.layer)):
+            if layer > most and (key == "units.layer" or len(self.hubert.clusters) > 1):
+                raise ValueError(f"{key} is {layer}; hubert.model has layers 1 to {most}")
+        if not self.units.smooth % 2:
+            raise ValueError(f"units.smooth is {self.units.smooth}; it must be odd, as many frames before as after")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -369,8 +379,6 @@ def layer_features(model: HuBERT, layer: int, frames: int, wav: Tensor) -> Tenso
 def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clusters: int, teacher: Callable,
                  previous: HuBERT | None) -> HuBERT:
     h, corpus = c.hubert, corpus_folder(c)
-    if not 0 <= h.perturb <= 1:
-        raise ValueError(f"hubert.perturb is {h.perturb}; it must be 0 to 1 (rates up to e = 2.7)")
     labels_file, weights = folder / f"clusters{number}.npz", folder / f"round{number}.safetensors"
     torch.manual_seed(c.seed)
     model = HuBERT(dataclasses.replace(h.model, n_classes=clusters)).to(device)
@@ -432,22 +440,12 @@ def load_labels(path: Path) -> list[np.ndarray]:
 
 def make_units(c: Config, folder: Path, device: torch.device):
     """model/hubert: as much of HuBERT as the units need, and their clusters; and the corpus as those units."""
-    corpus, h = corpus_folder(c), c.hubert.model
-    if not 0 <= c.units.embed_centers <= 100:
-        raise ValueError(f"units.embed_centers is {c.units.embed_centers}; it must be 0 to 100")
-    for name, most in (("units.perturb", c.units.perturb), ("normalize.perturb", c.normalize.perturb),
-                       ("normalize.perturb_others", c.normalize.perturb_others)):
-        if len(most) != 2 or not all(0 <= x <= 1 for x in most):
-            raise ValueError(f"{name} is {most}; it must be two numbers, 0 to 1 (a pitch of 2.7)")
-    if not 0 <= c.normalize.others <= 1:
-        raise ValueError(f"normalize.others is {c.normalize.others}; it is a share, 0 to 1")
-    if not 1 <= c.units.layer <= h.n_layers:
-        raise ValueError(f"units.layer is {c.units.layer}; hubert.model has layers 1 to {h.n_layers}")
+    corpus = corpus_folder(c)
     if run.rank() == 0 and not (folder / "found/targets.npz").exists():  # which are of these clusters
         weights = Path(c.out) / "state/hubert" / f"round{len(c.hubert.clusters)}.safetensors"
         tensors = {n: t for n, t in without_layers_above(c.units.layer, checkpoint.read_tensors(weights)).items()
                    if not n.startswith(("final_proj", "label_embs"))}
-        model = HuBERT(dataclasses.replace(h, n_classes=0, n_layers=c.units.layer))
+        model = HuBERT(dataclasses.replace(c.hubert.model, n_classes=0, n_layers=c.units.layer))
         checkpoint.assign(model, tensors, str(weights))
         model.to(device).eval()
         rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
@@ -475,6 +473,8 @@ def normalize(c: Config, folder: Path, extractor: UnitExtractor, device: torch.d
     run.wait()
     with np.load(target_file) as stored:
         ids, apart = stored["ids"].tolist(), stored["apart"]
+    if not rows.keys() >= set(ids):
+        raise ValueError(f"{target_file} is of other recordings than {corpus_folder(c)}; delete {folder} to begin anew")
     other = np.array([rows[id]["speaker"] != unit_files.OWN_VOICE for id in ids])
     others = o.others if other.any() else 0.0  # who is further from the own voice is heard more often:
     share = np.where(other, others * apart / (apart.sum() or 1.0), (1 - others) / (~other).sum())
@@ -639,8 +639,6 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
                                  instruct.examples(corpus_folder(c), "train", o.mix), c.seed, o.batch_size, o.max_len,
                                  o.accumulate, run.rank(), run.world_size())
 
-    if not 0 < o.unit_weight <= 1000:
-        raise ValueError(f"{stage.section}.unit_weight is {o.unit_weight}; it must be above 0 and at most 1000")
     rows = model.config.vocab_size
     weight = torch.ones(max(rows, len(tok)), device=device)
     weight[tok.unit_ids.start:tok.unit_ids.stop] = o.unit_weight

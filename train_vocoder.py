@@ -32,6 +32,7 @@ import checkpoint
 import config
 import run
 import vocoder as v
+from config import Amount, Count, Share, Whole
 from data import audio
 from data.units import read_jsonl
 from hubert import KMeans
@@ -40,36 +41,36 @@ from vocoder import UnitVocoder, VocoderConfig
 
 @dataclass
 class VocoderStage:
-    frame_steps: int = 0  # ours: before all others, so many for the frame-rate half alone, which then stays as it is
-    frame_batch: int = 6  # whole recordings a step, over all ranks
-    frame_lr: float = 4e-3
-    steps: int = 400_000
-    batch_size: int = 16  # crops a step, over all ranks
-    segment: int = 28  # frames of a crop: 28 * 320 = 8960 samples
-    margin: int = 0  # frames on either side of a crop that the generator sees and does not speak
-    lr: float = 2e-4
-    betas: tuple[float, ...] = (0.8, 0.99)
-    judge_lr: float | None = None  # of the discriminators; None: as the generator's
-    weight_decay: float = 0.01
-    warmup: int = 0  # steps
-    floor: float = 0.1  # the last learning rate, as a share of `lr`
-    clip: float = 1000.0  # largest norm of the generator's gradient
-    adversarial_start: int = 0  # step from which on there are discriminators
-    mel_weight: float = 45.0
-    spectral_weight: float = 0.0  # mel loss through several windows: ours, for the steps without discriminators
-    spectral_sizes: tuple[int, ...] = (2048, 1024, 512, 256, 128)
-    adversarial_weight: float = 1.0
-    feature_weight: float = 2.0
-    duration_weight: float = 1.0
-    mpd_periods: tuple[int, ...] = (2, 3, 5, 7, 11)
-    mpd_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)
-    msd_scales: int = 3
-    msd_layers: tuple[tuple[int, ...], ...] = (  # (channels, kernel, stride, groups)
+    frame_steps: Whole = 0  # ours: before all others, so many for the frame-rate half alone, which then stays as it is
+    frame_batch: Count = 6  # whole recordings a step, over all ranks
+    frame_lr: Amount = 4e-3
+    steps: Whole = 400_000
+    batch_size: Count = 16  # crops a step, over all ranks
+    segment: Count = 28  # frames of a crop: 28 * 320 = 8960 samples
+    margin: Whole = 0  # frames on either side of a crop that the generator sees and does not speak
+    lr: Amount = 2e-4
+    betas: tuple[Share, Share] = (0.8, 0.99)
+    judge_lr: Amount | None = None  # of the discriminators; None: as the generator's
+    weight_decay: Amount = 0.01
+    warmup: Whole = 0  # steps
+    floor: Share = 0.1  # the last learning rate, as a share of `lr`
+    clip: Amount = 1000.0  # largest norm of the generator's gradient
+    adversarial_start: Whole = 0  # step from which on there are discriminators
+    mel_weight: Amount = 45.0
+    spectral_weight: Amount = 0.0  # mel loss through several windows: ours, for the steps without discriminators
+    spectral_sizes: tuple[Count, ...] = (2048, 1024, 512, 256, 128)
+    adversarial_weight: Amount = 1.0
+    feature_weight: Amount = 2.0
+    duration_weight: Amount = 1.0
+    mpd_periods: tuple[Count, ...] = (2, 3, 5, 7, 11)
+    mpd_channels: tuple[Count, ...] = (32, 128, 512, 1024, 1024)
+    msd_scales: Whole = 3
+    msd_layers: tuple[tuple[Count, Count, Count, Count], ...] = (  # (channels, kernel, stride, groups)
         (128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16), (512, 41, 4, 16), (1024, 41, 4, 16),
         (1024, 41, 1, 16), (1024, 5, 1, 1))
     bf16: bool = False  # convolutions in bfloat16 where that is faster
-    eval_every: int = 1000
-    save_every: int = 5000
+    eval_every: Count = 1000
+    save_every: Count = 5000
     seed: int = 0
 
 
@@ -320,11 +321,6 @@ def check(model: VocoderConfig, stage: VocoderStage, speech: Speech):
     for key in ("batch_size", "frame_batch") if stage.frame_steps else ("batch_size",):
         if (size := getattr(stage, key)) % run.world_size():
             raise ValueError(f"vocoder.{key} {size} does not divide among {run.world_size()} processes")
-    if stage.frame_steps < 0 or stage.frame_batch < 1:
-        raise ValueError(f"vocoder.frame_steps is {stage.frame_steps}, frame_batch {stage.frame_batch}; they must be "
-                         "at least 0 and 1")
-    if stage.margin < 0:
-        raise ValueError(f"vocoder.margin is {stage.margin}; it counts frames, 0 or more")
     if stage.segment * 320 <= max(stage.spectral_sizes):
         raise ValueError(f"vocoder.segment {stage.segment} is shorter than a window of vocoder.spectral_sizes")
 

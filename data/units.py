@@ -75,6 +75,7 @@ def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.dev
         wav = audio.load(Path(corpus) / row["wav"])
         if "pitch" in row:
             wav = audio.play(wav, row["rate"], row["pitch"])
+            wav = np.pad(wav, (0, max(0, audio.MIN_SAMPLES - len(wav))))  # a faster one may leave less than a frame
         with torch.inference_mode():
             return function(torch.from_numpy(wav).to(device))
 

@@ -185,6 +185,13 @@ def test_only_the_own_voice_is_learned_to_speak(corpus, tok):
         assert tok.parse(answer).ta == example.of.text or tok.parse(answer).ua == example.of.units
 
 
+def test_a_recording_of_one_frame_has_one_at_every_pace(tmp_path):
+    audio.save(tmp_path / "a.wav", np.full(400, 0.1))
+    heard = units.map_speech(tmp_path, [{"wav": "a.wav", "rate": rate, "pitch": 1.0} for rate in (0.5, 1.0, 2.0)],
+                             len, torch.device("cpu"), "")
+    assert heard == [800, 400, 400]
+
+
 def test_a_killed_extraction_does_nothing_twice(tmp_path):
     corpus, work = tmp_path / "corpus", tmp_path / "work"
     work.mkdir()

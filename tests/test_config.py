@@ -16,7 +16,11 @@ class Part:
     steps: int = 3
     lr: float = 1e-3
     kernel: tuple[int, ...] = (1, 2)
-    limit: int | None = None
+    limit: config.Count | None = None
+    share: config.Share = 0.5
+    weight: config.Amount = 1.0
+    pair: tuple[config.Share, config.Share] = (0.0, 1.0)
+    rule: bool | str | None = None
 
 
 @dataclass
@@ -36,6 +40,9 @@ def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
     c = read(tmp_path, '[part]\nsteps = 4\nkernel = [3, 4, 5]\n', "--part.lr", "1", "--part.limit=7", "--out", "x y")
     assert c == Whole("x y", {}, Part(4, 1.0, (3, 4, 5), 7))
     assert isinstance(c.part.lr, float)
+    for rule, found in (("true", True), ("by name", "by name")):
+        assert read(tmp_path, "", "--part.rule", rule).part.rule == found
+    assert read(tmp_path, "[part]\nshare = 1\npair = [1, 0]\n").part == Part(share=1.0, pair=(1.0, 0.0))
 
 
 @pytest.mark.parametrize("text, flags, said", [
@@ -45,6 +52,15 @@ def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
     ("[part]\nsteps = true", (), "expected int, found True"),
     ("[part]\nkernel = [1, 'a']", (), "expected int, found 'a'"),
     ("part = 3", (), "expected Part, found 3"),
+    ("[part]\nkernel = 3", (), "key 'kernel': expected a list, found 3"),
+    ("[part]\nlimit = 0", (), "key 'limit': must be at least 1, found 0"),
+    ("[part]\nlimit = 'a'", (), "key 'limit': expected int, found 'a'"),
+    ("[part]\nshare = 1.5", (), "key 'share': must be 0 to 1, found 1.5"),
+    ("[part]\nshare = nan", (), "must be 0 to 1, found nan"),
+    ("", ("--part.weight", "inf"), "must be at least 0, found inf"),
+    ("[part]\npair = [0.1, -0.1]", (), "key 'pair': must be 0 to 1, found -0.1"),
+    ("[part]\npair = [0.1]", (), "expected 2 values, found"),
+    ("[part]\nrule = 3", (), "key 'rule': expected str, found 3"),
     ("[part\n", (), "not valid TOML"),
     ("", ("--part.lr",), "needs a value"),
     ("", ("part.lr", "3"), "unexpected argument"),

@@ -116,12 +116,6 @@ def test_the_frame_rate_half_learns_first_and_then_stays_as_it_is(corpus, tmp_pa
         assert not first or not torch.equal(short[name], none[name]), name
 
 
-@pytest.mark.parametrize("wrong", [dict(frame_steps=-1), dict(frame_steps=2, frame_batch=0)])
-def test_impossible_frame_steps_are_one_line(corpus, tmp_path, wrong):
-    with pytest.raises(ValueError, match="at least 0 and 1"):
-        learn(corpus, tmp_path / "out", wrong)
-
-
 def test_the_frame_rate_half_learns(corpus, tmp_path):
     learn(corpus, tmp_path / "out", dict(frame_steps=60, frame_batch=3, frame_lr=1e-2, steps=0, bf16=True))
     errors = [row["frames"] for row in lines(tmp_path / "out")]
@@ -225,8 +219,7 @@ def test_another_config_than_the_interrupted_run_had_is_refused(corpus, tmp_path
 
 @pytest.mark.parametrize("stage, model, message", [
     ({}, {"num_embeddings": 5}, "num_embeddings to at least 10"), ({}, {"num_speakers": 1}, "num_speakers"),
-    ({}, {"multispkr": None, "model_in_dim": 8}, "multispkr = true"), ({"segment": 1}, {}, "segment"),
-    ({"margin": -1}, {}, "margin is -1")])
+    ({}, {"multispkr": None, "model_in_dim": 8}, "multispkr = true"), ({"segment": 1}, {}, "segment")])
 def test_a_config_that_does_not_fit_the_corpus_is_refused(corpus, tmp_path, stage, model, message):
     with pytest.raises(ValueError, match=message):
         learn(corpus, tmp_path / "out", stage, model)
