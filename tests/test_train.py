@@ -34,9 +34,11 @@ def train(*arguments, launcher=(sys.executable,)):
 
 
 def stages(out: Path, *names: str, flags=()):
-    for name in names:
-        done = train("configs/ci.toml", "--out", out, "--stage", name, *flags)
-        assert done.returncode == 0, done.stderr[-2000:]
+    """One after the other, in one process: most of the time of a stage this small is importing torch."""
+    arguments = ["train.py", "configs/ci.toml", "--out", *map(str, [out, *flags]), "--stage"]
+    script = f"import sys, train\nfor name in {names}:\n    sys.argv = [*{arguments}, name]\n    train.main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def metrics(out: Path, name: str) -> list[dict]:
@@ -57,16 +59,29 @@ def out(spoken, tmp_path) -> Path:
     return Path(shutil.copytree(spoken, tmp_path / "ci"))
 
 
-def test_all_stages_of_the_language_model_run_once_and_are_then_skipped(out):
-    stages(out, "text", "1", "2", "3")
+@pytest.fixture(scope="module")
+def adapted(spoken, tmp_path_factory) -> Path:
+    """The same as far as stage 1: a LLaMA that knows units."""
+    out = Path(shutil.copytree(spoken, tmp_path_factory.mktemp("run") / "ci"))
+    stages(out, "text", "1")
+    return out
+
+
+@pytest.fixture
+def grown(adapted, tmp_path) -> Path:
+    return Path(shutil.copytree(adapted, tmp_path / "ci"))
+
+
+def test_all_stages_of_the_language_model_run_once_and_are_then_skipped(grown):
+    stages(grown, "2", "3")
     for name in ("hubert1", "hubert2", "text", "stage1", "stage2", "stage3"):
-        lines = metrics(out, name)
+        lines = metrics(grown, name)
         assert [line["step"] for line in lines] == [0, 1, 2] and all(line["loss"] > 0 for line in lines)
-    assert (out / "model/llama/model.safetensors").exists() and (out / "model/lora/adapter_config.json").exists()
-    before = (out / "model/llama/model.safetensors").read_bytes()
-    again = train("configs/ci.toml", "--out", out, "--stage", "2")
+    assert (grown / "model/llama/model.safetensors").exists() and (grown / "model/lora/adapter_config.json").exists()
+    before = (grown / "model/llama/model.safetensors").read_bytes()
+    again = train("configs/ci.toml", "--out", grown, "--stage", "2")
     assert again.returncode == 0 and "finished before" in again.stdout
-    assert (out / "model/llama/model.safetensors").read_bytes() == before
+    assert (grown / "model/llama/model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("stage, name", [("text", "text"), ("hubert", "hubert1")])
@@ -99,8 +114,7 @@ def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
     assert runs["killed"] == runs["whole"]  # every loss, to the last bit
 
 
-def test_embeddings_of_units_can_begin_as_the_centres_of_their_clusters(spoken, tmp_path):
-    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+def test_embeddings_of_units_can_begin_as_the_centres_of_their_clusters(out):
     shutil.rmtree(out / "state/units")
     stages(out, "units", "text", "1", flags=["--units.embed_centers", 0.3, "--stage1.steps", 0])
     text, grown = (Llama.from_pretrained(out / name).state_dict() for name in ("text", "stage1"))
@@ -112,8 +126,7 @@ def test_embeddings_of_units_can_begin_as_the_centres_of_their_clusters(spoken, 
         assert grown[name][old + units:].std() == pytest.approx(0.02, rel=0.2)  # markers: by chance as ever
 
 
-def test_the_own_voice_is_also_heard_as_if_others_spoke(spoken, tmp_path):
-    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+def test_the_own_voice_is_also_heard_as_if_others_spoke(out):
     shutil.rmtree(out / "state/units")
     flags = ["--units.perturb", "[0.3, 0.2]"]
     stages(out, "units", flags=flags)
@@ -134,8 +147,7 @@ def test_the_own_voice_is_also_heard_as_if_others_spoke(spoken, tmp_path):
     assert not (out / "corpus/perturbed.jsonl").exists()  # it would be of other units
 
 
-def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_says_it(spoken, tmp_path):
-    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_says_it(out):
     shutil.rmtree(out / "state/units")
     prepare.prepare(out / "corpus", sentences=20, renditions=len(prepare.SPEAKERS), workers=1, progress=False)
     flags = ["--normalize.steps", 40, "--normalize.lr", 2e-3, "--normalize.save_every", 10]
@@ -207,8 +219,7 @@ def test_a_mistaken_number_ends_train_before_anything_begins(tmp_path):
     assert "'temperature': must be 0.001 to 1000, found 0" in done.stderr and not (tmp_path / "ci").exists()
 
 
-def test_model_hubert_has_no_layer_above_the_units(spoken, tmp_path):
-    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+def test_model_hubert_has_no_layer_above_the_units(out):
     shutil.rmtree(out / "state/units")
     shutil.rmtree(out / "state/hubert")
     stages(out, "hubert", "units", flags=["--hubert.model.n_layers", 2, "--units.layer", 1])
@@ -220,17 +231,17 @@ def test_model_hubert_has_no_layer_above_the_units(spoken, tmp_path):
         assert not name.startswith("encoder.layers.1.") and torch.equal(tensor, whole[name])
 
 
-def test_a_model_that_knows_other_units_is_translated(out, tmp_path):
-    stages(out, "text", "1", "2", "vocoder")
-    before = Path(shutil.copytree(out / "model", tmp_path / "before"))
+def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
+    stages(grown, "2", "vocoder")
+    before = Path(shutil.copytree(grown / "model", tmp_path / "before"))
     old, known = Llama.from_pretrained(before / "llama"), Tokenizer.from_pretrained(before / "llama")
     centers = UnitExtractor.from_pretrained(before / "hubert").kmeans.centers
     # the units of this run: each of the old ones by another number, and one more that is never heard
     n = len(centers)
     other = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [json.loads(line) for line in (out / "corpus/units.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (grown / "corpus/units.jsonl").read_text().splitlines()]
     frames = torch.zeros(n)
-    train_ids = {row["id"] for row in map(json.loads, (out / "corpus/manifest.jsonl").read_text().splitlines())
+    train_ids = {row["id"] for row in map(json.loads, (grown / "corpus/manifest.jsonl").read_text().splitlines())
                  if row["split"] == "train"}
     assert len(train_ids) <= 2000  # all of them are counted
     for row in rows:
@@ -238,13 +249,13 @@ def test_a_model_that_knows_other_units_is_translated(out, tmp_path):
             for unit, duration in zip(row["units"], row["durations"]):
                 frames[unit] += duration
         row["units"] = [other[unit] for unit in row["units"]]
-    (out / "corpus/units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.rmtree(out / "tokenizer")
-    shutil.rmtree(out / "state/1")
+    (grown / "corpus/units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(grown / "tokenizer")
+    shutil.rmtree(grown / "state/1")
     flags = ["--pretrained", before, "--stage1.steps", 0, "--units.clusters", n + 1, "--units.embed_centers", 0.3]
-    stages(out, "1", flags=flags)
+    stages(grown, "1", flags=flags)
 
-    new, tok = Llama.from_pretrained(out / "stage1"), Tokenizer.from_pretrained(out / "stage1")
+    new, tok = Llama.from_pretrained(grown / "stage1"), Tokenizer.from_pretrained(grown / "stage1")
     assert tok.n_units == n + 1 and tok.n_text == known.n_text and new.config.vocab_size == len(tok) == len(known) + 1
     for name, table in old.state_dict().items():
         if name not in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -260,42 +271,41 @@ def test_a_model_that_knows_other_units_is_translated(out, tmp_path):
         torch.testing.assert_close(now[tok.unit_id(n)], anybody, atol=1e-5, rtol=1e-4)
 
     old = UnitVocoder.from_pretrained(before / "vocoder").state_dict()
-    flags_of = ["--vocoder.steps", 0, "--vocoder.frame_steps", 0, "--vocoder_model.num_embeddings", n + 1]
+    room = "--vocoder_model.num_embeddings"
+    flags_of = ["--vocoder.steps", 0, "--vocoder.frame_steps", 0, room, n + 1]
     for wider in (False, True):
-        shutil.rmtree(out / "state/vocoder")
+        shutil.rmtree(grown / "state/vocoder")
         shape = ["--vocoder_model.context_dilations", "[3]"] if wider else []
-        stages(out, "vocoder", flags=[*flags, *flags_of, *shape])
-        new = UnitVocoder.from_pretrained(out / "model/vocoder").state_dict()
+        stages(grown, "vocoder", flags=[*flags, *flags_of, *shape])
+        new = UnitVocoder.from_pretrained(grown / "model/vocoder").state_dict()
         of_units = (frames[:, None] * old["dict.weight"] + 0.5 * (frames @ old["dict.weight"] / frames.sum())) / (
             frames[:, None] + 0.5)
         rest = [torch.equal(new[name], table) for name, table in old.items() if name != "dict.weight"]
         assert all(rest) != wider  # of another shape: anew
         assert torch.allclose(new["dict.weight"][other], of_units, atol=1e-5) != wider
 
-    shutil.rmtree(out / "state/vocoder")
+    shutil.rmtree(grown / "state/vocoder")
     for clusters, message in ((centers, "num_embeddings to at least"), (torch.cat([centers] * 2), "vocoder knows")):
         KMeans(clusters).save(before / "hubert")
-        done = train("configs/ci.toml", "--out", out, "--stage", "vocoder", *flags, "--vocoder_model.num_embeddings", n)
+        done = train("configs/ci.toml", "--out", grown, "--stage", "vocoder", *flags, room, n)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
     KMeans(centers[:-1]).save(before / "hubert")
-    shutil.rmtree(out / "state/1")
-    done = train("configs/ci.toml", "--out", out, "--stage", "1", *flags)
+    shutil.rmtree(grown / "state/1")
+    done = train("configs/ci.toml", "--out", grown, "--stage", "1", *flags)
     assert done.returncode == 1 and "different models" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_units_can_count_less_than_text(out):
-    stages(out, "text", "1")
+def test_units_can_count_less_than_text(grown):
     first = {}
     for weight in (1, 0.01):
-        stages(out, "2", flags=["--stage2.unit_weight", weight, "--stage2.steps", 1])
-        first[weight] = metrics(out, "stage2")[0]["loss"]
-        shutil.rmtree(out / "state/2")
+        stages(grown, "2", flags=["--stage2.unit_weight", weight, "--stage2.steps", 1])
+        first[weight] = metrics(grown, "stage2")[0]["loss"]
+        shutil.rmtree(grown / "state/2")
     assert first[1] > 0 and first[0.01] > 0 and abs(first[1] - first[0.01]) > 1e-3  # another mean of the same losses
 
 
-def test_hubert_learns_from_the_speaker_it_is_told_to(spoken, tmp_path):
-    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+def test_hubert_learns_from_the_speaker_it_is_told_to(out):
     shutil.rmtree(out / "state/hubert")
     done = train("configs/ci.toml", "--out", out, "--stage", "hubert", "--hubert.speaker", 9)
     assert done.returncode == 1 and "speaker 9 has no training recording" in done.stderr
