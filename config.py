@@ -27,7 +27,7 @@ from typing import Annotated, NamedTuple
 
 
 class Limits(NamedTuple):
-    """Of a number, as the annotation of a field."""
+    """What a number may be: the annotation of a field, as in `share: Annotated[float, Limits(0, 1)] = 0.5`."""
 
     least: float
     most: float = math.inf
@@ -36,7 +36,7 @@ class Limits(NamedTuple):
 Whole = Annotated[int, Limits(0)]
 Count = Annotated[int, Limits(1)]
 Share = Annotated[float, Limits(0, 1)]
-Amount = Annotated[float, Limits(0)]
+Amount = Annotated[float, Limits(0, 1e9)]
 Positive = Annotated[float, Limits(0.001, 1000)]
 
 
@@ -45,7 +45,7 @@ def fit(value, hint, where: str):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value, (least, most) = fit(value, arguments[0], where), arguments[1]
-        if not least <= value <= most or value == math.inf:
+        if not least <= value <= most:  # NaN neither
             limits = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
             raise ValueError(f"{where}: must be {limits}, found {value!r}")
         return value
@@ -64,11 +64,11 @@ def fit(value, hint, where: str):
         return origin(fit(item, of, where) for item, of in zip(value, inner))
     if hint is dict and isinstance(value, dict):
         return value
-    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return load(hint, value, where)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif hint in (int, str, bool) and type(value) is hint:
+    if hint in (int, str, bool) and type(value) is hint:
         return value
     expected = "a list" if origin in (list, tuple) else hint.__name__
     raise ValueError(f"{where}: expected {expected}, found {value!r}")

@@ -127,7 +127,7 @@ class CorpusSection:
 class HubertSection(Optimisation):
     """Two rounds (HuBERT paper §3): on clusters of MFCCs, then on clusters of the first round's `layer`."""
 
-    recordings: Count | None = None  # learn from so many of the training recordings; None: from all
+    recordings: Whole | None = None  # learn from so many of the training recordings; None or 0: from all
     speaker: int | None = None  # learn from this speaker's recordings alone: units are then the sounds of one voice
     perturb: Share = 0.0  # play every crop at a rate between exp(-perturb) and exp(perturb): as if others spoke
     clusters: tuple[Count, ...] = (100, 500)  # of each round; the number of rounds is how many there are
@@ -176,14 +176,14 @@ class LoraSection:
 
 @dataclass
 class EvaluateSection:
-    items: Count = 120
+    items: Whole = 120  # in a row of the report; 0: all there are
     takes: Count | None = None  # of what is spoken, at most; None: as sample.py does
 
 
 @dataclass
 class Config:
     out: str = "out/tiny"
-    seed: int = 0
+    seed: Whole = 0
     device: str = "auto"
     workers: Whole = 0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
     beside: bool = True  # on a CPU two stages at a time, where they need nothing of each other, half of the cores each
@@ -205,9 +205,11 @@ class Config:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
     def __post_init__(self):
-        most = self.hubert.model.n_layers
-        for key, layer in (("units.layer", self.units.layer), ("hubert.layer", self.hubert.layer)):
-            if layer > most and (key == "units.layer" or len(self.hubert.clusters) > 1):
+        layers, most = {"units.layer": self.units.layer}, self.hubert.model.n_layers
+        if len(self.hubert.clusters) > 1:  # otherwise it teaches nobody
+            layers["hubert.layer"] = self.hubert.layer
+        for key, layer in layers.items():
+            if layer > most:
                 raise ValueError(f"{key} is {layer}; hubert.model has layers 1 to {most}")
         if not self.units.smooth % 2:
             raise ValueError(f"units.smooth is {self.units.smooth}; it must be odd, as many frames before as after")

@@ -71,7 +71,7 @@ class VocoderStage:
     bf16: bool = False  # convolutions in bfloat16 where that is faster
     eval_every: Count = 1000
     save_every: Count = 5000
-    seed: int = 0
+    seed: Whole = 0
 
 
 HARMLESS = {"eval_every", "save_every"}  # keys that may change while a run is interrupted

@@ -57,7 +57,7 @@ def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
     ("[part]\nlimit = 'a'", (), "key 'limit': expected int, found 'a'"),
     ("[part]\nshare = 1.5", (), "key 'share': must be 0 to 1, found 1.5"),
     ("[part]\nshare = nan", (), "must be 0 to 1, found nan"),
-    ("", ("--part.weight", "inf"), "must be at least 0, found inf"),
+    ("", ("--part.weight", "inf"), "must be 0 to 1e.09, found inf"),
     ("[part]\npair = [0.1, -0.1]", (), "key 'pair': must be 0 to 1, found -0.1"),
     ("[part]\npair = [0.1]", (), "expected 2 values, found"),
     ("[part]\nrule = 3", (), "key 'rule': expected str, found 3"),

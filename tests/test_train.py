@@ -200,7 +200,9 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     ("hubert.perturb", 800, "must be 0 to 1, found 800"),
     ("stage2.unit_weight", 0, "must be 0.001 to 1000, found 0"),
     ("stage3.accumulate", 0, "must be at least 1, found 0"),
-    ("stage1.lr", "nan", "must be at least 0, found nan"),
+    ("stage1.lr", "nan", "must be 0 to 1e.09, found nan"),
+    ("stage1.clip", "inf", "must be 0 to 1e.09, found inf"),
+    ("seed", -1, "must be at least 0, found -1"),
     ("vocoder.margin", -1, "must be at least 0, found -1"),
     ("vocoder.frame_steps", -1, "must be at least 0, found -1"),
     ("vocoder.frame_batch", 0, "must be at least 1, found 0"),
@@ -211,6 +213,14 @@ def test_a_number_that_cannot_be_is_told_as_the_config_is_read(flag, value, said
     with pytest.raises(ValueError, match=said) as found:
         config.read(ROOT / "configs/ci.toml", Config, [f"--{flag}", str(value)])
     assert "\n" not in str(found.value)
+
+
+def test_none_of_the_limits_takes_away_a_zero_that_says_all_or_nothing():
+    zeros = ["evaluate.items", "hubert.recordings", "normalize.steps", "vocoder.frame_steps", "stage1.steps", "workers"]
+    c = config.read(ROOT / "configs/ci.toml", Config, [word for key in zeros for word in (f"--{key}", "0")])
+    assert c.evaluate.items == c.hubert.recordings == c.vocoder.frame_steps == c.stage1.steps == 0
+    one_round = ["--hubert.clusters", "[20]", "--hubert.layer", "9"]  # which then teaches nobody
+    assert config.read(ROOT / "configs/ci.toml", Config, one_round).hubert.layer == 9
 
 
 def test_a_mistaken_number_ends_train_before_anything_begins(tmp_path):
