@@ -43,33 +43,67 @@ import torch
 from torch import Tensor, nn
 
 # Bounds far above any honest file, so that a dishonest one costs little.
-MAX_JSON = 16 << 20     # bytes; the index of the largest LLaMA has 0.1 MB
-MAX_PICKLE = 64 << 20   # bytes without the tensors; SpeechGPT-7B has 0.05 MB
-MAX_STEPS = 250_000     # of the pickle machine; SpeechGPT-7B has 10,000
-MAX_RECORDS = 100_000   # in a zip archive; SpeechGPT-7B has 330
-MAX_CRC = 16 << 20      # bytes of a zip record whose checksum is verified: all but the matrices of an LLM
+MAX_JSON = 16 << 20  # bytes; the index of the largest LLaMA has 0.1 MB
+MAX_PICKLE = 64 << 20  # bytes without the tensors; SpeechGPT-7B has 0.05 MB
+MAX_STEPS = 250_000  # of the pickle machine; SpeechGPT-7B has 10,000
+MAX_RECORDS = 100_000  # in a zip archive; SpeechGPT-7B has 330
+MAX_CRC = 16 << 20  # bytes of a zip record whose checksum is verified: all but the matrices of an LLM
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
-          "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8}
-TORCH = {str(dtype).replace(".", " "): dtype for dtype in DTYPES.values()}       # "torch float32"
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-            "BoolStorage": torch.bool, "UntypedStorage": torch.uint8}
-NUMPY = {"f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "b1": torch.bool,
-         "i8": torch.int64, "i4": torch.int32, "i2": torch.int16, "i1": torch.int8,
-         "u8": torch.uint64, "u4": torch.uint32, "u2": torch.uint16, "u1": torch.uint8}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+}
+TORCH = {str(dtype).replace(".", " "): dtype for dtype in DTYPES.values()}  # "torch float32"
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+NUMPY = {
+    "f8": torch.float64,
+    "f4": torch.float32,
+    "f2": torch.float16,
+    "b1": torch.bool,
+    "i8": torch.int64,
+    "i4": torch.int32,
+    "i2": torch.int16,
+    "i1": torch.int8,
+    "u8": torch.uint64,
+    "u4": torch.uint32,
+    "u2": torch.uint16,
+    "u1": torch.uint8,
+}
 
 
 # ---- The map: the one place where bytes of a file become a tensor --------------------------------
+
 
 class MappedFile:
     """A regular file mapped into memory. Writing to one of its tensors never changes the file."""
 
     def __init__(self, path: Path):
-        if not stat.S_ISREG(os.stat(path).st_mode):       # a pipe or a device would block or never end
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device would block or never end
             raise ValueError("not a regular file")
         with open(path, "rb") as f:
             self.size = os.fstat(f.fileno()).st_size
@@ -83,10 +117,12 @@ class MappedFile:
 
     def bytes(self, start: int, n: int) -> bytes:
         self.check(start, n)
-        return self.map[start:start + n]
+        return self.map[start : start + n]
 
     def verify(self, crc: int, start: int, n: int) -> None:
-        if crc and n <= MAX_CRC and zlib.crc32(self.bytes(start, n)) != crc:      # 0: torch was told not to compute it
+        if (
+            crc and n <= MAX_CRC and zlib.crc32(self.bytes(start, n)) != crc
+        ):  # 0: torch was told not to compute it
             raise ValueError(f"damaged: the checksum of {n} bytes at {start} does not match")
 
     def unpack(self, layout: str, start: int) -> tuple:
@@ -100,13 +136,13 @@ class MappedFile:
         self.check(start, count * dtype.itemsize)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
-        if dtype == torch.bool:                           # a bool of any byte but 0 and 1 would be a broken one
+        if dtype == torch.bool:  # a bool of any byte but 0 and 1 would be a broken one
             return self.tensor(torch.uint8, start, shape).ne(0)
         return torch.frombuffer(self.map, dtype=dtype, count=count, offset=start).view(shape)
 
 
 def _map_flags() -> dict[str, int]:
-    if not hasattr(mmap, "MAP_PRIVATE"):                  # Windows
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return {"access": mmap.ACCESS_COPY}
     # Linux counts a private writable map as memory that might all be needed, and would refuse 27 GB on a small
     # machine; NORESERVE (no name in Python before 3.13) says that it will not be.
@@ -115,6 +151,7 @@ def _map_flags() -> dict[str, int]:
 
 
 # ---- Safetensors ---------------------------------------------------------------------------------
+
 
 def _safetensors_header(file: MappedFile) -> tuple[dict, int]:
     """The header, and the byte at which the numbers begin."""
@@ -132,7 +169,7 @@ def _read_safetensors(file: MappedFile) -> dict[str, Tensor]:
         dtype, shape, (begin, stop) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
         if dtype is None:
             raise ValueError(f"{_show(name)} has the unknown dtype {_show(entry['dtype'])}")
-        if begin != end:                                  # tensors lie end to end: no overlap, no hole
+        if begin != end:  # tensors lie end to end: no overlap, no hole
             raise ValueError(f"{_show(name)} begins at {_show(begin)}, the one before it ends at {end}")
         tensors[name] = file.tensor(dtype, start + end, shape)
         end += tensors[name].nbytes
@@ -154,11 +191,14 @@ def _read_safetensors(file: MappedFile) -> dict[str, Tensor]:
 # was fetched. Here GLOBAL compares the name with two lists, refuses what is in neither, and pushes only the name;
 # REDUCE calls functions of ours for the names of the first list, and makes an Inert for those of the second.
 
+
 def _strided(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
     """What torch makes of a flat storage: element (i, j, ..) is storage[offset + i stride[0] + j stride[1] + ..]."""
     fits = len(size) == len(stride) <= 16
     if not fits or not all(type(n) is int and 0 <= n < 2**48 for n in (offset, *size, *stride)):
-        raise ValueError(f"impossible tensor: offset {_show(offset)}, size {_show(size)}, stride {_show(stride)}")
+        raise ValueError(
+            f"impossible tensor: offset {_show(offset)}, size {_show(size)}, stride {_show(stride)}"
+        )
     count = math.prod(size)
     if count == 0:
         return storage.new_empty(size)
@@ -171,8 +211,9 @@ def _strided(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Te
 CALLABLE = {
     "torch._utils _rebuild_tensor": _strided,
     "torch._utils _rebuild_tensor_v2": _strided,
-    "torch._utils _rebuild_tensor_v3": lambda storage, offset, size, stride, _grad, _hooks, dtype, *_: _strided(
-        storage.view(TORCH[dtype.name]), offset, size, stride),
+    "torch._utils _rebuild_tensor_v3": lambda storage, offset, size, stride, _grad, _hooks, dtype, *_: (
+        _strided(storage.view(TORCH[dtype.name]), offset, size, stride)
+    ),
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
     "torch Size": lambda size: size,
     "collections OrderedDict": lambda: {},
@@ -184,12 +225,36 @@ INERT = re.compile(
     r"|numpy\.random\._pickle \w+_ctor|numpy\.random\._mt19937 MT19937"
     r"|torch (device|bool|b?float\d+\w*|u?int\d+|\w+Storage)|torch\.storage \w+Storage"
     r"|(builtins|__builtin__) (object|bool|int|long|float|complex|str|unicode|bytes|bytearray|tuple|list|dict|set"
-    r"|frozenset)", re.ASCII)
-LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
-            "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+    r"|frozenset)",
+    re.ASCII,
+)
+LITERALS = {
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "LONG4",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+}
 # A set becomes a list: to hash what a stranger has composed can take for ever.
-FRESH = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": tuple,
-         "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
+FRESH = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": list,
+}
 
 
 class Global:
@@ -197,8 +262,10 @@ class Global:
 
     def __init__(self, name: str):
         if len(name) > 200 or name not in CALLABLE and not INERT.fullmatch(name):
-            raise ValueError(f"refused: its pickle asks for {_show(name.replace(' ', '.'))}, which is not among the "
-                             "names that weights need (CALLABLE and INERT in checkpoint.py)")
+            raise ValueError(
+                f"refused: its pickle asks for {_show(name.replace(' ', '.'))}, which is not among the "
+                "names that weights need (CALLABLE and INERT in checkpoint.py)"
+            )
         self.name = name
 
 
@@ -223,7 +290,7 @@ class Stream:
             raise ValueError(f"a pickle of more than {MAX_PICKLE} bytes")
         return self.file.bytes(self.at - n, n)
 
-    def readline(self) -> bytes:                          # only names are lines
+    def readline(self) -> bytes:  # only names are lines
         return self.read(self.file.map.find(b"\n", self.at, self.at + 1000) + 1 - self.at)
 
 
@@ -286,14 +353,14 @@ def _unpickle(stream: Stream, storage: Callable | None = None, array: Callable |
                     raise ValueError("the pickle calls something that is not a name")
                 make = CALLABLE.get(wanted.name)
                 stack.append(make(*args) if make else Inert(wanted.name, args))
-            case "BUILD":                                 # gives the object below its attributes
+            case "BUILD":  # gives the object below its attributes
                 state, made = stack.pop(), stack[-1]
                 if type(made) is Inert:
-                    steps += len(state)                   # copies: counted, or many could share a large one
+                    steps += len(state)  # copies: counted, or many could share a large one
                     made.update(state if isinstance(state, dict) else {"state": state})
                     if array and made.name == "joblib.numpy_pickle NumpyArrayWrapper":
                         stack[-1] = array(made)
-                elif type(made) is not dict:              # the _metadata of an OrderedDict is dropped
+                elif type(made) is not dict:  # the _metadata of an OrderedDict is dropped
                     raise ValueError(f"the pickle sets attributes of a {type(made).__name__}")
             case "BINPERSID" if storage:
                 stack.append(storage(stack.pop()))
@@ -310,11 +377,18 @@ def _unpickle(stream: Stream, storage: Callable | None = None, array: Callable |
 #     <root>/data/0      the numbers of storage "0", not compressed: they can be mapped where they lie
 #     <root>/byteorder   "little"
 
+
 def _storage_id(id: tuple) -> tuple[str, torch.dtype, int]:
     """Key, dtype and number of elements from a storage's persistent id."""
     tag, kind, key, _device, count, *view = id
     dtype = STORAGES.get(kind.name.split(" ")[1])
-    if tag != "storage" or type(key) is not str or type(count) is not int or not dtype or view not in ([], [None]):
+    if (
+        tag != "storage"
+        or type(key) is not str
+        or type(count) is not int
+        or not dtype
+        or view not in ([], [None])
+    ):
         raise ValueError("a storage of an unknown kind")
     return key, dtype, count
 
@@ -340,7 +414,9 @@ def _read_zip(file: MappedFile) -> object:
     records = _zip_records(file)
     roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
     if len(roots) != 1 or f"{roots[0]}constants.pkl" in records:
-        raise ValueError("a zip archive, but not one that torch.save wrote (TorchScript programs are not read)")
+        raise ValueError(
+            "a zip archive, but not one that torch.save wrote (TorchScript programs are not read)"
+        )
     start, size, crc = records[f"{roots[0]}data.pkl"]
     if size > MAX_PICKLE:
         raise ValueError(f"a pickle of {size} bytes (at most {MAX_PICKLE})")
@@ -370,19 +446,22 @@ def _zip_records(file: MappedFile) -> dict[str, tuple[int, int, int]]:
         raise ValueError(f"a zip archive of {count} records (at most {MAX_RECORDS})")
     records = {}
     for _ in range(count):
-        (magic, _, _, flags, method, _, _, crc, packed, size, n_name, n_extra, n_comment, _, _, _,
-         header) = file.unpack("<4s6H3L5H2L", at)
+        (magic, _, _, flags, method, _, _, crc, packed, size, n_name, n_extra, n_comment, _, _, _, header) = (
+            file.unpack("<4s6H3L5H2L", at)
+        )
         if magic != b"PK\1\2" or max(n_name, n_extra) > 1000:
             raise ValueError("the directory of the zip archive is damaged")
         raw, extra = file.bytes(at + 46, n_name), file.bytes(at + 46 + n_name, n_extra)
         at += 46 + n_name + n_extra + n_comment
         packed, size, header = _zip64(extra, packed, size, header)
-        magic, *_, n_name, n_extra = file.unpack("<4s5H3L2H", header)     # its own header, before its bytes
+        magic, *_, n_name, n_extra = file.unpack("<4s5H3L2H", header)  # its own header, before its bytes
         start, name = header + 30 + n_name + n_extra, raw.decode("utf-8")
         if magic != b"PK\3\4" or file.bytes(header + 30, n_name) != raw or name in records:
             raise ValueError(f"the zip record {_show(name)} is not what the directory says")
         if method or flags & 1 or packed != size:
-            raise ValueError(f"the zip record {_show(name)} is compressed or encrypted, as torch.save never does")
+            raise ValueError(
+                f"the zip record {_show(name)} is compressed or encrypted, as torch.save never does"
+            )
         file.check(start, size)
         records[name] = (start, size, crc)
     spans = sorted(record[:2] for record in records.values())
@@ -397,8 +476,8 @@ def _zip64(extra: bytes, packed: int, size: int, header: int) -> list[int]:
     while len(extra) >= 4:
         tag, n = struct.unpack("<2H", extra[:4])
         if tag == 1:
-            wide = (value for value, in struct.iter_unpack("<Q", extra[4:4 + n // 8 * 8]))
-        extra = extra[4 + n:]
+            wide = (value for (value,) in struct.iter_unpack("<Q", extra[4 : 4 + n // 8 * 8]))
+        extra = extra[4 + n :]
     return [next(wide) if value == 0xFFFFFFFF else value for value in (size, packed, header)]
 
 
@@ -410,7 +489,7 @@ def _zip64(extra: bytes, packed: int, size: int, header: int) -> list[int]:
 # torch.save: magic number, 1001, {"little_endian": True, ..}, the object, [keys of its storages]: five pickles;
 # then for each key 8 bytes that count its numbers, and the numbers.
 
-LEGACY = 0x1950a86a20f9469cfc6c
+LEGACY = 0x1950A86A20F9469CFC6C
 
 
 def _read_pickle(file: MappedFile) -> object:
@@ -462,12 +541,19 @@ def _read_legacy(file: MappedFile, at: int) -> object:
 
 # ---- Any file ------------------------------------------------------------------------------------
 
-FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-          "pytorch_model.bin.index.json", "adapter_model.safetensors", "adapter_model.bin")
-NOT_WEIGHTS = {rb"version https://git-lfs": "a Git LFS pointer; fetch the file itself (git lfs pull)",
-               rb"\s*<": "a web page; the download went wrong",
-               rb"\x1f\x8b|BZh|\xfd7zXZ|\]\0\0|x[\x01\x5e\x9c\xda]":
-                   "compressed; unpack it first (joblib: write it with compress=0)"}
+FOLDER = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+NOT_WEIGHTS = {
+    rb"version https://git-lfs": "a Git LFS pointer; fetch the file itself (git lfs pull)",
+    rb"\s*<": "a web page; the download went wrong",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|\]\0\0|x[\x01\x5e\x9c\xda]": "compressed; unpack it first (joblib: compress=0)",
+}
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -540,16 +626,22 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 # ---- Into a module -------------------------------------------------------------------------------
 
+
 @torch.no_grad()
-def assign(module: nn.Module, tensors: dict[str, Tensor], source: str | Path,
-           dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+def assign(
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> None:
     """Fills every parameter and persistent buffer of `module` from `tensors`, and uses every tensor.
 
     dtype: what floating-point weights become (None: what the module has); device: where they go (None: where the
     module is, or the CPU for one built on meta). Converts one tensor at a time, so the peak is the module plus one
     tensor. Weights tied in the module may be given under one of their names or all. A missing, unused or wrongly
     shaped tensor is a ValueError that names it and `source`; the module is then untouched."""
-    wanted = module.state_dict(keep_vars=True)            # a tied weight appears under each of its names
+    wanted = module.state_dict(keep_vars=True)  # a tied weight appears under each of its names
     given = {id(weight) for name, weight in wanted.items() if name in tensors}
     for name, weight in wanted.items():
         if id(weight) not in given:
@@ -574,13 +666,14 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], source: str | Path,
         if (to, on) == (weight.dtype, weight.device):
             weight.copy_(tensor)
             continue
-        new = tensor.to(on, to, copy=True)                # the copy lets go of the map
+        new = tensor.to(on, to, copy=True)  # the copy lets go of the map
         if isinstance(weight, nn.Parameter):
             new = nn.Parameter(new, weight.requires_grad)
-        torch.utils.swap_tensors(weight, new)             # keeps the object, and with it every tie
+        torch.utils.swap_tensors(weight, new)  # keeps the object, and with it every tie
 
 
 # ---- Writing -------------------------------------------------------------------------------------
+
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Writes a file that is, at every moment and after every crash, either the old one or the new one.
@@ -593,12 +686,12 @@ def _replace(path: str | Path, write: Callable) -> None:
     path = Path(path)
     temp = path.with_name(f".{path.name}.tmp")
     try:
-        temp.unlink(missing_ok=True)                      # left by a process that was killed
+        temp.unlink(missing_ok=True)  # left by a process that was killed
         with open(temp, "xb") as file:
             try:
                 write(file)
                 file.flush()
-                os.fsync(file.fileno())                   # the content is on disk before its name
+                os.fsync(file.fileno())  # the content is on disk before its name
                 if not temp.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(temp)):
                     raise OSError("another process is writing the same file")
                 os.replace(temp, path)
@@ -609,12 +702,13 @@ def _replace(path: str | Path, write: Callable) -> None:
         raise (OSError(e.errno, e.strerror, str(path)) if e.errno else OSError(f"{path}: {e}")) from None
 
 
-def save_tensors(path: str | Path, tensors: dict[str, Tensor],
-                 metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors file, atomically and one tensor at a time. Tensors may be on any device."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)   # keeps every tensor aligned
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # keeps every tensor aligned
     end = 0
     for name in order:
         t = tensors[name]
@@ -641,9 +735,13 @@ def halve(source: str | Path, target: str | Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".safetensors":
             tensors = read_tensors(file)
-            save_tensors(copy, {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()})
+            save_tensors(
+                copy, {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()}
+            )
         else:  # a LLaMA's config.json says what its tensors are
-            write_atomic(copy, file.read_bytes().replace(b'"torch_dtype": "float32"', b'"torch_dtype": "float16"'))
+            write_atomic(
+                copy, file.read_bytes().replace(b'"torch_dtype": "float32"', b'"torch_dtype": "float16"')
+            )
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:
@@ -661,6 +759,7 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 # ---- JSON, and errors of one line ----------------------------------------------------------------
+
 
 def write_json(path: str | Path, obj: object) -> None:
     write_atomic(path, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
@@ -681,7 +780,7 @@ def _parse_json(data: bytes) -> object:
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     table = dict(pairs)
-    if len(table) != len(pairs):                          # two readers might take different ones
+    if len(table) != len(pairs):  # two readers might take different ones
         raise ValueError("JSON with the same key twice")
     return table
 

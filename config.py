@@ -83,8 +83,11 @@ def load(cls, table: dict, where: str):
             near = difflib.get_close_matches(key, names, n=1)
             advice = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(names))}"
             raise ValueError(f"{where}: unknown key '{key}'; {advice}")
-    required = {f.name for f in dataclasses.fields(cls)
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     if missing := sorted(required - table.keys()):
         raise ValueError(f"{where}: key '{missing[0]}' is missing; give it a value")
     return cls(**{key: fit(value, hints[key], f"{where}, key '{key}'") for key, value in table.items()})

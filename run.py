@@ -31,14 +31,23 @@ def device(name: str = "auto") -> torch.device:
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda", "mps"):
         raise ValueError(f"unknown device '{name}'; choose auto, cpu, cuda or mps")
-    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+    if (
+        kind == "cuda"
+        and not torch.cuda.is_available()
+        or kind == "mps"
+        and not torch.backends.mps.is_available()
+    ):
         raise ValueError(f"device '{name}' was asked for, but torch finds none here; use --device cpu")
     return torch.device(cuda if name == "cuda" else name)
 
 
 def half(where: torch.device, wanted: bool = True) -> torch.autocast:
     """Matrix products in bfloat16, where the machine is faster at them: CUDA, and CPUs with AVX512-BF16."""
-    able = where.type == "cuda" or where.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    able = (
+        where.type == "cuda"
+        or where.type == "cpu"
+        and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    )
     return torch.autocast(where.type if able else "cpu", torch.bfloat16, enabled=able and wanted)
 
 
@@ -81,8 +90,15 @@ def cosine(step: int, warmup: int, total: int, peak: float, floor: float = 0.1) 
 
 def progress(total: int, start: int = 0, title: str = "", **kwargs) -> tqdm:
     """A progress bar with time left, silent on all ranks but the first."""
-    return tqdm(total=total, initial=start, desc=title, disable=rank() > 0, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 30, **kwargs)
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=title,
+        disable=rank() > 0,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        **kwargs,
+    )
 
 
 class Metrics:

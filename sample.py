@@ -67,7 +67,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
-PAPER = Sampling(temperature=0.8, top_k=60, top_p=0.8)     # §5.1
+PAPER = Sampling(temperature=0.8, top_k=60, top_p=0.8)  # §5.1
 OFFICIAL = Sampling(temperature=0.7, top_k=50, top_p=0.8)  # what the released command line does
 
 
@@ -79,15 +79,17 @@ class Grammar:
         unit = torch.zeros(vocab_size, dtype=torch.bool)
         unit[torch.tensor(list(tok.unit_ids))] = True
         outside = torch.zeros(vocab_size).masked_fill(unit, -torch.inf)
-        never = (tok.unk, tok.bos, tok.eosp, tok.human, tok.speechgpt, tok.eoh)     # what no answer holds
+        never = (tok.unk, tok.bos, tok.eosp, tok.human, tok.speechgpt, tok.eoh)  # what no answer holds
         outside[[i for i in never if i is not None]] = -torch.inf
-        outside[len(tok):] = -torch.inf                    # rows of the embedding beyond the vocabulary, if any
+        outside[len(tok) :] = -torch.inf  # rows of the embedding beyond the vocabulary, if any
         inside = torch.full((vocab_size,), -torch.inf).masked_fill(unit, 0.0)
         inside[tok.eosp] = 0.0
-        repeat = torch.zeros(vocab_size).masked_fill(unit, -torch.inf)  # units are deduplicated: none comes twice
+        repeat = torch.zeros(vocab_size).masked_fill(
+            unit, -torch.inf
+        )  # units are deduplicated: none comes twice
         self.in_speech = unit.index_fill(0, torch.tensor([tok.sosp]), True)[:rows].to(device)  # (V,)
-        self.bias = torch.stack([outside, inside])[:, :rows].to(device)    # (2, V)
-        self.repeat = repeat[:rows].to(device)                             # (V,)
+        self.bias = torch.stack([outside, inside])[:, :rows].to(device)  # (2, V)
+        self.repeat = repeat[:rows].to(device)  # (V,)
         self.free = free
 
     def __call__(self, logits: Tensor, last: Tensor) -> Tensor:
@@ -137,19 +139,30 @@ def one_thread(model: Llama):
 
 
 @torch.inference_mode()
-def generate(model: Llama, prompts: list[list[int]], tok: Tokenizer, text: Sampling = GREEDY, speech: Sampling = PAPER,
-             max_new: int | None = None, generator: torch.Generator | None = None, free: bool = False,
-             stop: tuple[int, ...] = (), show: bool = False) -> list[list[int]]:
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    tok: Tokenizer,
+    text: Sampling = GREEDY,
+    speech: Sampling = PAPER,
+    max_new: int | None = None,
+    generator: torch.Generator | None = None,
+    free: bool = False,
+    stop: tuple[int, ...] = (),
+    show: bool = False,
+) -> list[list[int]]:
     """New ids of each prompt, up to and with its end (</s>, <eoa> or <eos>, or one of `stop`) or the context's end.
 
     `text` and `speech` say how tokens outside and inside speech are drawn; `free` lifts the grammar. Chance comes from
     `generator` (on the CPU, so that every device draws alike), a row of numbers for each prompt in turn: a batch draws
     what its prompts would draw one by one. The context's end is that of the longest prompt."""
     context, longest = model.config.max_len, max(map(len, prompts))
-    assert min(map(len, prompts)) > 0 and longest < context, f"prompts of 1 to {context - 1} ids, got {longest}"
+    assert min(map(len, prompts)) > 0 and longest < context, (
+        f"prompts of 1 to {context - 1} ids, got {longest}"
+    )
     steps, device = min(max_new or context, context - longest), model.lm_head.weight.device
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)       # (B, longest)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, longest)
     uniform = torch.rand(len(prompts), context, generator=generator).to(device)
     grammar = Grammar(tok, model.config.vocab_size, device, free)
     cache = model.new_cache(len(prompts), longest + steps, pad)
@@ -185,31 +198,31 @@ def weight_bytes(model: nn.Module) -> int:
 
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 TASKS = ("chat", "asr", "tts", "continue")
-MODES = ("s2s", "s2t", "t2s", "t2t", "*2s", "*2t")      # speech or text in, out; "*": whatever the prompt is
-SMALL = 1e8                                             # bytes of weights: time goes into Python, not into memory
-TAKES = 8                                               # of a small model, at most
-UNDERSTOOD = math.log(0.5)                              # log probability of its text from which on a take is good
-MIN_ANSWER = 64                                         # tokens of the context that a prompt must leave for the answer
+MODES = ("s2s", "s2t", "t2s", "t2t", "*2s", "*2t")  # speech or text in, out; "*": whatever the prompt is
+SMALL = 1e8  # bytes of weights: time goes into Python, not into memory
+TAKES = 8  # of a small model, at most
+UNDERSTOOD = math.log(0.5)  # log probability of its text from which on a take is good
+MIN_ANSWER = 64  # tokens of the context that a prompt must leave for the answer
 
-Prompt = str | Path | np.ndarray                        # a text or the name of a sound file; samples (N,) at 16 kHz
+Prompt = str | Path | np.ndarray  # a text or the name of a sound file; samples (N,) at 16 kHz
 
 
 @dataclass
 class Reply:
     """What the model said. wav (N,) float32 at 16 kHz is None where it did not speak; `note` then says so."""
 
-    transcript: str                 # the question as the model heard it
-    text: str                       # its answer
-    units: list[int]                # the spoken answer
+    transcript: str  # the question as the model heard it
+    text: str  # its answer
+    units: list[int]  # the spoken answer
     wav: np.ndarray | None
-    note: str = ""                  # what is missing or cut off; empty if all went well
+    note: str = ""  # what is missing or cut off; empty if all went well
     stats: dict = field(default_factory=dict)
 
 
 class Question(NamedTuple):
-    ids: list[int]                  # the prompt in its template
-    target: str                     # what is asked for, "s" or "t"
-    seconds: float                  # of speech in the prompt
+    ids: list[int]  # the prompt in its template
+    target: str  # what is asked for, "s" or "t"
+    seconds: float  # of speech in the prompt
 
 
 def is_sound(prompt: Prompt) -> bool:
@@ -227,8 +240,9 @@ class SpeechGPT:
     vocoder: UnitVocoder | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "auto", dtype: str = "auto",
-                        int8: bool = False) -> "SpeechGPT":
+    def from_pretrained(
+        cls, folder: str | Path, device: str = "auto", dtype: str = "auto", int8: bool = False
+    ) -> "SpeechGPT":
         """Reads folder/llama and, where they are, folder/{lora,hubert,vocoder}. device "cuda:0,cuda:1" spreads the
         LLaMA over two GPUs. The adapter is merged into its matrices, or stays beside them if those are int8. dtype
         "auto" is float32 on a CPU for files of up to 4 GB, else bfloat16 (float16 on Apple's GPUs); HuBERT and the
@@ -237,8 +251,10 @@ class SpeechGPT:
         devices = [run.device(name) for name in str(device).split(",")]
         device = devices[0]
         if not (folder / "llama").is_dir():
-            raise FileNotFoundError(f"{folder} is no model: there is no {folder}/llama; make one with "
-                                    "`python train.py configs/tiny.toml`, or name another folder")
+            raise FileNotFoundError(
+                f"{folder} is no model: there is no {folder}/llama; make one with "
+                "`python train.py configs/tiny.toml`, or name another folder"
+            )
         if dtype == "auto":
             small = sum(file.stat().st_size for file in (folder / "llama").iterdir()) < 4e9
             dtype = {"cpu": "float32" if small else "bfloat16", "mps": "float16"}.get(device.type, "bfloat16")
@@ -254,7 +270,9 @@ class SpeechGPT:
         if (folder / "hubert").is_dir():
             model.extractor = UnitExtractor.from_pretrained(folder / "hubert").to(device).eval()
             if (k := len(model.extractor.kmeans.centers)) != tok.n_units:
-                raise ValueError(f"{folder}: hubert has {k} units but llama {tok.n_units}; they are of two models")
+                raise ValueError(
+                    f"{folder}: hubert has {k} units but llama {tok.n_units}; they are of two models"
+                )
         if (folder / "vocoder").is_dir():
             model.vocoder = UnitVocoder.from_pretrained(folder / "vocoder").to(device).eval()
         return model
@@ -274,9 +292,11 @@ class SpeechGPT:
         wav = audio.load(prompt) if isinstance(prompt, str | Path) else np.asarray(prompt, np.float32)
         audio.check_speech(wav, name)
         seconds, context = len(wav) / audio.RATE, self.llama.config.max_len
-        if 5 * seconds > context:   # speech has 15 to 40 units a second: no need to encode half an hour of it
-            raise ValueError(f"{name} lasts {seconds:.0f} s; about {context / 25:.0f} s of speech fit in the model's "
-                             f"context of {context} tokens: cut it into shorter pieces")
+        if 5 * seconds > context:  # speech has 15 to 40 units a second: no need to encode half an hour of it
+            raise ValueError(
+                f"{name} lasts {seconds:.0f} s; about {context / 25:.0f} s of speech fit in the model's "
+                f"context of {context} tokens: cut it into shorter pieces"
+            )
         return self.extractor(wav)[0], seconds
 
     def units(self, wav: Prompt) -> list[int]:
@@ -300,8 +320,9 @@ class SpeechGPT:
             return style
         return "released" if self.tok.sp.piece_to_id("▁[tq]") == self.tok.unk else "paper"
 
-    def question(self, prompt: Prompt, mode: str = "*2s", task: str = "chat", chain: bool = True,
-                 style: str = "auto") -> Question:
+    def question(
+        self, prompt: Prompt, mode: str = "*2s", task: str = "chat", chain: bool = True, style: str = "auto"
+    ) -> Question:
         """Puts the prompt in its template (tokenizer.py). style "paper" is Appendix C, "released" the form of the
         released weights; "auto" is "paper" for a tokenizer with a piece "[tq]", as Tokenizer.train makes it."""
         assert task in TASKS and mode in MODES, f"task {task!r} of {TASKS}, mode {mode!r} of {MODES}"
@@ -312,7 +333,9 @@ class SpeechGPT:
         if task == "continue":
             target = source
         if source == "t" and (not isinstance(prompt, str) or task == "tts" and is_sound(prompt)):
-            raise ValueError("a text is needed here, not " + (prompt if isinstance(prompt, str) else "a recording"))
+            raise ValueError(
+                "a text is needed here, not " + (prompt if isinstance(prompt, str) else "a recording")
+            )
         if target == "s" and self.vocoder is None:
             raise ValueError("this model has no vocoder/ in its folder and cannot speak; ask for text")
         units, seconds = self.hear(prompt) if source == "s" else ([], 0.0)
@@ -335,8 +358,10 @@ class SpeechGPT:
         if room < 0:
             fit = seconds * max(0, 1 + room / max(1, len(units)))
             advice = f"about {fit:.1f} of its {seconds:.1f} s do" if units else "shorten it"
-            raise ValueError(f"the prompt is too long: its {len(ids)} tokens and an answer do not fit in the model's "
-                             f"context of {self.llama.config.max_len}; {advice}")
+            raise ValueError(
+                f"the prompt is too long: its {len(ids)} tokens and an answer do not fit in the model's "
+                f"context of {self.llama.config.max_len}; {advice}"
+            )
         return Question(ids, target, seconds)
 
     # -- answers
@@ -357,10 +382,22 @@ class SpeechGPT:
         """Speech -> reply.wav: the same units, and on until the model ends it."""
         return self.reply_batch([wav], "s2s", "continue", **options)[0]
 
-    def reply_batch(self, prompts: list[Prompt], mode: str = "*2s", task: str = "chat", chain: bool = True,
-                    style: str = "auto", text: Sampling = GREEDY, speech: Sampling = PAPER, max_new: int | None = None,
-                    seed: int = 0, speaker: int | None = None, free: bool = False, show: bool = False,
-                    takes: int | None = None) -> list[Reply]:
+    def reply_batch(
+        self,
+        prompts: list[Prompt],
+        mode: str = "*2s",
+        task: str = "chat",
+        chain: bool = True,
+        style: str = "auto",
+        text: Sampling = GREEDY,
+        speech: Sampling = PAPER,
+        max_new: int | None = None,
+        seed: int = 0,
+        speaker: int | None = None,
+        free: bool = False,
+        show: bool = False,
+        takes: int | None = None,
+    ) -> list[Reply]:
         """Answers several prompts at once. task: chat (by chain of modality, or with chain=False by standard
         prompting), asr, tts or continue; seed: of every draw; takes: see `speak_again` (None: TAKES if the model is
         small, else 1); the rest as in `question` and `generate`."""
@@ -370,39 +407,64 @@ class SpeechGPT:
         if takes < 1:
             raise ValueError(f"takes is {takes}; an answer is spoken at least once")
         if takes > 1 and not written:
-            raise ValueError("to speak again needs a text to compare with: not asr, continue or standard prompting")
+            raise ValueError(
+                "to speak again needs a text to compare with: not asr, continue or standard prompting"
+            )
         if speaker is not None and not 0 <= speaker < self.n_speakers:
-            raise ValueError(f"there is no speaker {speaker}: this vocoder has {self.n_speakers}, counted from 0")
+            raise ValueError(
+                f"there is no speaker {speaker}: this vocoder has {self.n_speakers}, counted from 0"
+            )
         clock = [time.perf_counter()]
         questions = [self.question(prompt, mode, task, chain, style) for prompt in prompts]
         clock.append(time.perf_counter())
         drawn = []  # tokens of each answer in each round
 
         def draw(ids: list[list[int]], limit: int | None) -> list[list[int]]:
-            new = generate(self.llama, ids, self.tok, text, speech, limit, generator, free,
-                           (self.tok.eosp,) if task == "continue" else (), show)
+            new = generate(
+                self.llama,
+                ids,
+                self.tok,
+                text,
+                speech,
+                limit,
+                generator,
+                free,
+                (self.tok.eosp,) if task == "continue" else (),
+                show,
+            )
             drawn.append([len(answer) for answer in new])
             return new
 
         generator = torch.Generator().manual_seed(seed)
         answers = draw([q.ids for q in questions], max_new)
         if takes > 1 and speech.temperature > 0:
-            texts = [text.strip() if task == "tts" else self.tok.parse(ids).ta for text, ids in zip(prompts, answers)]
+            texts = [
+                text.strip() if task == "tts" else self.tok.parse(ids).ta
+                for text, ids in zip(prompts, answers)
+            ]
             self.speak_again(questions, answers, texts, self.style(style), takes, draw, max_new)
         clock.append(time.perf_counter())
         replies = [self.compose(question, ids, task, speaker) for question, ids in zip(questions, answers)]
         clock.append(time.perf_counter())
 
         hear, think, speak = (after - before for before, after in zip(clock, clock[1:]))
-        spoken = sum(len(r.wav) / audio.RATE for r in replies if r.wav is not None) or sum(q.seconds for q in questions)
+        spoken = sum(len(r.wav) / audio.RATE for r in replies if r.wav is not None) or sum(
+            q.seconds for q in questions
+        )
         for question, ids, reply in zip(questions, answers, replies):
             reply.stats = {
-                "prompt_tokens": len(question.ids), "new_tokens": len(ids), "batch": len(prompts),
-                "hear_seconds": hear, "think_seconds": think, "speak_seconds": speak,
-                "tokens_per_second": sum(map(sum, drawn)) / think, "takes": len(drawn),
+                "prompt_tokens": len(question.ids),
+                "new_tokens": len(ids),
+                "batch": len(prompts),
+                "hear_seconds": hear,
+                "think_seconds": think,
+                "speak_seconds": speak,
+                "tokens_per_second": sum(map(sum, drawn)) / think,
+                "takes": len(drawn),
                 "gigabytes_per_second": sum(map(max, drawn)) * weight_bytes(self.llama) / think / 1e9,
                 # waiting time for each second of speech: of what was said, or else of what was heard
-                "real_time_factor": (hear + think + speak) / spoken if spoken else None}
+                "real_time_factor": (hear + think + speak) / spoken if spoken else None,
+            }
         return replies
 
     @property
@@ -410,18 +472,30 @@ class SpeechGPT:
         """How often an answer is spoken at most, where nobody says it."""
         return TAKES if weight_bytes(self.llama) < SMALL else 1
 
-    def speak_again(self, questions: list[Question], answers: list[list[int]], texts: list[str], style: str, takes: int,
-                    draw: Callable, max_new: int | None) -> None:
+    def speak_again(
+        self,
+        questions: list[Question],
+        answers: list[list[int]],
+        texts: list[str],
+        style: str,
+        takes: int,
+        draw: Callable,
+        max_new: int | None,
+    ) -> None:
         """Puts better takes into `answers`: what is spoken so that the model itself would hardly recognise its text is
         spoken again, and of up to `takes` the best understood stays. Ours: a small model writes one thing and says
         another, and hears the difference (LOG.md)."""
-        speaking = [i for i, q in enumerate(questions) if q.target == "s" and texts[i] and self.tok.sosp in answers[i]]
+        speaking = [
+            i for i, q in enumerate(questions) if q.target == "s" and texts[i] and self.tok.sosp in answers[i]
+        ]
         scores = {i: self.understood(answers[i], texts[i], style) for i in speaking}
         for _ in range(takes - 1):
             again = [i for i in speaking if scores[i] < UNDERSTOOD]
             if not again:
                 break
-            heads = [answers[i][:answers[i].index(self.tok.sosp) + 1] for i in again]  # what was written stays
+            heads = [
+                answers[i][: answers[i].index(self.tok.sosp) + 1] for i in again
+            ]  # what was written stays
             limit = max_new and max(1, max_new - max(map(len, heads)))
             tails = draw([questions[i].ids + head for i, head in zip(again, heads)], limit)
             for i, head, tail in zip(again, heads, tails):
@@ -434,7 +508,9 @@ class SpeechGPT:
         units = self.tok.parse(answer).ua
         if not units:
             return -math.inf
-        recognise = tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], tokenizer.units_to_text(units), text, style)
+        recognise = tokenizer.cross_modal(
+            tokenizer.ASR_INSTRUCTIONS[0], tokenizer.units_to_text(units), text, style
+        )
         ids, mask = (torch.tensor(x) for x in self.tok.document(*recognise))
         if len(ids) > self.llama.config.max_len:
             return 0.0  # too long to listen to
@@ -450,7 +526,9 @@ class SpeechGPT:
         if question.target == "s" and parts.ua:
             wav = self.vocoder(parts.ua, speaker=speaker).float().cpu().numpy()
         elif question.target == "s":
-            notes.append("the model answered in text only, it did not speak" if parts.ta else "the model said nothing")
+            notes.append(
+                "the model answered in text only, it did not speak" if parts.ta else "the model said nothing"
+            )
         elif not parts.ta:
             notes.append("the model gave no text" + (", only speech" if parts.ua else ""))
         return Reply(parts.ta if task == "asr" else parts.tq, parts.ta, parts.ua, wav, "; ".join(notes))
@@ -458,7 +536,9 @@ class SpeechGPT:
 
 # ---- The command line ----------------------------------------------------------------------------------------
 
-HELP = "Type a question, or the path of a sound file (wav, flac, ogg). /help shows this, /quit or Ctrl-D leaves."
+HELP = (
+    "Type a question, or the path of a sound file (wav, flac, ogg). /help shows this, /quit or Ctrl-D leaves."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -467,35 +547,57 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments() -> argparse.Namespace:
-    p = Parser(description="Talk with a SpeechGPT: speech or text in, speech or text out.", allow_abbrev=False)
+    p = Parser(
+        description="Talk with a SpeechGPT: speech or text in, speech or text out.", allow_abbrev=False
+    )
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="sound files or texts; none: a conversation")
     p.add_argument("--model", default="weights/tiny", help="folder with llama/, lora/, hubert/, vocoder/")
-    p.add_argument("--in", dest="source", choices=("auto", "speech", "text"), default="auto", help="what prompts are")
+    p.add_argument(
+        "--in", dest="source", choices=("auto", "speech", "text"), default="auto", help="what prompts are"
+    )
     p.add_argument("--to", choices=("speech", "text"), default="speech", help="what answers are")
     p.add_argument("--task", choices=TASKS, default="chat")
-    p.add_argument("--standard", action="store_true", help="answer at once, without chain of modality (Appendix E)")
-    p.add_argument("--style", choices=("auto", "paper", "released"), default="auto", help="form of the templates")
-    p.add_argument("--preset", choices=("paper", "official"), help="sample text and speech: 0.8/60/0.8 or 0.7/50/0.8")
+    p.add_argument(
+        "--standard", action="store_true", help="answer at once, without chain of modality (Appendix E)"
+    )
+    p.add_argument(
+        "--style", choices=("auto", "paper", "released"), default="auto", help="form of the templates"
+    )
+    p.add_argument(
+        "--preset", choices=("paper", "official"), help="sample text and speech: 0.8/60/0.8 or 0.7/50/0.8"
+    )
     p.add_argument("--greedy", action="store_true", help="always take the likeliest token, in speech too")
-    p.add_argument("--temperature", type=float, help="this and the next two change what is sampled (default: speech)")
+    p.add_argument(
+        "--temperature", type=float, help="this and the next two change what is sampled (default: speech)"
+    )
     p.add_argument("--top-k", type=int, help="0: no limit")
     p.add_argument("--top-p", type=float)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-new", type=int, help="tokens in an answer (default: what the context holds)")
-    p.add_argument("--takes", type=int, help=f"speak again, up to so many times in all, until it understands itself "
-                   f"(default: {TAKES} for a small model, else 1)")
+    p.add_argument(
+        "--takes",
+        type=int,
+        help=f"speak again, up to so many times in all, until it understands itself "
+        f"(default: {TAKES} for a small model, else 1)",
+    )
     p.add_argument("--speaker", type=int, help="number of the voice, for a vocoder with several")
     p.add_argument("--batch", type=int, default=8, help="prompts answered at the same time")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps, or several: cuda:0,cuda:1")
     p.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
-    p.add_argument("--int8", action="store_true", help="keep the matrices of the language model in eight bits")
-    p.add_argument("--out", type=Path, default="out/replies", help="folder for replies, or a .wav for the only one")
+    p.add_argument(
+        "--int8", action="store_true", help="keep the matrices of the language model in eight bits"
+    )
+    p.add_argument(
+        "--out", type=Path, default="out/replies", help="folder for replies, or a .wav for the only one"
+    )
     return p.parse_args()
 
 
 def sampling(a: argparse.Namespace) -> dict[str, Sampling]:
     """The flags as Sampling of text and of speech."""
-    changes = {key: getattr(a, key) for key in ("temperature", "top_k", "top_p") if getattr(a, key) is not None}
+    changes = {
+        key: getattr(a, key) for key in ("temperature", "top_k", "top_p") if getattr(a, key) is not None
+    }
     if a.greedy and (changes or a.preset):
         raise ValueError("--greedy samples nothing: leave out --preset, --temperature, --top-k and --top-p")
     if a.preset is None:
@@ -508,9 +610,15 @@ def reply_paths(prompts: list[str], out: Path) -> list[Path]:
     """Where the wav of each reply goes; its json lies beside it."""
     paths: list[Path] = []
     for prompt in prompts:
-        name = Path(prompt).stem if is_sound(prompt) else re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "reply"
-        again = sum(path.stem == name for path in paths)    # a name that came before gets a number
-        paths.append(out if out.suffix == ".wav" else out / f"{name}{f'-{len(paths) + 1}' if again else ''}.wav")
+        name = (
+            Path(prompt).stem
+            if is_sound(prompt)
+            else re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "reply"
+        )
+        again = sum(path.stem == name for path in paths)  # a name that came before gets a number
+        paths.append(
+            out if out.suffix == ".wav" else out / f"{name}{f'-{len(paths) + 1}' if again else ''}.wav"
+        )
         if paths[-1].resolve() == Path(prompt).resolve():
             raise ValueError(f"the reply would overwrite the question {prompt}: choose another --out")
     return paths
@@ -532,9 +640,12 @@ def answer(model: SpeechGPT, prompts: list[str], paths: list[Path], **options) -
     s, weight = replies[0].stats, model.llama.lm_head.weight
     factor = f"real-time factor {s['real_time_factor']:.2f}, " if s["real_time_factor"] else ""
     factor += f"spoken {s['takes']} times, " if s["takes"] > 1 else ""
-    print(f"  [{s['hear_seconds']:.2f} s to hear, {s['think_seconds']:.2f} s to think, {s['speak_seconds']:.2f} s to "
-          f"speak: {factor}{s['tokens_per_second']:.0f} tokens/s, {s['gigabytes_per_second']:.1f} GB/s of weights, on "
-          f"{weight.device} in {str(weight.dtype).removeprefix('torch.')}]", flush=True)
+    print(
+        f"  [{s['hear_seconds']:.2f} s to hear, {s['think_seconds']:.2f} s to think, {s['speak_seconds']:.2f} s to "
+        f"speak: {factor}{s['tokens_per_second']:.0f} tokens/s, {s['gigabytes_per_second']:.1f} GB/s of weights, on "
+        f"{weight.device} in {str(weight.dtype).removeprefix('torch.')}]",
+        flush=True,
+    )
 
 
 def converse(model: SpeechGPT, out: Path, seed: int, **options) -> None:
@@ -550,7 +661,7 @@ def converse(model: SpeechGPT, out: Path, seed: int, **options) -> None:
                 print(HELP, flush=True)
             elif line:
                 answer(model, [line], reply_paths([line], out), seed=seed, **options)
-                seed += 1       # the same question again may sound different
+                seed += 1  # the same question again may sound different
         except (EOFError, KeyboardInterrupt):
             return print()
         except (ValueError, OSError) as mistake:
@@ -560,19 +671,28 @@ def converse(model: SpeechGPT, out: Path, seed: int, **options) -> None:
 def main() -> None:
     a = arguments()
     if a.out.suffix == ".wav" and len(a.prompts) != 1:
-        raise ValueError(f"--out {a.out} names one file, but there are {len(a.prompts)} prompts: name a folder")
+        raise ValueError(
+            f"--out {a.out} names one file, but there are {len(a.prompts)} prompts: name a folder"
+        )
     if a.batch < 1 or (a.max_new is not None and a.max_new < 1):
         raise ValueError("--batch and --max-new must be at least 1")
-    options = {"mode": {"auto": "*", "speech": "s", "text": "t"}[a.source] + "2" + a.to[0], "task": a.task,
-               "chain": not a.standard, "style": a.style, "max_new": a.max_new, "speaker": a.speaker, "takes": a.takes,
-               **sampling(a)}
+    options = {
+        "mode": {"auto": "*", "speech": "s", "text": "t"}[a.source] + "2" + a.to[0],
+        "task": a.task,
+        "chain": not a.standard,
+        "style": a.style,
+        "max_new": a.max_new,
+        "speaker": a.speaker,
+        "takes": a.takes,
+        **sampling(a),
+    }
     paths, start = reply_paths(a.prompts, a.out), time.perf_counter()
     model = SpeechGPT.from_pretrained(a.model, a.device, a.dtype, a.int8)
     print(f"{a.model} loaded in {time.perf_counter() - start:.1f} s", flush=True)
     if not a.prompts:
         return converse(model, a.out, a.seed, **options)
     for i in range(0, len(a.prompts), a.batch):
-        answer(model, a.prompts[i:i + a.batch], paths[i:i + a.batch], seed=a.seed + i, **options)
+        answer(model, a.prompts[i : i + a.batch], paths[i : i + a.batch], seed=a.seed + i, **options)
 
 
 if __name__ == "__main__":

@@ -39,32 +39,34 @@ PAPER = {  # section 3.1 and Appendix C, word for word, slips included (no <eoh>
     "cross_modal": "[Human]: {D} This is input: {U}<eoh>. [SpeechGPT]: {T}<eoa>.",
     "plain": "[Human]: {TextI}<eoh>. [SpeechGPT]: {TextR}<eoa>.",  # text dialogues, mixed into stage 2 (section 4.2)
     "s2s": "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech. You can do it step "
-           "by step. You can first transcribe the instruction and get the text Instruction. Then you can think about "
-           "the instruction and get the text response. Last, you should speak the response aloud <eoh>. "
-           "[SpeechGPT]: [tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>.",
+    "by step. You can first transcribe the instruction and get the text Instruction. Then you can think about "
+    "the instruction and get the text response. Last, you should speak the response aloud <eoh>. "
+    "[SpeechGPT]: [tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>.",
     "s2t": "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. You can do it step by "
-           "step. You can first transcribe the instruction and get the text instruction. Then you can think about the "
-           "instruction and get the text response. <eoh>. [SpeechGPT]: [tq] {TextI}; [ta] {TextR}<eoa>.",
+    "step. You can first transcribe the instruction and get the text instruction. Then you can think about the "
+    "instruction and get the text response. <eoh>. [SpeechGPT]: [tq] {TextI}; [ta] {TextR}<eoa>.",
     "t2s": "[Human]: This is a text instruction: {TextI}. And your response should be speech. You can do it step by "
-           "step. You can think about the instruction and get the text response. Then you should speak the response "
-           "aloud <eoh>. [SpeechGPT]: [ta] {TextR}; [ua] {SpeechR}<eoa>.",
+    "step. You can think about the instruction and get the text response. Then you should speak the response "
+    "aloud <eoh>. [SpeechGPT]: [ta] {TextR}; [ua] {SpeechR}<eoa>.",
     "t2t": "[Human]: This is a text instruction: {TextI}. And your response should be text. You can think about the "
-           "instruction and get the text response. [SpeechGPT]: [ta] {TextR}<eoa>.",
+    "instruction and get the text response. [SpeechGPT]: [ta] {TextR}<eoa>.",
 }
 STANDARD = {  # Appendix E: the answer at once, without thinking in text first
     "s2s": "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech <eoh>. "
-           "[SpeechGPT]: [ua] {SpeechR}<eoa>.",
+    "[SpeechGPT]: [ua] {SpeechR}<eoa>.",
     "s2t": "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. <eoh>. "
-           "[SpeechGPT]: [ta] {TextR}<eoa>.",
+    "[SpeechGPT]: [ta] {TextR}<eoa>.",
     "t2s": "[Human]: This is a text instruction: {TextI}. And your response should be speech <eoh>. "
-           "[SpeechGPT]: [ua] {SpeechR}<eoa>.",
+    "[SpeechGPT]: [ua] {SpeechR}<eoa>.",
     "t2t": "[Human]: This is a text instruction: {TextI}. And your response should be text. "
-           "[SpeechGPT]: [ta] {TextR}<eoa>.",
+    "[SpeechGPT]: [ta] {TextR}<eoa>.",
 }
-META = ("You are an AI assistant whose name is SpeechGPT.\n- SpeechGPT is a intrinsic cross-modal conversational "
-        "language model that is developed by Fudan University.  SpeechGPT can understand and communicate fluently "
-        "with human through speech or text chosen by the user.\n- It can perceive cross-modal inputs and generate "
-        "cross-modal outputs.\n")
+META = (
+    "You are an AI assistant whose name is SpeechGPT.\n- SpeechGPT is a intrinsic cross-modal conversational "
+    "language model that is developed by Fudan University.  SpeechGPT can understand and communicate fluently "
+    "with human through speech or text chosen by the user.\n- It can perceive cross-modal inputs and generate "
+    "cross-modal outputs.\n"
+)
 RELEASED = {  # the published data: META first, no [tq], no step-by-step sentence
     "cross_modal": META + "[Human]: {D} This is input: {U}<eoh> [SpeechGPT]: {T}<eoa> ",
     "plain": META + "[Human]: {TextI}<eoh>. [SpeechGPT]: {TextR}<eoa>.",
@@ -77,28 +79,51 @@ RELEASED = {  # the published data: META first, no [tq], no step-by-step sentenc
 STYLES = {"paper": PAPER, "released": RELEASED, "standard": STANDARD}
 
 ASR_INSTRUCTIONS = (  # the ten of Appendix B, then our own
-    "Begin by converting the spoken words into written text.", "Can you transcribe the speech into a written format?",
-    "Focus on translating the audible content into text.", "Transcribe the speech by carefully listening to it.",
-    "Would you kindly write down the content of the speech?", "Analyze the speech and create a written transcription.",
-    "Engage with the speech to produce a text-based version.", "Can you document the speech in written form?",
-    "Transform the spoken words into text accurately.", "How about putting the speech's content into writing?",
-    "Listen to the speech and write down its content.", "Please put what you hear on paper.", "Recognize this speech.",
-    "Type out every word of this recording.", "Could you take dictation for me?", "What does the speaker say?",
-    "Spell out in text what is being said here.", "Turn this utterance into a sentence I can read.",
-    "Which words were spoken?", "Give me the words behind these sounds.", "Jot down what the voice tells you.",
+    "Begin by converting the spoken words into written text.",
+    "Can you transcribe the speech into a written format?",
+    "Focus on translating the audible content into text.",
+    "Transcribe the speech by carefully listening to it.",
+    "Would you kindly write down the content of the speech?",
+    "Analyze the speech and create a written transcription.",
+    "Engage with the speech to produce a text-based version.",
+    "Can you document the speech in written form?",
+    "Transform the spoken words into text accurately.",
+    "How about putting the speech's content into writing?",
+    "Listen to the speech and write down its content.",
+    "Please put what you hear on paper.",
+    "Recognize this speech.",
+    "Type out every word of this recording.",
+    "Could you take dictation for me?",
+    "What does the speaker say?",
+    "Spell out in text what is being said here.",
+    "Turn this utterance into a sentence I can read.",
+    "Which words were spoken?",
+    "Give me the words behind these sounds.",
+    "Jot down what the voice tells you.",
     "Note the message that you hear.",
 )
 TTS_INSTRUCTIONS = (  # eight of Appendix B ("Whisper ..." and "Sing ..." ask for voices we do not have), then our own
-    "Can you please read this sentence out loud?", "Recite the following words as if you were speaking normally.",
+    "Can you please read this sentence out loud?",
+    "Recite the following words as if you were speaking normally.",
     "Could you please relay the message below verbally?",
     "Would you mind speaking these words as naturally as possible?",
-    "Enunciate each word in this sentence with precision.", "Project your voice to clearly articulate this statement.",
+    "Enunciate each word in this sentence with precision.",
+    "Project your voice to clearly articulate this statement.",
     "Emphasize the key points while reading the sentence.",
-    "How would you express this sentence in a conversational tone?", "Read this sentence aloud.",
-    "Say the following for me.", "Give voice to this line.", "Turn these words into speech.",
-    "Please pronounce what is written here.", "How does this text sound when spoken?", "Announce this to the room.",
-    "Let me hear this sentence.", "Will you narrate the text that follows?", "Utter this statement clearly.",
-    "Tell me this with your own voice.", "Speak the words that you see.", "Convert the written words to sound.",
+    "How would you express this sentence in a conversational tone?",
+    "Read this sentence aloud.",
+    "Say the following for me.",
+    "Give voice to this line.",
+    "Turn these words into speech.",
+    "Please pronounce what is written here.",
+    "How does this text sound when spoken?",
+    "Announce this to the room.",
+    "Let me hear this sentence.",
+    "Will you narrate the text that follows?",
+    "Utter this statement clearly.",
+    "Tell me this with your own voice.",
+    "Speak the words that you see.",
+    "Convert the written words to sound.",
     "Try to speak out this sentence, please.",
 )
 
@@ -127,13 +152,21 @@ def plain(instruction: str, response: str = "", style: str = "paper") -> tuple[s
     return _render(style, "plain", TextI=instruction, TextR=response)
 
 
-def chain_of_modality(mode: str, speech_i: str = "", text_i: str = "", text_r: str = "", speech_r: str = "",
-                      style: str = "paper") -> tuple[str, str]:
+def chain_of_modality(
+    mode: str,
+    speech_i: str = "",
+    text_i: str = "",
+    text_r: str = "",
+    speech_r: str = "",
+    style: str = "paper",
+) -> tuple[str, str]:
     """Section 3.2, Appendix C. mode: "s2s", "s2t", "t2s" or "t2t", speech or text in, speech or text out."""
     return _render(style, mode, SpeechI=speech_i, TextI=text_i, TextR=text_r, SpeechR=speech_r)
 
 
-def standard(mode: str, speech_i: str = "", text_i: str = "", text_r: str = "", speech_r: str = "") -> tuple[str, str]:
+def standard(
+    mode: str, speech_i: str = "", text_i: str = "", text_r: str = "", speech_r: str = ""
+) -> tuple[str, str]:
     """Appendix E, with the modes of chain_of_modality."""
     return _render("standard", mode, SpeechI=speech_i, TextI=text_i, TextR=text_r, SpeechR=speech_r)
 
@@ -175,8 +208,11 @@ class Tokenizer:
         self.unit_ids = range(self.n_text, self.n_text + self.n_units)
         self.unk, self.bos, self.eos = 0, 1, 2
         self.sosp, self.eosp, self.human, self.speechgpt, self.eoh = (
-            added.get(token) for token in ("<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>"))
-        self.eoa = added.get("<eoa>", added.get("<eos>"))  # the end of an answer, under whichever name the folder has
+            added.get(token) for token in ("<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>")
+        )
+        self.eoa = added.get(
+            "<eoa>", added.get("<eos>")
+        )  # the end of an answer, under whichever name the folder has
         self.name = {i: token for token, i in added.items()}
         self.cuts = {"<unk>": 0, "<s>": 1, "</s>": 2} | added
         # Leftmost-longest match of any of these. Units are looked up after the match: 1000 alternatives are slow.
@@ -196,7 +232,7 @@ class Tokenizer:
                 continue
             added = token >= self.n_text  # <s> </s> <unk> keep the white space around them
             if match.start() > start:
-                ids += self._encode_text(text[start:match.start()], after_added, added)
+                ids += self._encode_text(text[start : match.start()], after_added, added)
             ids.append(token)
             start, after_added = match.end(), added
         return ids + self._encode_text(text[start:], after_added, False)
@@ -208,7 +244,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`: added tokens, and the runs of text between them, joined by single spaces."""
-        assert all(0 <= i < len(self) for i in ids), f"ids {[i for i in ids if not 0 <= i < len(self)]} of {len(self)}"
+        assert all(0 <= i < len(self) for i in ids), (
+            f"ids {[i for i in ids if not 0 <= i < len(self)]} of {len(self)}"
+        )
         parts = []
         for added, group in groupby(ids, lambda i: i >= self.n_text):
             run = list(group)
@@ -242,21 +280,27 @@ class Tokenizer:
         # begin after the ":". If a foreign tokenizer.model joins the two, its user had better hear of it than train
         # on ids that inference never starts from.
         ids = [*self.encode(f"{prompt.rstrip()} {answer}" if prompt else answer), self.eos]
-        if ids[:len(head)] != head:
-            raise ValueError(f"tokenizer.model joins the end of the prompt {prompt[-20:]!r} to the start of the answer "
-                             f"{answer[:20]!r}; use a model whose pieces do not cross spaces")
+        if ids[: len(head)] != head:
+            raise ValueError(
+                f"tokenizer.model joins the end of the prompt {prompt[-20:]!r} to the start of the answer "
+                f"{answer[:20]!r}; use a model whose pieces do not cross spaces"
+            )
         return ids, [n >= len(head) for n in range(len(ids))]
 
     def parse(self, ids: Sequence[int]) -> Parts:
         """The parts of a generated reply (ids after the prompt), whatever was generated; no marker is left in them."""
-        reply = list(takewhile(lambda i: i not in (self.eos, self.eoa, self.human, self.speechgpt, self.eoh), ids))
+        reply = list(
+            takewhile(lambda i: i not in (self.eos, self.eoa, self.human, self.speechgpt, self.eoh), ids)
+        )
         complete = len(reply) < len(ids) and ids[len(reply)] in (self.eos, self.eoa)
         text, units, speaking = "", [], False
         for is_text, run in groupby(reply, lambda i: self.eos < i < self.n_text):
             if is_text:
                 text += " " + self.sp.decode(list(run))
-                if end := re.search("<eo[as]>", text):  # plain text where the released folder has the other spelling
-                    text, complete = text[:end.start()], True
+                if end := re.search(
+                    "<eo[as]>", text
+                ):  # plain text where the released folder has the other spelling
+                    text, complete = text[: end.start()], True
                     break
                 continue
             for i in run:
@@ -266,7 +310,9 @@ class Tokenizer:
         text = self.pattern.sub(lambda m: " " if m[0] in self.cuts else m[0], text)
         first, *rest = re.split(r"\[(tq|ta|ua)\]", text)
         found = dict(reversed([*zip(rest[::2], rest[1::2])]))  # of two [ta] the first counts
-        found.setdefault("tq" if "ta" in found else "ta", first)  # released replies open with an unmarked transcript
+        found.setdefault(
+            "tq" if "ta" in found else "ta", first
+        )  # released replies open with an unmarked transcript
         # The templates' "; " belongs to the marker after it.
         tq = found.get("tq", "").strip().removesuffix(";").rstrip()
         ta = found["ta"].strip().removesuffix(";" if "ua" in found else "").rstrip()
@@ -282,8 +328,10 @@ class Tokenizer:
     def check_vocab(self, vocab_size: int, source: str = "the model") -> None:
         """ValueError unless `source` has a row for each token, no fewer and no more."""
         if vocab_size != len(self):
-            raise ValueError(f"{source} has {vocab_size} tokens but its tokenizer {len(self)}, {len(self.added)} of "
-                             "them added; tokenizer.model or added_tokens.json is another model's")
+            raise ValueError(
+                f"{source} has {vocab_size} tokens but its tokenizer {len(self)}, {len(self.added)} of "
+                "them added; tokenizer.model or added_tokens.json is another model's"
+            )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -294,17 +342,23 @@ class Tokenizer:
         try:
             added = json.loads(table)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{folder}/added_tokens.json is not JSON; fetch it again ({str(error)[:60]})") from error
+            raise ValueError(
+                f"{folder}/added_tokens.json is not JSON; fetch it again ({str(error)[:60]})"
+            ) from error
         return cls(model, added, str(folder))
 
     @classmethod
-    def extend(cls, llama: str | Path, folder: str | Path, n_units: int = 1000, anew: bool = False) -> "Tokenizer":
+    def extend(
+        cls, llama: str | Path, folder: str | Path, n_units: int = 1000, anew: bool = False
+    ) -> "Tokenizer":
         """Writes to `folder` the tokenizer of a LLaMA folder with those units and markers added that it lacks: all of
         them for Meta's LLaMA, the dialogue markers for the released stage 1, none for the released stage 2. `anew`:
         whatever was added to its text before is left out, so all of them."""
         kept = not anew and (Path(llama) / "added_tokens.json").exists()
         added = cls.from_pretrained(llama).added if kept else {}
-        return cls._write(_read(Path(llama) / "tokenizer.model", 16 << 20), added, str(llama), folder, n_units)
+        return cls._write(
+            _read(Path(llama) / "tokenizer.model", 16 << 20), added, str(llama), folder, n_units
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_units: int) -> "Tokenizer":
@@ -315,31 +369,71 @@ class Tokenizer:
         lines = (line for text in texts for line in text.splitlines() if line.strip())
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size,
-                hard_vocab_limit=False, user_defined_symbols=template_pieces(), byte_fallback=True, split_digits=True,
-                normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True, character_coverage=1.0, max_sentence_length=1 << 20,
-                unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+                sentence_iterator=lines,
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                hard_vocab_limit=False,
+                user_defined_symbols=template_pieces(),
+                byte_fallback=True,
+                split_digits=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=True,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                character_coverage=1.0,
+                max_sentence_length=1 << 20,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
+                num_threads=1,
+                minloglevel=2,
+            )
         except RuntimeError as error:
-            raise ValueError(f"no tokenizer of {vocab_size} pieces: {' '.join(str(error).split())}") from error
+            raise ValueError(
+                f"no tokenizer of {vocab_size} pieces: {' '.join(str(error).split())}"
+            ) from error
         return cls._write(model.getvalue(), {}, str(folder), folder, n_units)
 
     @classmethod
     def _write(cls, model: bytes, added: dict, source: str, folder: str | Path, n_units: int) -> "Tokenizer":
-        markers = ["<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>", "<eos>" if "<eos>" in added else "<eoa>"]
+        markers = [
+            "<sosp>",
+            "<eosp>",
+            "[Human]",
+            "[SpeechGPT]",
+            "<eoh>",
+            "<eos>" if "<eos>" in added else "<eoa>",
+        ]
         missing = [t for t in [f"<{u}>" for u in range(n_units)] + markers if t not in added]
         first = len(open_model(model, f"{source}/tokenizer.model")) + len(added)
         tokenizer = cls(model, added | {token: first + i for i, token in enumerate(missing)}, source)
         flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-        special = {"bos_token": {"content": "<s>", **flags}, "eos_token": {"content": "</s>", **flags},
-                   "unk_token": {"content": "<unk>", **flags}, "pad_token": "<unk>"}
-        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-                  "clean_up_tokenization_spaces": False, "model_max_length": 2048, "padding_side": "left"}
+        special = {
+            "bos_token": {"content": "<s>", **flags},
+            "eos_token": {"content": "</s>", **flags},
+            "unk_token": {"content": "<unk>", **flags},
+            "pad_token": "<unk>",
+        }
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": True,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 2048,
+            "padding_side": "left",
+        }
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tables = {"special_tokens_map": special, "tokenizer_config": config, "added_tokens": tokenizer.added}
-        files = {f"{name}.json": json.dumps(table, indent=2).encode() + b"\n" for name, table in tables.items()}
-        for name, data in ({"tokenizer.model": model} | files).items():  # each is whole or absent after a kill
+        files = {
+            f"{name}.json": json.dumps(table, indent=2).encode() + b"\n" for name, table in tables.items()
+        }
+        for name, data in (
+            {"tokenizer.model": model} | files
+        ).items():  # each is whole or absent after a kill
             (folder / f"{name}.part").write_bytes(data)
             (folder / f"{name}.part").replace(folder / name)
         return tokenizer
@@ -359,11 +453,15 @@ def open_model(model: bytes, source: str) -> sentencepiece.SentencePieceProcesso
 
 def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
     """The table {token: id}; ValueError unless its ids follow n_text without a gap, units first and in order."""
-    if not isinstance(added, dict) or any(type(i) is not int or not t or t != t.strip() for t, i in added.items()):
+    if not isinstance(added, dict) or any(
+        type(i) is not int or not t or t != t.strip() for t, i in added.items()
+    ):
         raise ValueError(f"{source} is not a table of tokens (without white space at their ends) and ids")
     if sorted(added.values()) != list(range(n_text, n_text + len(added))):
-        raise ValueError(f"{source} does not number its {len(added)} tokens from {n_text} on, after the pieces of "
-                         "tokenizer.model; the two are of different models")
+        raise ValueError(
+            f"{source} does not number its {len(added)} tokens from {n_text} on, after the pieces of "
+            "tokenizer.model; the two are of different models"
+        )
     units = {int(t[1:-1]): i for t, i in added.items() if re.fullmatch("<(0|[1-9][0-9]{0,8})>", t)}
     if any(i != n_text + u for u, i in units.items()) or not units or not {"<sosp>", "<eosp>"} <= set(added):
         raise ValueError(f"{source} does not hold <0> <1> ... in order from id {n_text}, and <sosp> <eosp>")
@@ -373,8 +471,10 @@ def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
 def _read(path: Path, limit: int) -> bytes:
     """A file of at most `limit` bytes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; get both tokenizer.model and added_tokens.json (the second, with "
-                                "the speech units, Tokenizer.extend makes for a plain LLaMA)")
+        raise FileNotFoundError(
+            f"{path} is missing; get both tokenizer.model and added_tokens.json (the second, with "
+            "the speech units, Tokenizer.extend makes for a plain LLaMA)"
+        )
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

@@ -92,9 +92,13 @@ class Optimisation:
 @dataclass
 class Language(Optimisation):
     max_len: Count = 1024  # tokens in a packed row
-    mix: dict = field(default_factory=lambda: {"text": 1.0})  # kinds of documents (data/instruct.py), their shares
+    mix: dict = field(
+        default_factory=lambda: {"text": 1.0}
+    )  # kinds of documents (data/instruct.py), their shares
     unit_weight: Positive = 1.0  # of a unit in the mean of the losses, where a piece of text has 1
-    noise: Share = 0.0  # share of the units of speech to listen to that are lost, and as many that are misheard
+    noise: Share = (
+        0.0  # share of the units of speech to listen to that are lost, and as many that are misheard
+    )
 
 
 @dataclass
@@ -107,7 +111,9 @@ class Stage1(Language):
 @dataclass
 class Stage2(Language):
     max_len: Count = 512
-    mix: dict = field(default_factory=lambda: {"asr": 0.4, "tts": 0.4, "t2t": 0.2})  # p = 1/2 each; of text not said
+    mix: dict = field(
+        default_factory=lambda: {"asr": 0.4, "tts": 0.4, "t2t": 0.2}
+    )  # p = 1/2 each; of text not said
 
 
 @dataclass
@@ -128,14 +134,20 @@ class HubertSection(Optimisation):
     """Two rounds (HuBERT paper §3): on clusters of MFCCs, then on clusters of the first round's `layer`."""
 
     recordings: Whole | None = None  # learn from so many of the training recordings; None or 0: from all
-    speaker: int | None = None  # learn from this speaker's recordings alone: units are then the sounds of one voice
-    perturb: Share = 0.0  # play every crop at a rate between exp(-perturb) and exp(perturb): as if others spoke
+    speaker: int | None = (
+        None  # learn from this speaker's recordings alone: units are then the sounds of one voice
+    )
+    perturb: Share = (
+        0.0  # play every crop at a rate between exp(-perturb) and exp(perturb): as if others spoke
+    )
     clusters: tuple[Count, ...] = (100, 500)  # of each round; the number of rounds is how many there are
     layer: Count = 6  # whose clusters teach the second round
     frames: Count = 99  # of 20 ms, in a crop
     mask_prob: Share = 0.08
     mask_span: Count = 10
-    unmasked_weight: Amount = 0.0  # of the loss at frames that are not hidden (HuBERT paper eq. 2: (1 - alpha) / alpha)
+    unmasked_weight: Amount = (
+        0.0  # of the loss at frames that are not hidden (HuBERT paper eq. 2: (1 - alpha) / alpha)
+    )
     cluster_frames: Count = 100_000  # k-means is fitted on so many
     model: HuBERTConfig = field(default_factory=HuBERTConfig)
 
@@ -161,7 +173,10 @@ class Normalize(Optimisation):
     batch_size: Count = 8
     frames: Count = 99  # of 20 ms, in a crop
     others: Share = 0.6  # share of the crops in which somebody else speaks
-    perturb: tuple[Share, Share] = (0.18, 0.22)  # pace and pitch at which the own voice is played, as units.perturb
+    perturb: tuple[Share, Share] = (
+        0.18,
+        0.22,
+    )  # pace and pitch at which the own voice is played, as units.perturb
     perturb_others: tuple[Share, Share] = (0.05, 0.05)  # and the others, who differ by themselves
     temperature: Positive = 8.0  # of squared distances to the clusters' centres
 
@@ -185,9 +200,15 @@ class Config:
     out: str = "out/tiny"
     seed: Whole = 0
     device: str = "auto"
-    workers: Whole = 0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
-    beside: bool = True  # on a CPU two stages at a time, where they need nothing of each other, half of the cores each
-    pretrained: str = ""  # a LLaMA folder to start from; then stage text is skipped. A SpeechGPT folder (llama/ beside
+    workers: Whole = (
+        0  # processes that prepare batches beside the training one (not on Windows); for a GPU, 2 to 4
+    )
+    beside: bool = (
+        True  # on a CPU two stages at a time, where they need nothing of each other, half of the cores each
+    )
+    pretrained: str = (
+        ""  # a LLaMA folder to start from; then stage text is skipped. A SpeechGPT folder (llama/ beside
+    )
     # hubert/) is one whose units were others: its rows for units are translated into this run's, its vocoder/ too
     vocab_size: Count = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
@@ -212,7 +233,9 @@ class Config:
             if layer > most:
                 raise ValueError(f"{key} is {layer}; hubert.model has layers 1 to {most}")
         if not self.units.smooth % 2:
-            raise ValueError(f"units.smooth is {self.units.smooth}; it must be odd, as many frames before as after")
+            raise ValueError(
+                f"units.smooth is {self.units.smooth}; it must be odd, as many frames before as after"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -243,8 +266,16 @@ class Objective(nn.Module):
         return self.loss(self.model, batch)
 
 
-def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at: Callable, o: Optimisation,
-             c: Config, probe: Callable[[], tuple[dict, str]]):
+def optimise(
+    name: str,
+    folder: Path,
+    model: nn.Module,
+    loss: Callable,
+    batch_at: Callable,
+    o: Optimisation,
+    c: Config,
+    probe: Callable[[], tuple[dict, str]],
+):
     """Trains `model` for o.steps steps, or the rest of them.
 
     loss(model, micro_batch) -> (mean loss, how many targets, {number to log}); batch_at(step) -> micro-batches;
@@ -262,8 +293,12 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
     metrics = run.Metrics(Path(c.out) / "metrics" / f"{name}.jsonl", first)
 
     bar = run.progress(o.steps, first, name)
-    ahead = torch.utils.data.DataLoader(Steps(batch_at, first, o.steps), batch_size=None, num_workers=c.workers,
-                                        multiprocessing_context="fork" if c.workers else None)
+    ahead = torch.utils.data.DataLoader(
+        Steps(batch_at, first, o.steps),
+        batch_size=None,
+        num_workers=c.workers,
+        multiprocessing_context="fork" if c.workers else None,
+    )
     began = time.perf_counter()
     for step, micro_batches in enumerate(ahead, first):
         lr = run.cosine(step, o.warmup, o.steps, o.lr, o.floor)
@@ -275,7 +310,7 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
         for i, batch in enumerate(micro_batches):
             # gradients are exchanged once a step, with the last micro-batch
             alone = run.world_size() > 1 and i + 1 < len(micro_batches)
-            with (objective.no_sync() if alone else contextlib.nullcontext(), run.half(device, o.bf16)):
+            with objective.no_sync() if alone else contextlib.nullcontext(), run.half(device, o.bf16):
                 value, tokens, logged = objective([t.to(device, non_blocking=True) for t in batch])
                 (value / len(micro_batches)).backward()
             numbers["tokens"] += tokens
@@ -298,7 +333,9 @@ def optimise(name: str, folder: Path, model: nn.Module, loss: Callable, batch_at
             model.train()
             began = time.perf_counter()
             numbers |= held_out
-            bar.write(f"{name}, step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) + said)
+            bar.write(
+                f"{name}, step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) + said
+            )
         metrics.write(step=step, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, **numbers)
         if (step + 1) % o.save_every == 0 and run.rank() == 0:
             save_training(state_file, trained, optimizers, step + 1)
@@ -311,8 +348,10 @@ def make_optimizers(trained: dict[str, nn.Parameter], o: Optimisation, device: t
     ends = ("embed_tokens.weight", "lm_head.weight", "label_embs")  # a row for each symbol: not for Muon
     inner = {name for name, p in trained.items() if o.muon and p.ndim == 2 and not name.endswith(ends)}
     rest = [p for name, p in trained.items() if name not in inner]
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": o.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": o.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizers = [torch.optim.AdamW(groups, o.lr, tuple(o.betas), fused=device.type != "mps")]
     if inner:
         optimizers.append(Muon([trained[name] for name in sorted(inner)], o.lr, weight_decay=o.weight_decay))
@@ -333,14 +372,21 @@ def save_training(path: Path, trained: dict[str, nn.Parameter], optimizers: list
 def load_training(path: Path, trained: dict[str, nn.Parameter], optimizers: list) -> int:
     """Puts weights and moments back; returns the step to go on with."""
     tensors, meta = checkpoint.load_state(path)
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owner = {
+        p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     for name, p in trained.items():
         saved = tensors.get(f"model.{name}")
         if saved is None or saved.shape != p.shape:
-            raise ValueError(f"{path}: does not fit this config (at {name}); delete {path.parent} to begin anew")
+            raise ValueError(
+                f"{path}: does not fit this config (at {name}); delete {path.parent} to begin anew"
+            )
         p.data.copy_(saved)
-        owner[p].state[p] = {slot: tensors[f"{slot}.{name}"].clone().to(p.device)
-                             for slot in SLOTS if f"{slot}.{name}" in tensors}
+        owner[p].state[p] = {
+            slot: tensors[f"{slot}.{name}"].clone().to(p.device)
+            for slot in SLOTS
+            if f"{slot}.{name}" in tensors
+        }
     return meta["step"]
 
 
@@ -378,8 +424,15 @@ def layer_features(model: HuBERT, layer: int, frames: int, wav: Tensor) -> Tenso
     return smooth(model.features(wav[None], layer), frames)[0]
 
 
-def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clusters: int, teacher: Callable,
-                 previous: HuBERT | None) -> HuBERT:
+def hubert_round(
+    c: Config,
+    folder: Path,
+    device: torch.device,
+    number: int,
+    clusters: int,
+    teacher: Callable,
+    previous: HuBERT | None,
+) -> HuBERT:
     h, corpus = c.hubert, corpus_folder(c)
     labels_file, weights = folder / f"clusters{number}.npz", folder / f"round{number}.safetensors"
     torch.manual_seed(c.seed)
@@ -387,19 +440,34 @@ def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clu
     if previous is not None:  # a round goes on from the weights of the last one; only its codewords are new
         model.load_state_dict(previous.state_dict() | {"label_embs": model.label_embs})
     if not weights.exists():
-        rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"
-                and h.speaker in (None, row["speaker"])]
+        rows = [
+            row
+            for row in unit_files.read_manifest(corpus)
+            if row["split"] == "train" and h.speaker in (None, row["speaker"])
+        ]
         if not rows:
-            raise ValueError(f"{corpus}: speaker {h.speaker} has no training recording; correct hubert.speaker")
+            raise ValueError(
+                f"{corpus}: speaker {h.speaker} has no training recording; correct hubert.speaker"
+            )
         rows = random.Random(c.seed).sample(rows, min(len(rows), h.recordings or len(rows)))
         if not labels_file.exists() and run.rank() == 0:
             kmeans = fit_clusters(corpus, rows, teacher, clusters, h.cluster_frames, c.seed, device)
-            labels = unit_files.map_speech(corpus, rows, lambda wav: kmeans.predict(teacher(wav)), device,
-                                           f"labels of round {number}")
+            labels = unit_files.map_speech(
+                corpus, rows, lambda wav: kmeans.predict(teacher(wav)), device, f"labels of round {number}"
+            )
             save_labels(labels_file, [label.short().cpu().numpy() for label in labels])
         run.wait()
-        batch_at = batches.crops([corpus / row["wav"] for row in rows], load_labels(labels_file), h.frames, c.seed,
-                                 h.batch_size, h.accumulate, run.rank(), run.world_size(), h.perturb)
+        batch_at = batches.crops(
+            [corpus / row["wav"] for row in rows],
+            load_labels(labels_file),
+            h.frames,
+            c.seed,
+            h.batch_size,
+            h.accumulate,
+            run.rank(),
+            run.world_size(),
+            h.perturb,
+        )
 
         def loss(model: HuBERT, batch):
             wav, labels = batch
@@ -416,8 +484,9 @@ def hubert_round(c: Config, folder: Path, device: torch.device, number: int, clu
     return model.to(device).eval()
 
 
-def fit_clusters(corpus: Path, rows: list[dict], features: Callable, k: int, n_frames: int, seed: int,
-                 device: torch.device) -> KMeans:
+def fit_clusters(
+    corpus: Path, rows: list[dict], features: Callable, k: int, n_frames: int, seed: int, device: torch.device
+) -> KMeans:
     """k-means on some n_frames frames of randomly chosen recordings."""
     rows, chosen, frames = random.Random(seed).sample(rows, len(rows)), [], 0
     for row in rows:
@@ -445,14 +514,19 @@ def make_units(c: Config, folder: Path, device: torch.device):
     corpus = corpus_folder(c)
     if run.rank() == 0 and not (folder / "found/targets.npz").exists():  # which are of these clusters
         weights = Path(c.out) / "state/hubert" / f"round{len(c.hubert.clusters)}.safetensors"
-        tensors = {n: t for n, t in without_layers_above(c.units.layer, checkpoint.read_tensors(weights)).items()
-                   if not n.startswith(("final_proj", "label_embs"))}
+        tensors = {
+            n: t
+            for n, t in without_layers_above(c.units.layer, checkpoint.read_tensors(weights)).items()
+            if not n.startswith(("final_proj", "label_embs"))
+        }
         model = HuBERT(dataclasses.replace(c.hubert.model, n_classes=0, n_layers=c.units.layer))
         checkpoint.assign(model, tensors, str(weights))
         model.to(device).eval()
         rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
         features = partial(layer_features, model, c.units.layer, c.units.smooth)
-        kmeans = fit_clusters(corpus, rows, features, c.units.clusters, c.units.cluster_frames, c.seed, device)
+        kmeans = fit_clusters(
+            corpus, rows, features, c.units.clusters, c.units.cluster_frames, c.seed, device
+        )
         UnitExtractor(model, kmeans, c.units.layer, c.units.smooth).save_pretrained(folder / "found")
     run.wait()
     extractor = UnitExtractor.from_pretrained(folder / "found").to(device)
@@ -471,19 +545,33 @@ def normalize(c: Config, folder: Path, extractor: UnitExtractor, device: torch.d
     rows = {row["id"]: row for row in unit_files.read_manifest(corpus_folder(c)) if row["split"] == "train"}
     if not target_file.exists() and run.rank() == 0:
         found = own_units(corpus_folder(c), [*rows.values()], extractor, device)
-        save_labels(target_file, [t.units for t in found], ids=[t.id for t in found], apart=[t.apart for t in found])
+        save_labels(
+            target_file, [t.units for t in found], ids=[t.id for t in found], apart=[t.apart for t in found]
+        )
     run.wait()
     with np.load(target_file) as stored:
         ids, apart = stored["ids"].tolist(), stored["apart"]
     if not rows.keys() >= set(ids):
-        raise ValueError(f"{target_file} is of other recordings than {corpus_folder(c)}; delete {folder} to begin anew")
+        raise ValueError(
+            f"{target_file} is of other recordings than {corpus_folder(c)}; delete {folder} to begin anew"
+        )
     other = np.array([rows[id]["speaker"] != unit_files.OWN_VOICE for id in ids])
     others = o.others if other.any() else 0.0  # who is further from the own voice is heard more often:
     share = np.where(other, others * apart / (apart.sum() or 1.0), (1 - others) / (~other).sum())
     perturb = [o.perturb_others if another else o.perturb for another in other]
     wavs = [corpus_folder(c) / rows[id]["wav"] for id in ids]
-    batch_at = batches.played_crops(wavs, load_labels(target_file), perturb, share, o.frames, c.seed,
-                                    o.batch_size, o.accumulate, run.rank(), run.world_size())
+    batch_at = batches.played_crops(
+        wavs,
+        load_labels(target_file),
+        perturb,
+        share,
+        o.frames,
+        c.seed,
+        o.batch_size,
+        o.accumulate,
+        run.rank(),
+        run.world_size(),
+    )
 
     def loss(model: HuBERT, batch):
         wav, labels = batch
@@ -503,10 +591,12 @@ class Target(NamedTuple):
     apart: float  # of another speaker: mean squared distance to the own voice
 
 
-def own_units(corpus: Path, rows: list[dict], extractor: UnitExtractor, device: torch.device,
-              portion: int = 2000) -> list[Target]:
+def own_units(
+    corpus: Path, rows: list[dict], extractor: UnitExtractor, device: torch.device, portion: int = 2000
+) -> list[Target]:
     """Of the own voice its units; of another speaker those of the own voice's most similar recording of the sentence,
     frame for frame (`units.warp`). What the own voice never says teaches nothing."""
+
     def hear(wav: Tensor) -> tuple[np.ndarray, np.ndarray]:
         x = layer_features(extractor.model, extractor.layer, extractor.smooth, wav)
         return x.half().cpu().numpy(), extractor.kmeans.predict(x).short().cpu().numpy()
@@ -518,8 +608,10 @@ def own_units(corpus: Path, rows: list[dict], extractor: UnitExtractor, device: 
 
     own = [row for row in rows if row["speaker"] == unit_files.OWN_VOICE]
     if not own:
-        raise ValueError(f"{corpus}: normalize.steps needs training recordings of speaker {unit_files.OWN_VOICE}, "
-                         "the model's own voice; set it to 0")
+        raise ValueError(
+            f"{corpus}: normalize.steps needs training recordings of speaker {unit_files.OWN_VOICE}, "
+            "the model's own voice; set it to 0"
+        )
     others = [row for row in rows if row["speaker"] != unit_files.OWN_VOICE]
     echoed = {row["text"] for row in others}
     targets, said = [], defaultdict(list)
@@ -573,25 +665,29 @@ def grown_llama(c: Config, tok: Tokenizer) -> Llama:
     before = [table.weight.data for table in tables]
     model.resize_vocab(len(tok))
     if knows_other_units(c):
-        known, extractor = (kind.from_pretrained(Path(c.pretrained) / part)
-                            for kind, part in ((Tokenizer, "llama"), (UnitExtractor, "hubert")))
+        known, extractor = (
+            kind.from_pretrained(Path(c.pretrained) / part)
+            for kind, part in ((Tokenizer, "llama"), (UnitExtractor, "hubert"))
+        )
         if (k := len(extractor.kmeans.centers)) != known.n_units:
-            raise ValueError(f"{c.pretrained}: its HuBERT makes {k} units, its LLaMA knows {known.n_units}; the two "
-                             "are of different models")
+            raise ValueError(
+                f"{c.pretrained}: its HuBERT makes {k} units, its LLaMA knows {known.n_units}; the two "
+                "are of different models"
+            )
         shares = unit_files.heard_together(corpus_folder(c), extractor, c.units.clusters)
         for old, table in zip(before, tables):
             translate_rows(old, table.weight.data, shares, known, tok)
     elif c.units.embed_centers:
         places = KMeans.from_pretrained(Path(c.out) / "model/hubert").embeddings(model.config.dim)
         for table in tables:
-            table.weight.data[tok.unit_ids.start:tok.unit_ids.stop] = places * c.units.embed_centers
+            table.weight.data[tok.unit_ids.start : tok.unit_ids.stop] = places * c.units.embed_centers
     return model
 
 
 def translate_rows(old: Tensor, new: Tensor, shares: Tensor, known: Tokenizer, tok: Tokenizer):
     """A unit begins as the mean of the units heard in its place before, sum_u P(u | unit) old[u]; a marker as it was.
     So the model understands most of what it hears in the new units before it has seen any (LOG.md)."""
-    new[tok.unit_ids.start:tok.unit_ids.stop] = shares @ old[known.unit_ids.start:known.unit_ids.stop]
+    new[tok.unit_ids.start : tok.unit_ids.stop] = shares @ old[known.unit_ids.start : known.unit_ids.stop]
     for token, i in tok.added.items():
         if i not in tok.unit_ids and token in known.added:
             new[i] = old[known.added[token]]
@@ -614,7 +710,9 @@ LANGUAGE = {
     "text": LanguageStage("text", new_llama, save_llama("text")),
     "1": LanguageStage("stage1", grown_llama, save_llama("1")),
     "2": LanguageStage("stage2", lambda c, tok: Llama.from_pretrained(llama_folder(c, "1")), save_llama("2")),
-    "3": LanguageStage("stage3", adapted_llama, lambda c, model, tok: lora.save(model, Path(c.out) / "model/lora")),
+    "3": LanguageStage(
+        "stage3", adapted_llama, lambda c, model, tok: lora.save(model, Path(c.out) / "model/lora")
+    ),
 }
 
 
@@ -625,7 +723,9 @@ def make_tokenizer(c: Config) -> Tokenizer:
         if c.pretrained:
             Tokenizer.extend(first_llama(c), folder, c.units.clusters, anew=knows_other_units(c))
         else:
-            Tokenizer.train(instruct.sentences(corpus_folder(c), "train"), folder, c.vocab_size, c.units.clusters)
+            Tokenizer.train(
+                instruct.sentences(corpus_folder(c), "train"), folder, c.vocab_size, c.units.clusters
+            )
     run.wait()
     return Tokenizer.from_pretrained(folder)
 
@@ -637,13 +737,20 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
     torch.manual_seed(c.seed)
     model = stage.begin(c, tok).to(device)
 
-    batch_at = batches.documents(partial(instruct.render, tok, noise=o.noise),
-                                 instruct.examples(corpus_folder(c), "train", o.mix), c.seed, o.batch_size, o.max_len,
-                                 o.accumulate, run.rank(), run.world_size())
+    batch_at = batches.documents(
+        partial(instruct.render, tok, noise=o.noise),
+        instruct.examples(corpus_folder(c), "train", o.mix),
+        c.seed,
+        o.batch_size,
+        o.max_len,
+        o.accumulate,
+        run.rank(),
+        run.world_size(),
+    )
 
     rows = model.config.vocab_size
     weight = torch.ones(max(rows, len(tok)), device=device)
-    weight[tok.unit_ids.start:tok.unit_ids.stop] = o.unit_weight
+    weight[tok.unit_ids.start : tok.unit_ids.stop] = o.unit_weight
     weight = weight[:rows]  # a model of text has no units yet
 
     def loss(model: Llama, batch):
@@ -685,8 +792,10 @@ def known_vocoder(c: Config) -> UnitVocoder | None:
         return None
     extractor = UnitExtractor.from_pretrained(Path(c.pretrained) / "hubert")
     if (k := len(extractor.kmeans.centers)) > before.config.num_embeddings:
-        raise ValueError(f"{c.pretrained}: its HuBERT makes {k} units, its vocoder knows "
-                         f"{before.config.num_embeddings}; the two are of different models")
+        raise ValueError(
+            f"{c.pretrained}: its HuBERT makes {k} units, its vocoder knows "
+            f"{before.config.num_embeddings}; the two are of different models"
+        )
     if (n := c.units.clusters) > c.vocoder_model.num_embeddings:
         raise ValueError(f"there are {n} clusters; set vocoder_model.num_embeddings to at least {n}")
     shares = unit_files.heard_together(corpus_folder(c), extractor, n)
@@ -699,8 +808,17 @@ def known_vocoder(c: Config) -> UnitVocoder | None:
 def make_vocoder(c: Config, folder: Path, device: torch.device):
     kmeans = KMeans.from_pretrained(Path(c.out) / "model/hubert") if c.units.embed_centers else None
     begin = None if (folder / "state.safetensors").exists() else known_vocoder(c)
-    train_vocoder.train(c.vocoder, c.vocoder_model, corpus_folder(c), corpus_folder(c) / "units.jsonl",
-                        Path(c.out) / "model/vocoder", device, work=folder, kmeans=kmeans, begin=begin)
+    train_vocoder.train(
+        c.vocoder,
+        c.vocoder_model,
+        corpus_folder(c),
+        corpus_folder(c) / "units.jsonl",
+        Path(c.out) / "model/vocoder",
+        device,
+        work=folder,
+        kmeans=kmeans,
+        begin=begin,
+    )
     if run.rank() == 0:
         (Path(c.out) / "metrics").mkdir(exist_ok=True)
         shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")
@@ -710,8 +828,15 @@ def judge(c: Config, folder: Path, device: torch.device):
     import evaluate  # its judges are an optional extra
 
     if run.rank() == 0:
-        evaluate.evaluate(Path(c.out) / "model", corpus_folder(c), Path(c.out) / "report", items=c.evaluate.items,
-                          seed=c.seed, device=device, takes=c.evaluate.takes)
+        evaluate.evaluate(
+            Path(c.out) / "model",
+            corpus_folder(c),
+            Path(c.out) / "report",
+            items=c.evaluate.items,
+            seed=c.seed,
+            device=device,
+            takes=c.evaluate.takes,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -729,8 +854,9 @@ STAGES = {
     "corpus": Stage(make_corpus, (), ("seed", "corpus")),
     "hubert": Stage(train_hubert, ("corpus",), ("hubert",)),
     "units": Stage(make_units, ("hubert",), ("units", "normalize")),
-    "text": Stage(partial(train_language, "text"), ("corpus",),
-                  ("vocab_size", "llama", "text", "pretrained", "units")),
+    "text": Stage(
+        partial(train_language, "text"), ("corpus",), ("vocab_size", "llama", "text", "pretrained", "units")
+    ),
     "1": Stage(partial(train_language, "1"), ("units", "text"), ("stage1",)),
     "2": Stage(partial(train_language, "2"), ("1",), ("stage2",)),
     "3": Stage(partial(train_language, "3"), ("2",), ("stage3", "lora")),
@@ -747,11 +873,15 @@ def run_stage(name: str, c: Config, device: torch.device):
     if name == "text" and c.pretrained:
         return
     record, done = folder / "config.json", folder / "done.json"
-    now = {"reads": {key: plain(getattr(c, key)) for key in stage.reads},
-           "after": {before: finished(c, before) for before in stage.after}}
+    now = {
+        "reads": {key: plain(getattr(c, key)) for key in stage.reads},
+        "after": {before: finished(c, before) for before in stage.after},
+    }
     for before, when in now["after"].items():
         if when is None:
-            raise ValueError(f"stage {name} needs stage {before}, which is not finished; run --stage {before} first")
+            raise ValueError(
+                f"stage {name} needs stage {before}, which is not finished; run --stage {before} first"
+            )
     if record.exists():
         compare(name, folder, checkpoint.read_json(record), now)
     elif run.rank() == 0:
@@ -777,8 +907,11 @@ def in_the_background(names: tuple[str, ...], c: Config, threads: int, log: Path
     """Some stages as a process of its own: what they say goes to `log`, and it ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
-    with log.open("w", encoding="utf-8") as file, \
-            contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with (
+        log.open("w", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
         torch.set_num_threads(threads)
         try:
             config.command_line(lambda: [run_stage(name, c, torch.device("cpu")) for name in names])
@@ -799,9 +932,13 @@ def beside(names: tuple[str, ...], c: Config, device: torch.device):
         return
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("", encoding="utf-8")
-    print(f"stage {' and '.join(names)} beside what follows, on {cores // 2} of {cores} threads: {log}", flush=True)
+    print(
+        f"stage {' and '.join(names)} beside what follows, on {cores // 2} of {cores} threads: {log}",
+        flush=True,
+    )
     child = multiprocessing.get_context("spawn").Process(
-        target=in_the_background, args=(names, c, cores // 2, log), daemon=True)
+        target=in_the_background, args=(names, c, cores // 2, log), daemon=True
+    )
     child.start()
     torch.set_num_threads(cores - cores // 2)
 
@@ -838,14 +975,20 @@ def compare(name: str, folder: Path, before: dict, now: dict):
         if isinstance(value, dict) and isinstance(old, dict):
             changed = next((k for k in value if k not in HARMLESS and value[k] != old.get(k)), None)
             if changed:
-                raise ValueError(f"stage {name} was begun with [{section}] {changed} = {old.get(changed)}, now it is "
-                                 f"{value[changed]}; put the old value back, or delete {folder} to begin anew")
+                raise ValueError(
+                    f"stage {name} was begun with [{section}] {changed} = {old.get(changed)}, now it is "
+                    f"{value[changed]}; put the old value back, or delete {folder} to begin anew"
+                )
         elif value != old:
-            raise ValueError(f"stage {name} was begun with {section} = {old}, now it is {value}; put the old value "
-                             f"back, or delete {folder} to begin anew")
+            raise ValueError(
+                f"stage {name} was begun with {section} = {old}, now it is {value}; put the old value "
+                f"back, or delete {folder} to begin anew"
+            )
     for stage, when in now["after"].items():
         if when != before["after"].get(stage):
-            raise ValueError(f"stage {name} was begun before stage {stage} was made anew; delete {folder} to follow it")
+            raise ValueError(
+                f"stage {name} was begun before stage {stage} was made anew; delete {folder} to follow it"
+            )
 
 
 def run_all(c: Config, device: torch.device):

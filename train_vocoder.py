@@ -41,7 +41,9 @@ from vocoder import UnitVocoder, VocoderConfig
 
 @dataclass
 class VocoderStage:
-    frame_steps: Whole = 0  # ours: before all others, so many for the frame-rate half alone, which then stays as it is
+    frame_steps: Whole = (
+        0  # ours: before all others, so many for the frame-rate half alone, which then stays as it is
+    )
     frame_batch: Count = 6  # whole recordings a step, over all ranks
     frame_lr: Amount = 4e-3
     steps: Whole = 400_000
@@ -57,7 +59,9 @@ class VocoderStage:
     clip: Amount = 1000.0  # largest norm of the generator's gradient
     adversarial_start: Whole = 0  # step from which on there are discriminators
     mel_weight: Amount = 45.0
-    spectral_weight: Amount = 0.0  # mel loss through several windows: ours, for the steps without discriminators
+    spectral_weight: Amount = (
+        0.0  # mel loss through several windows: ours, for the steps without discriminators
+    )
     spectral_sizes: tuple[Count, ...] = (2048, 1024, 512, 256, 128)
     adversarial_weight: Amount = 1.0
     feature_weight: Amount = 2.0
@@ -66,8 +70,14 @@ class VocoderStage:
     mpd_channels: tuple[Count, ...] = (32, 128, 512, 1024, 1024)
     msd_scales: Whole = 3
     msd_layers: tuple[tuple[Count, Count, Count, Count], ...] = (  # (channels, kernel, stride, groups)
-        (128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16), (512, 41, 4, 16), (1024, 41, 4, 16),
-        (1024, 41, 1, 16), (1024, 5, 1, 1))
+        (128, 15, 1, 1),
+        (128, 41, 2, 4),
+        (256, 41, 2, 16),
+        (512, 41, 4, 16),
+        (1024, 41, 4, 16),
+        (1024, 41, 1, 16),
+        (1024, 5, 1, 1),
+    )
     bf16: bool = False  # convolutions in bfloat16 where that is faster
     eval_every: Count = 1000
     save_every: Count = 5000
@@ -79,6 +89,7 @@ HARMLESS = {"eval_every", "save_every"}  # keys that may change while a run is i
 
 # ------------------------------------------------------------------------------------------------------ data
 
+
 class Speech:
     """Rows of a manifest with their units, as random crops and as whole recordings."""
 
@@ -88,7 +99,9 @@ class Speech:
         rows = read_jsonl(corpus / "manifest.jsonl", ("id", "wav", "speaker", "split"))
         self.rows = [row | found[row["id"]] for row in rows if row["split"] == split and row["id"] in found]
         if not self.rows and split == "train":
-            raise ValueError(f"{corpus}: no training recording has units in {units}; run the stage 'units' first")
+            raise ValueError(
+                f"{corpus}: no training recording has units in {units}; run the stage 'units' first"
+            )
         frames = np.array([sum(row["durations"]) for row in self.rows], dtype=np.float64)
         self.by_length = frames.argsort(kind="stable")
         self.share = frames / frames.sum()  # a long recording is drawn more often than a short one
@@ -102,19 +115,21 @@ class Speech:
     def mel(self, i: int) -> Tensor:
         """What `FrameSpectrum` is to say of a recording, (80, 2 T), in half precision."""
         frames = sum(self.rows[i]["durations"])
-        wave = torch.from_numpy(self.wave(i)[:frames * 320] / np.float32(32767))
+        wave = torch.from_numpy(self.wave(i)[: frames * 320] / np.float32(32767))
         return v.FrameSpectrum.of(nn.functional.pad(wave, (0, frames * 320 - len(wave)))[None])[0].half()
 
     def codes(self, i: int) -> np.ndarray:
         """The unit of each frame of a recording, (T,)."""
         return np.repeat(self.rows[i]["units"], self.rows[i]["durations"])
 
-    def crop(self, i: int, rng: np.random.Generator, frames: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
+    def crop(
+        self, i: int, rng: np.random.Generator, frames: int, margin: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The wave (frames * 320,) of some frames, and their codes with those around them (margin + frames + margin,).
         Beyond the ends the first and the last code go on, silently."""
         codes = self.codes(i)
         start = rng.integers(max(1, len(codes) - frames + 1))
-        wave = self.wave(i)[start * 320:min(start + frames, len(codes)) * 320] / np.float32(32767)
+        wave = self.wave(i)[start * 320 : min(start + frames, len(codes)) * 320] / np.float32(32767)
         seen = np.arange(start - margin, start + frames + margin).clip(0, len(codes) - 1)
         return codes[seen], np.pad(wave, (0, frames * 320 - len(wave)))
 
@@ -133,7 +148,7 @@ class Speech:
         for b, (i, frames) in enumerate(zip(chosen, lengths.tolist())):
             codes[b] = self.rows[i]["units"][-1]
             codes[b, :frames] = torch.from_numpy(self.codes(i))
-            mels[b, :, :2 * frames] = self.mel(int(i))
+            mels[b, :, : 2 * frames] = self.mel(int(i))
         return codes, mels, self.speakers(chosen), lengths, *self.durations(chosen)
 
     def batch(self, rng: np.random.Generator, size: int, frames: int, margin: int = 0) -> tuple[Tensor, ...]:
@@ -141,8 +156,12 @@ class Speech:
         units of the whole recordings, their frames and which of them are no padding, each (B, U)."""
         chosen = rng.choice(len(self.rows), size, p=self.share)
         codes, waves = zip(*(self.crop(i, rng, frames, margin) for i in chosen))
-        return (torch.tensor(np.stack(codes)), torch.tensor(np.stack(waves)), self.speakers(chosen),
-                *self.durations(chosen))
+        return (
+            torch.tensor(np.stack(codes)),
+            torch.tensor(np.stack(waves)),
+            self.speakers(chosen),
+            *self.durations(chosen),
+        )
 
     def speakers(self, chosen: np.ndarray) -> Tensor:
         return torch.tensor([self.rows[i]["speaker"] for i in chosen])
@@ -151,16 +170,26 @@ class Speech:
         rows, size = [self.rows[i] for i in chosen], len(chosen)
         units, lengths = torch.zeros(2, size, max(len(row["units"]) for row in rows), dtype=torch.long)
         for b, row in enumerate(rows):
-            units[b, :len(row["units"])] = torch.tensor(row["units"])
-            lengths[b, :len(row["units"])] = torch.tensor(row["durations"])
+            units[b, : len(row["units"])] = torch.tensor(row["units"])
+            lengths[b, : len(row["units"])] = torch.tensor(row["durations"])
         return units, lengths, lengths > 0
 
 
 # ------------------------------------------------------------------------------------------------------ loop
 
-def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, out: Path, device: torch.device,
-          resume: bool = True, work: Path | None = None, kmeans: KMeans | None = None,
-          begin: UnitVocoder | None = None):
+
+def train(
+    stage: VocoderStage,
+    model: VocoderConfig,
+    corpus: Path,
+    units: Path,
+    out: Path,
+    device: torch.device,
+    resume: bool = True,
+    work: Path | None = None,
+    kmeans: KMeans | None = None,
+    begin: UnitVocoder | None = None,
+):
     """Writes the folder `out`: config.json and generator.safetensors. State, metrics and samples go to `work`.
 
     With `kmeans` the embeddings of the units begin as its centres; that is ours, and LOG.md says what it is worth.
@@ -176,13 +205,24 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
             raise ValueError(f"there are {k} clusters; set vocoder_model.num_embeddings to at least {k}")
         generator.dict.weight.data[:k] = kmeans.embeddings(model.embedding_dim)
     spectrum = v.FrameSpectrum(model.channels[0]).to(device)
-    judges = nn.ModuleList([v.MultiPeriodDiscriminator(stage.mpd_periods, stage.mpd_channels),
-                            v.MultiScaleDiscriminator(stage.msd_scales, stage.msd_layers)]).to(device)
+    judges = nn.ModuleList(
+        [
+            v.MultiPeriodDiscriminator(stage.mpd_periods, stage.mpd_channels),
+            v.MultiScaleDiscriminator(stage.msd_scales, stage.msd_layers),
+        ]
+    ).to(device)
     optimizer_f, optimizer_g, optimizer_d = (
         torch.optim.AdamW(m.parameters(), stage.lr, stage.betas, weight_decay=stage.weight_decay)
-        for m in (nn.ModuleList([generator, spectrum]), generator, judges))
-    parts = {"generator": generator, "spectrum": spectrum, "judges": judges, "optimizer_f": optimizer_f,
-             "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+        for m in (nn.ModuleList([generator, spectrum]), generator, judges)
+    )
+    parts = {
+        "generator": generator,
+        "spectrum": spectrum,
+        "judges": judges,
+        "optimizer_f": optimizer_f,
+        "optimizer_g": optimizer_g,
+        "optimizer_d": optimizer_d,
+    }
     begun_with = {"stage": dataclasses.asdict(stage), "model": dataclasses.asdict(model)}
     state = work / "state.safetensors"
     first = load_state(state, parts, begun_with) if resume and state.exists() else 0
@@ -205,8 +245,10 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
             norm = update(optimizer_f, lr, sum(losses.values()), stage.clip)
         else:
             lr = run.cosine(step, stage.warmup, stage.steps, stage.lr, stage.floor)
-            batch = [t.to(device) for t in speech.batch(rng, stage.batch_size // run.world_size(), stage.segment,
-                                                        stage.margin)]
+            batch = [
+                t.to(device)
+                for t in speech.batch(rng, stage.batch_size // run.world_size(), stage.segment, stage.margin)
+            ]
             losses, numbers = wave_losses(generator, judges, optimizer_d, batch, stage, step, half)
             norm = update(optimizer_g, lr, sum(losses.values()), stage.clip)
 
@@ -215,7 +257,9 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
             if step < 0 and held_out.rows:
                 batch = [t.to(device) for t in held_out.recordings(np.arange(min(16, len(held_out.rows))))]
                 with torch.no_grad():
-                    numbers["held_out_frames"] = frame_losses(generator, spectrum, batch, stage, half)["frames"].item()
+                    numbers["held_out_frames"] = frame_losses(generator, spectrum, batch, stage, half)[
+                        "frames"
+                    ].item()
             elif step >= 0:
                 numbers |= evaluate(generator, held_out, work / f"step-{done:06d}.wav")
             bar.write(f"vocoder, step {done}: " + ", ".join(f"{k} {x:.3f}" for k, x in numbers.items()))
@@ -231,18 +275,32 @@ def train(stage: VocoderStage, model: VocoderConfig, corpus: Path, units: Path, 
     run.wait()
 
 
-def frame_losses(generator: UnitVocoder, spectrum: v.FrameSpectrum, batch: list[Tensor], stage: VocoderStage,
-                 half: torch.autocast) -> dict[str, Tensor]:
+def frame_losses(
+    generator: UnitVocoder,
+    spectrum: v.FrameSpectrum,
+    batch: list[Tensor],
+    stage: VocoderStage,
+    half: torch.autocast,
+) -> dict[str, Tensor]:
     """What is to be heard in each frame, from whole recordings; and how long units last."""
     codes, mels, speakers, lengths, *durations = batch
     with half:
         x = generator.frames(codes, speakers)
-    return {"frames": spectrum.loss(x, mels, lengths),
-            "duration": generator.duration_loss(*durations) * stage.duration_weight}
+    return {
+        "frames": spectrum.loss(x, mels, lengths),
+        "duration": generator.duration_loss(*durations) * stage.duration_weight,
+    }
 
 
-def wave_losses(generator: UnitVocoder, judges: nn.ModuleList, optimizer_d: torch.optim.Optimizer,
-                batch: list[Tensor], stage: VocoderStage, step: int, half: torch.autocast):
+def wave_losses(
+    generator: UnitVocoder,
+    judges: nn.ModuleList,
+    optimizer_d: torch.optim.Optimizer,
+    batch: list[Tensor],
+    stage: VocoderStage,
+    step: int,
+    half: torch.autocast,
+):
     """A step of the discriminators, if it is their time; then (the generator's losses, what to log besides)."""
     codes, real, speakers, *durations = batch
     losses, numbers = {}, {}
@@ -299,8 +357,8 @@ def evaluate(generator: UnitVocoder, held_out: Speech, sample: Path) -> dict[str
     errors = []
     for i, row in enumerate(held_out.rows[:16]):
         fake = generator(row["units"], row["speaker"], row["durations"]).cpu()
-        real = torch.from_numpy(held_out.wave(i)[:len(fake)] / np.float32(32767))
-        errors.append(v.mel_loss(fake[None, :len(real)], real[None]).item())
+        real = torch.from_numpy(held_out.wave(i)[: len(fake)] / np.float32(32767))
+        errors.append(v.mel_loss(fake[None, : len(real)], real[None]).item())
     row = held_out.rows[0]
     audio.save(sample, generator(row["units"], row["speaker"]).cpu().numpy())  # its own durations here
     generator.train()
@@ -309,20 +367,27 @@ def evaluate(generator: UnitVocoder, held_out: Speech, sample: Path) -> dict[str
 
 # ----------------------------------------------------------------------------------------- state and mistakes
 
+
 def check(model: VocoderConfig, stage: VocoderStage, speech: Speech):
     """One clear line for a config that does not fit the corpus or the ranks."""
     unit = max(max(row["units"]) for row in speech.rows)
     speaker = max(row["speaker"] for row in speech.rows)
     if unit >= model.num_embeddings:
-        raise ValueError(f"the corpus has unit {unit}; set vocoder_model.num_embeddings to at least {unit + 1}")
+        raise ValueError(
+            f"the corpus has unit {unit}; set vocoder_model.num_embeddings to at least {unit + 1}"
+        )
     if speaker >= (model.num_speakers if model.speakers else 1):
-        raise ValueError(f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "
-                         f"vocoder_model.num_speakers to at least {speaker + 1}")
+        raise ValueError(
+            f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "
+            f"vocoder_model.num_speakers to at least {speaker + 1}"
+        )
     for key in ("batch_size", "frame_batch") if stage.frame_steps else ("batch_size",):
         if (size := getattr(stage, key)) % run.world_size():
             raise ValueError(f"vocoder.{key} {size} does not divide among {run.world_size()} processes")
     if stage.segment * 320 <= max(stage.spectral_sizes):
-        raise ValueError(f"vocoder.segment {stage.segment} is shorter than a window of vocoder.spectral_sizes")
+        raise ValueError(
+            f"vocoder.segment {stage.segment} is shorter than a window of vocoder.spectral_sizes"
+        )
 
 
 def save_state(path: Path, parts: dict, meta: dict):
@@ -344,10 +409,16 @@ def load_state(path: Path, parts: dict, now: dict) -> int:
     for section, table in now.items():
         for key, value in table.items():
             if key not in HARMLESS and v.tuplify(meta[section].get(key)) != value:
-                raise ValueError(f"{path}: was begun with {key} = {meta[section].get(key)}, now it is {value}; "
-                                 f"set it back, or delete {path.parent} to begin anew")
+                raise ValueError(
+                    f"{path}: was begun with {key} = {meta[section].get(key)}, now it is {value}; "
+                    f"set it back, or delete {path.parent} to begin anew"
+                )
     for name, part in parts.items():
-        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        own = {
+            key.removeprefix(f"{name}."): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.")
+        }
         if isinstance(part, nn.Module):
             checkpoint.assign(part, own, str(path))
         else:
@@ -375,8 +446,15 @@ def main():
     device = run.device(c.device)
     run.start(device)
     corpus = Path(c.corpus)
-    train(c.vocoder, c.vocoder_model, corpus, corpus / "units.jsonl", Path(c.out), device,
-          kmeans=KMeans.from_pretrained(c.kmeans) if c.kmeans else None)
+    train(
+        c.vocoder,
+        c.vocoder_model,
+        corpus,
+        corpus / "units.jsonl",
+        Path(c.out),
+        device,
+        kmeans=KMeans.from_pretrained(c.kmeans) if c.kmeans else None,
+    )
     run.finish()
 
 

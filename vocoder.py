@@ -51,14 +51,21 @@ class VocoderConfig:
     upsample_initial_channel: int = 512
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
-    dur_predictor_params: dict | None = field(default_factory=lambda: {
-        "encoder_embed_dim": 128, "var_pred_hidden_dim": 128, "var_pred_kernel_size": 3,
-        "var_pred_dropout": 0.5})
+    dur_predictor_params: dict | None = field(
+        default_factory=lambda: {
+            "encoder_embed_dim": 128,
+            "var_pred_hidden_dim": 128,
+            "var_pred_kernel_size": 3,
+            "var_pred_dropout": 0.5,
+        }
+    )
     code_hop_size: int = 320  # samples a frame: 20 ms
     sampling_rate: int = 16000
     # ours, for small models; None and () are HiFi-GAN as published
     upsample_channels: tuple[int, ...] | None = None  # after each upsampling; None halves them every time
-    unit_dilations: tuple[int, ...] = ()  # residual convolutions over the units, before they are given their durations
+    unit_dilations: tuple[
+        int, ...
+    ] = ()  # residual convolutions over the units, before they are given their durations
     context_dilations: tuple[int, ...] = ()  # and at the frame rate, where width is cheap
     running_durations: bool = False  # round predicted durations so that their sum stays
 
@@ -66,24 +73,44 @@ class VocoderConfig:
         rates, kernels, inputs = self.upsample_rates, self.upsample_kernel_sizes, self.embedding_dim
         inputs *= 2 if self.speakers else 1
         for problem, message in (
-            (self.f0, "f0 is true, but this vocoder reads units (and a speaker) only; take one trained without f0"),
-            (len(rates) != len(kernels) or any(k < u or (k - u) % 2 for u, k in zip(rates, kernels)),
-             f"upsample_kernel_sizes {kernels} must be one for each of the upsample_rates {rates}, larger by an even "
-             "number"),
-            (math.prod(rates) != self.code_hop_size,
-             f"upsample_rates {rates} multiply to {math.prod(rates)}, but code_hop_size is {self.code_hop_size}"),
-            (len(self.channels) != len(rates) + 1,
-             f"upsample_channels {self.upsample_channels} must be one for each of the upsample_rates {rates}"),
+            (
+                self.f0,
+                "f0 is true, but this vocoder reads units (and a speaker) only; take one trained without f0",
+            ),
+            (
+                len(rates) != len(kernels) or any(k < u or (k - u) % 2 for u, k in zip(rates, kernels)),
+                f"upsample_kernel_sizes {kernels} must be one for each of the upsample_rates {rates}, "
+                "larger by an even number",
+            ),
+            (
+                math.prod(rates) != self.code_hop_size,
+                f"upsample_rates {rates} multiply to {math.prod(rates)}, but code_hop_size is {self.code_hop_size}",
+            ),
+            (
+                len(self.channels) != len(rates) + 1,
+                f"upsample_channels {self.upsample_channels} must be one for each of the upsample_rates {rates}",
+            ),
             (self.resblock not in ("1", "2"), f'resblock is {self.resblock!r}; it must be "1" or "2"'),
-            (len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes),
-             f"resblock_dilation_sizes must be one list for each of the kernels {self.resblock_kernel_sizes}"),
-            (not all(type(d) is int and 1 <= d <= 1000 for d in (*self.unit_dilations, *self.context_dilations)),
-             f"unit_dilations {self.unit_dilations} and context_dilations {self.context_dilations} must be whole "
-             "numbers of 1 to 1000"),
-            (self.model_in_dim != inputs, f"model_in_dim is {self.model_in_dim}, but embeddings of "
-             f"{self.embedding_dim} (units{', speaker' * self.speakers}) make {inputs}"),
-            ((self.dur_predictor_params or {}).get("var_pred_kernel_size", 3) != 3,
-             "var_pred_kernel_size must be 3, to keep one duration a unit"),
+            (
+                len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes),
+                f"resblock_dilation_sizes must be one list for each of the kernels {self.resblock_kernel_sizes}",
+            ),
+            (
+                not all(
+                    type(d) is int and 1 <= d <= 1000 for d in (*self.unit_dilations, *self.context_dilations)
+                ),
+                f"unit_dilations {self.unit_dilations} and context_dilations {self.context_dilations} must be whole "
+                "numbers of 1 to 1000",
+            ),
+            (
+                self.model_in_dim != inputs,
+                f"model_in_dim is {self.model_in_dim}, but embeddings of "
+                f"{self.embedding_dim} (units{', speaker' * self.speakers}) make {inputs}",
+            ),
+            (
+                (self.dur_predictor_params or {}).get("var_pred_kernel_size", 3) != 3,
+                "var_pred_kernel_size must be 3, to keep one duration a unit",
+            ),
         ):
             if problem:
                 raise ValueError(f"vocoder config: {message}")
@@ -101,6 +128,7 @@ class VocoderConfig:
 
 # ------------------------------------------------------------------------------------------------- generator
 
+
 def same_conv(c_in: int, c_out: int, kernel: int, dilation: int = 1) -> nn.Conv1d:
     return nn.Conv1d(c_in, c_out, kernel, dilation=dilation, padding=(kernel - 1) * dilation // 2)
 
@@ -112,7 +140,10 @@ class ResBlock(nn.Module):
         super().__init__()
         dilated = nn.ModuleList(same_conv(channels, channels, kernel, d) for d in dilations)
         if kind == "1":
-            self.convs1, self.convs2 = dilated, nn.ModuleList(same_conv(channels, channels, kernel) for _ in dilations)
+            self.convs1, self.convs2 = (
+                dilated,
+                nn.ModuleList(same_conv(channels, channels, kernel) for _ in dilations),
+            )
         else:
             self.convs = dilated
 
@@ -129,8 +160,13 @@ class ResBlock(nn.Module):
 class DurationPredictor(nn.Module):
     """Unit embeddings (B, U, E) -> log(frames + 1), (B, U)."""
 
-    def __init__(self, encoder_embed_dim: int, var_pred_hidden_dim: int, var_pred_kernel_size: int = 3,
-                 var_pred_dropout: float = 0.5):
+    def __init__(
+        self,
+        encoder_embed_dim: int,
+        var_pred_hidden_dim: int,
+        var_pred_kernel_size: int = 3,
+        var_pred_dropout: float = 0.5,
+    ):
         super().__init__()
         width, kernel = var_pred_hidden_dim, var_pred_kernel_size
         self.conv1 = nn.Sequential(same_conv(encoder_embed_dim, width, kernel), nn.ReLU())
@@ -182,12 +218,18 @@ class UnitVocoder(nn.Module):
         if config.context_dilations:
             self.context = ResBlock("2", widths[0], 3, config.context_dilations)
         self.ups = nn.ModuleList(
-            nn.ConvTranspose1d(c_in, c_out, kernel, rate, padding=(kernel - rate) // 2)  # T -> exactly T * rate
-            for c_in, c_out, rate, kernel in zip(widths, widths[1:], config.upsample_rates,
-                                                 config.upsample_kernel_sizes))
+            nn.ConvTranspose1d(
+                c_in, c_out, kernel, rate, padding=(kernel - rate) // 2
+            )  # T -> exactly T * rate
+            for c_in, c_out, rate, kernel in zip(
+                widths, widths[1:], config.upsample_rates, config.upsample_kernel_sizes
+            )
+        )
         self.resblocks = nn.ModuleList(  # one of each kernel size after every upsampling, in this order
-            ResBlock(config.resblock, channels, kernel, dilations) for channels in widths[1:]
-            for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes))
+            ResBlock(config.resblock, channels, kernel, dilations)
+            for channels in widths[1:]
+            for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes)
+        )
         self.conv_post = same_conv(widths[-1], 1, 7)
         if config.dur_predictor_params:
             self.dur_predictor = DurationPredictor(**config.dur_predictor_params)
@@ -226,11 +268,11 @@ class UnitVocoder(nn.Module):
 
         With a margin, the first and the last `margin` frames are only looked at: (B, (T - 2 * margin) * 320)."""
         x = self.frames(codes, speaker)
-        x = x[..., margin:x.shape[2] - margin]
+        x = x[..., margin : x.shape[2] - margin]
         per_stage = len(self.config.resblock_kernel_sizes)
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, SLOPE))  # (B, C, T) -> (B, C', T * rate)
-            x = sum(block(x) for block in self.resblocks[i * per_stage:(i + 1) * per_stage]) / per_stage
+            x = sum(block(x) for block in self.resblocks[i * per_stage : (i + 1) * per_stage]) / per_stage
         x = F.leaky_relu(x, 0.01)  # not SLOPE: the released weights were trained so
         return torch.tanh(self.conv_post(x)).squeeze(1)  # (B, 1, T * 320) -> (B, T * 320)
 
@@ -253,8 +295,9 @@ class UnitVocoder(nn.Module):
         return torch.tensor(whole, device=units.device)
 
     @torch.no_grad()
-    def forward(self, units: list[int], speaker: int | Tensor | None = None,
-                durations: list[int] | None = None) -> Tensor:
+    def forward(
+        self, units: list[int], speaker: int | Tensor | None = None, durations: list[int] | None = None
+    ) -> Tensor:
         """Reduced units -> waveform (N,), float32 at 16 kHz; N = 320 * (sum of the frames of each unit).
 
         `durations` are the frames of each unit, predicted if None. `speaker` is a number (None: 0), or a vector
@@ -268,8 +311,10 @@ class UnitVocoder(nn.Module):
             raise ValueError("there are no units to speak")
         codes = torch.tensor([units[i] for i in kept], device=where)
         if codes.max() >= self.config.num_embeddings:
-            raise ValueError(f"unit {codes.max()} is unknown: this vocoder has {self.config.num_embeddings}; "
-                             "take units and vocoder of the same model")
+            raise ValueError(
+                f"unit {codes.max()} is unknown: this vocoder has {self.config.num_embeddings}; "
+                "take units and vocoder of the same model"
+            )
         if durations is not None:
             frames = torch.tensor([durations[i] for i in kept], device=where)
         elif hasattr(self, "dur_predictor"):
@@ -339,6 +384,7 @@ class FrameSpectrum(nn.Module):
 
 # -------------------------------------------------------------------------------------------- discriminators
 
+
 class PeriodDiscriminator(nn.Module):
     """Folds the wave into rows of `period` samples and convolves along each column: every p-th sample."""
 
@@ -348,7 +394,8 @@ class PeriodDiscriminator(nn.Module):
         strides = (3,) * (len(channels) - 1) + (1,)
         self.convs = nn.ModuleList(
             weight_norm(nn.Conv2d(c_in, c_out, (5, 1), (stride, 1), padding=(2, 0)))
-            for c_in, c_out, stride in zip((1, *channels), channels, strides))
+            for c_in, c_out, stride in zip((1, *channels), channels, strides)
+        )
         self.conv_post = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
 
     def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -365,7 +412,8 @@ class ScaleDiscriminator(nn.Module):
         widths = (1, *(layer[0] for layer in layers))
         self.convs = nn.ModuleList(
             norm(nn.Conv1d(c_in, c_out, kernel, stride, groups=groups, padding=(kernel - 1) // 2))
-            for c_in, (c_out, kernel, stride, groups) in zip(widths, layers))
+            for c_in, (c_out, kernel, stride, groups) in zip(widths, layers)
+        )
         self.conv_post = norm(nn.Conv1d(widths[-1], 1, 3, padding=1))
 
     def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -385,8 +433,11 @@ def score_and_maps(x: Tensor, convs: nn.ModuleList, conv_post: nn.Module) -> tup
 class MultiPeriodDiscriminator(nn.Module):
     """Waveforms (B, N) -> a list of (score, feature maps), one for each period."""
 
-    def __init__(self, periods: tuple[int, ...] = (2, 3, 5, 7, 11),
-                 channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)):
+    def __init__(
+        self,
+        periods: tuple[int, ...] = (2, 3, 5, 7, 11),
+        channels: tuple[int, ...] = (32, 128, 512, 1024, 1024),
+    ):
         super().__init__()
         self.discriminators = nn.ModuleList(PeriodDiscriminator(p, channels) for p in periods)
 
@@ -397,12 +448,23 @@ class MultiPeriodDiscriminator(nn.Module):
 class MultiScaleDiscriminator(nn.Module):
     """Waveforms (B, N) -> a list of (score, feature maps): the wave itself, then each time half as fast."""
 
-    def __init__(self, scales: int = 3, layers: tuple[tuple[int, ...], ...] = (
-            (128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16), (512, 41, 4, 16), (1024, 41, 4, 16),
-            (1024, 41, 1, 16), (1024, 5, 1, 1))):
+    def __init__(
+        self,
+        scales: int = 3,
+        layers: tuple[tuple[int, ...], ...] = (
+            (128, 15, 1, 1),
+            (128, 41, 2, 4),
+            (256, 41, 2, 16),
+            (512, 41, 4, 16),
+            (1024, 41, 4, 16),
+            (1024, 41, 1, 16),
+            (1024, 5, 1, 1),
+        ),
+    ):
         super().__init__()
         self.discriminators = nn.ModuleList(
-            ScaleDiscriminator(layers, weight_norm if i else spectral_norm) for i in range(scales))
+            ScaleDiscriminator(layers, weight_norm if i else spectral_norm) for i in range(scales)
+        )
 
     def forward(self, wav: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         results = []
@@ -414,6 +476,7 @@ class MultiScaleDiscriminator(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------- losses
+
 
 @lru_cache
 def mel_filters(rate: int, n_fft: int, n_mels: int, fmin: float, fmax: float) -> Tensor:
@@ -428,13 +491,21 @@ def mel_filters(rate: int, n_fft: int, n_mels: int, fmin: float, fmax: float) ->
     return (triangles * 2 / (high - low)).float()
 
 
-def log_mel(wav: Tensor, n_fft: int = 1024, n_mels: int = 80, rate: int = 16000, fmin: float = 0.0,
-            fmax: float | None = None) -> Tensor:
+def log_mel(
+    wav: Tensor,
+    n_fft: int = 1024,
+    n_mels: int = 80,
+    rate: int = 16000,
+    fmin: float = 0.0,
+    fmax: float | None = None,
+) -> Tensor:
     """Waveforms (B, N) -> HiFi-GAN's log mel spectrogram (B, n_mels, N // hop); windows of n_fft, hop a quarter."""
     hop = n_fft // 4
     wav = F.pad(wav[:, None], ((n_fft - hop) // 2,) * 2, "reflect").squeeze(1)
     window = torch.hann_window(n_fft, device=wav.device)
-    spectrum = torch.view_as_real(torch.stft(wav, n_fft, hop, window=window, center=False, return_complex=True))
+    spectrum = torch.view_as_real(
+        torch.stft(wav, n_fft, hop, window=window, center=False, return_complex=True)
+    )
     magnitudes = torch.sqrt(spectrum.square().sum(-1) + 1e-9)  # (B, n_fft // 2 + 1, frames)
     filters = mel_filters(rate, n_fft, n_mels, fmin, fmax or rate / 2).to(wav.device)
     return torch.log(torch.clamp(filters @ magnitudes, min=1e-5))
@@ -465,8 +536,9 @@ def adversarial_loss(fake: list) -> Tensor:
 
 def feature_loss(real: list, fake: list) -> Tensor:
     """L1 between what each layer of each discriminator sees in real speech and in the generator's."""
-    return sum(F.l1_loss(f, r.detach()) for (_, reals), (_, fakes) in zip(real, fake)
-               for r, f in zip(reals, fakes))
+    return sum(
+        F.l1_loss(f, r.detach()) for (_, reals), (_, fakes) in zip(real, fake) for r, f in zip(reals, fakes)
+    )
 
 
 # ----------------------------------------------------------------------------------------------- weight files
@@ -478,8 +550,10 @@ WEIGHT_FILES = ("generator.safetensors", "vocoder.pt", "g_*")
 #   resblocks.N.convs1.J.*  resblocks.N.convs2.J.*  (resblock "1")     resblocks.N.convs.J.*  (resblock "2")
 #   dur_predictor.{conv1.0, ln1, conv2.0, ln2, proj}.*
 # but the released file keeps the generator's convolutions as length and direction; torch has two spellings:
-WEIGHT_NORM = {".weight_g": ".weight_v",
-               ".parametrizations.weight.original0": ".parametrizations.weight.original1"}
+WEIGHT_NORM = {
+    ".weight_g": ".weight_v",
+    ".parametrizations.weight.original0": ".parametrizations.weight.original1",
+}
 
 
 def read_folder(folder: Path) -> tuple[VocoderConfig, dict[str, Tensor], str]:
@@ -487,8 +561,10 @@ def read_folder(folder: Path) -> tuple[VocoderConfig, dict[str, Tensor], str]:
         raise FileNotFoundError(f"{folder}: no config.json; a vocoder is a folder of config.json and weights")
     found = sorted(path for name in WEIGHT_FILES for path in folder.glob(name))
     if len(found) != 1:
-        raise ValueError(f"{folder}: found {', '.join(p.name for p in found) or 'no weights'}; keep exactly one of "
-                         f"{', '.join(WEIGHT_FILES)}")
+        raise ValueError(
+            f"{folder}: found {', '.join(p.name for p in found) or 'no weights'}; keep exactly one of "
+            f"{', '.join(WEIGHT_FILES)}"
+        )
     config = read_config(folder / "config.json")
     tensors = checkpoint.read_tensors(found[0])  # of the released {"generator": {...}}, what is inside
     return config, fold_weight_norm(tensors, str(found[0])), str(found[0])

@@ -64,10 +64,14 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     with soundfile.SoundFile(path) as file:
         rate, promised = file.samplerate, file.frames
         if not 1000 <= rate <= 400_000:
-            raise ValueError(f"{path} claims a sample rate of {rate} Hz: no recording has that; export it again")
+            raise ValueError(
+                f"{path} claims a sample rate of {rate} Hz: no recording has that; export it again"
+            )
         if promised > MAX_SECONDS * rate:
             raise ValueError(f"{path} is {promised / rate / 3600:.1f} hours long, the limit is 4: split it")
-        blocks = file.blocks(max(1, (1 << 20) // file.channels), dtype="float32", always_2d=True)  # (N, channels)
+        blocks = file.blocks(
+            max(1, (1 << 20) // file.channels), dtype="float32", always_2d=True
+        )  # (N, channels)
         wav = np.concatenate([block.mean(axis=1) for block in blocks] or [np.zeros(0, np.float32)])
     if len(wav) < promised:
         raise ValueError(_cut_short(path, promised / rate, len(wav) / rate))
@@ -95,7 +99,9 @@ def _check_end(path: Path) -> None:
                     bytes_per_second = max(1, struct.unpack("<I", format_[8:12])[0])
                 if name == b"data":
                     if length not in (0, 0xFFFFFFFF) and start + length > size:
-                        raise ValueError(_cut_short(path, length / bytes_per_second, (size - start) / bytes_per_second))
+                        raise ValueError(
+                            _cut_short(path, length / bytes_per_second, (size - start) / bytes_per_second)
+                        )
                     return
                 file.seek(start + length + length % 2)  # chunks are padded to even length
             raise ValueError(f"{path} is cut short: a wav file without its data chunk; copy it again")
@@ -113,7 +119,9 @@ def check_speech(wav: np.ndarray, name: str = "the recording") -> None:
     """Raises ValueError when there is nothing to hear in wav (N,): no 25 ms of it reach -60 dB."""
     frames = np.asarray(wav[: len(wav) // MIN_SAMPLES * MIN_SAMPLES], np.float32).reshape(-1, MIN_SAMPLES)
     if np.sqrt((frames**2).mean(axis=1)).max(initial=0.0) < SILENCE:
-        raise ValueError(f"{name} is silent (nothing louder than -60 dB): check the microphone and record again")
+        raise ValueError(
+            f"{name} is silent (nothing louder than -60 dB): check the microphone and record again"
+        )
 
 
 def play(wav: np.ndarray, rate: float = 1.0, pitch: float = 1.0) -> np.ndarray:
@@ -129,7 +137,9 @@ def stretch(wav: np.ndarray, pace: float, window: int = 480, search: int = 120) 
     pace leads, or up to `search` samples (7.5 ms) beside it, where they go on most like the piece before.
     """
     hop, length = window // 2, round(len(wav) / pace)
-    padded = np.pad(wav, (search + hop, search + 2 * window + hop))  # sample n of wav is sample n + search + hop here
+    padded = np.pad(
+        wav, (search + hop, search + 2 * window + hop)
+    )  # sample n of wav is sample n + search + hop here
     said, fade = np.zeros(length + 2 * window, np.float32), np.hanning(window + 1)[:-1].astype(np.float32)
     taken = search
     for at in range(0, length + hop, hop):
@@ -154,7 +164,9 @@ def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        soundfile.write(part, (wav.clip(-1, 1) * 32767).round().astype(np.int16), rate, "PCM_16", format="WAV")
+        soundfile.write(
+            part, (wav.clip(-1, 1) * 32767).round().astype(np.int16), rate, "PCM_16", format="WAV"
+        )
         os.replace(part, path)
     except soundfile.LibsndfileError as error:
         raise OSError(f"cannot write {path}: {error}") from None
@@ -166,7 +178,9 @@ def read_manifest(folder: str | Path) -> list[dict]:
     """The rows of folder/manifest.jsonl with every field filled in (see the top); ValueError names a bad line."""
     path = Path(folder) / "manifest.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `python data/tiny/prepare.py {folder}` makes a corpus")
+        raise FileNotFoundError(
+            f"{path}: no such file; `python data/tiny/prepare.py {folder}` makes a corpus"
+        )
     rows, names = [], set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -179,7 +193,13 @@ def read_manifest(folder: str | Path) -> list[dict]:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("wav", "text")):
             raise ValueError(f'{where}: a row needs "wav" and "text", both strings')
         wav = Path(folder) / row["wav"]
-        row = {"id": Path(row["wav"]).stem, "speaker": 0, "kind": "statement", "split": "train", "family": "own"} | row
+        row = {
+            "id": Path(row["wav"]).stem,
+            "speaker": 0,
+            "kind": "statement",
+            "split": "train",
+            "family": "own",
+        } | row
         if not wav.is_file():
             raise FileNotFoundError(f"{where}: {wav}: no such file")
         if row["split"] not in ("train", "rendition", "heldout"):

@@ -58,8 +58,12 @@ def pack(documents: list[tuple[list[int], list[bool]]], max_len: int, pad: int =
         rows[place].append((ids, mask))
         room[place] -= len(ids)
     width = max_len - min(room)
-    packed = Packed(torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.bool),
-                    torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -1))
+    packed = Packed(
+        torch.full((len(rows), width), pad),
+        torch.zeros(len(rows), width, dtype=torch.bool),
+        torch.zeros(len(rows), width, dtype=torch.long),
+        torch.full((len(rows), width), -1),
+    )
     for r, row in enumerate(rows):
         end = 0
         for number, (ids, mask) in enumerate(row):
@@ -68,12 +72,22 @@ def pack(documents: list[tuple[list[int], list[bool]]], max_len: int, pad: int =
             packed.mask[r, here] = torch.tensor(mask)
             packed.positions[r, here] = torch.arange(len(ids))
             packed.docs[r, here] = number
-        packed.mask[r, packed.positions[r] == 0] = False  # the first token of a document has nothing before it
+        packed.mask[r, packed.positions[r] == 0] = (
+            False  # the first token of a document has nothing before it
+        )
     return packed
 
 
-def documents(render, examples: list, seed: int, batch_size: int, max_len: int, accumulate: int,
-              rank: int = 0, world: int = 1):
+def documents(
+    render,
+    examples: list,
+    seed: int,
+    batch_size: int,
+    max_len: int,
+    accumulate: int,
+    rank: int = 0,
+    world: int = 1,
+):
     """step -> list of `accumulate` Packed micro-batches. render(example, random.Random) -> (ids, mask).
 
     `batch_size` counts documents per optimiser step over all ranks, as in the paper's Table 3.
@@ -101,8 +115,17 @@ class Crops(NamedTuple):
     labels: Tensor  # (B, T) long
 
 
-def crops(paths: list[Path], labels: list[np.ndarray], frames: int, seed: int, batch_size: int,
-          accumulate: int, rank: int = 0, world: int = 1, perturb: float = 0.0):
+def crops(
+    paths: list[Path],
+    labels: list[np.ndarray],
+    frames: int,
+    seed: int,
+    batch_size: int,
+    accumulate: int,
+    rank: int = 0,
+    world: int = 1,
+    perturb: float = 0.0,
+):
     """step -> list of `accumulate` Crops of `frames` frames, at random places; shorter recordings are repeated.
 
     Each is played at a rate of its own between exp(-perturb) and exp(perturb), and its labels with it: pitch, formants
@@ -113,7 +136,10 @@ def crops(paths: list[Path], labels: list[np.ndarray], frames: int, seed: int, b
         item, epoch = order(index, len(paths), seed)
         draw = random.Random(f"{seed} {epoch} {item}")
         rate = math.exp(draw.uniform(-perturb, perturb))
-        heard, samples = math.ceil(rate * frames), math.ceil(rate * size)  # of the recording, for `frames` and `size`
+        heard, samples = (
+            math.ceil(rate * frames),
+            math.ceil(rate * size),
+        )  # of the recording, for `frames` and `size`
         spare = len(labels[item]) - heard
         first = draw.randint(0, max(0, spare))
         wav, _ = soundfile.read(paths[item], frames=samples, start=320 * first, dtype="float32")
@@ -129,9 +155,19 @@ def crops(paths: list[Path], labels: list[np.ndarray], frames: int, seed: int, b
     return _cropped(crop, batch_size, accumulate, rank, world)
 
 
-def played_crops(paths: list[Path], labels: list[np.ndarray], perturb: list[tuple[float, float]], weights: np.ndarray,
-                 frames: int, seed: int, batch_size: int, accumulate: int, rank: int = 0, world: int = 1,
-                 plain: float = 0.15):
+def played_crops(
+    paths: list[Path],
+    labels: list[np.ndarray],
+    perturb: list[tuple[float, float]],
+    weights: np.ndarray,
+    frames: int,
+    seed: int,
+    batch_size: int,
+    accumulate: int,
+    rank: int = 0,
+    world: int = 1,
+    plain: float = 0.15,
+):
     """The same of recordings drawn by their `weights`. Each is played at a pace and a pitch (`audio.play`) whose
     logarithms are up to its two numbers of `perturb`; a share `plain` is as it is.
 
@@ -147,7 +183,9 @@ def played_crops(paths: list[Path], labels: list[np.ndarray], perturb: list[tupl
             wav = audio.play(wav, rate, pitch)
         there = max(1, (len(wav) - 400) // 320 + 1)
         first = draw.randint(0, max(0, there - frames))
-        middle = rate * (320 * np.arange(first, first + frames) + 200)  # of each frame, as a sample of the recording
+        middle = rate * (
+            320 * np.arange(first, first + frames) + 200
+        )  # of each frame, as a sample of the recording
         place = ((middle - 200) / 320).round().astype(int)
         known = (place < len(labels[item])) & (np.arange(first, first + frames) < there)
         label = np.where(known, labels[item][place.clip(0, len(labels[item]) - 1)], -1)
@@ -165,8 +203,9 @@ def _cropped(crop, batch_size: int, accumulate: int, rank: int, world: int):
         for micro in range(accumulate):
             first = ((step * accumulate + micro) * world + rank) * share
             wavs, targets = zip(*(crop(index) for index in range(first, first + share)))
-            micro_batches.append(Crops(torch.from_numpy(np.stack(wavs)),
-                                       torch.from_numpy(np.stack(targets).astype(np.int64))))
+            micro_batches.append(
+                Crops(torch.from_numpy(np.stack(wavs)), torch.from_numpy(np.stack(targets).astype(np.int64)))
+            )
         return micro_batches
 
     return batch

@@ -58,14 +58,23 @@ class Example(NamedTuple):
 
 def sentences(corpus: Path, split: str) -> list[str]:
     """The text of one split: every dialogue as question and answer, every statement."""
-    dialogues = [row for row in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split"))
-                 if row["split"] == split]
-    alone = {row["text"] for row in read_jsonl(corpus / "manifest.jsonl", ("text", "split"))
-             if row["split"] == split and row.get("kind") == "statement"}
+    dialogues = [
+        row
+        for row in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split"))
+        if row["split"] == split
+    ]
+    alone = {
+        row["text"]
+        for row in read_jsonl(corpus / "manifest.jsonl", ("text", "split"))
+        if row["split"] == split and row.get("kind") == "statement"
+    }
     # The second form shows the text model the markers of Appendix C, which to LLaMA are ordinary text: stage 3 trains
     # nothing but adapters, too late to learn an embedding.
-    return ([f"{d['question']} {d['answer']}" for d in dialogues] + sorted(alone)
-            + [f"[tq] {d['question']}; [ta] {d['answer']}; [ua]" for d in dialogues])
+    return (
+        [f"{d['question']} {d['answer']}" for d in dialogues]
+        + sorted(alone)
+        + [f"[tq] {d['question']}; [ta] {d['answer']}; [ua]" for d in dialogues]
+    )
 
 
 def pairs(corpus: Path, split: str) -> list[Pair]:
@@ -84,9 +93,17 @@ def exchanges(corpus: Path, split: str) -> list[Exchange]:
     for row in read_perturbed(corpus):
         spoken.setdefault((row["split"], row["text"]), []).append(row["units"])
     texts = "heldout" if split == "heldout" else "train"
-    return [Exchange(d["question"], d["answer"], d.get("family", ""), spoken.get((split, d["question"]), []),
-                     answers.get(d["answer"], []))
-            for d in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split")) if d["split"] == texts]
+    return [
+        Exchange(
+            d["question"],
+            d["answer"],
+            d.get("family", ""),
+            spoken.get((split, d["question"]), []),
+            answers.get(d["answer"], []),
+        )
+        for d in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split"))
+        if d["split"] == texts
+    ]
 
 
 def examples(corpus: Path, split: str, mix: dict[str, float]) -> list[Example]:
@@ -94,22 +111,42 @@ def examples(corpus: Path, split: str, mix: dict[str, float]) -> list[Example]:
     if not mix:
         raise ValueError(f"mix: it is empty; give some of {', '.join(KINDS)} a share")
     for kind, share in mix.items():
-        if kind.split("/")[0] not in KINDS or not isinstance(share, int | float) or not 0.001 <= share <= 1000:
-            raise ValueError(f"mix: {kind} = {share!r}; give some of {', '.join(KINDS)} a share of 0.001 to 1000")
-    sources = {sentences: ("text",), pairs: ("speech", "asr", "tts"), exchanges: (*MODES, "chain", "standard")}
-    read = {source: source(corpus, split) for source, kinds in sources.items()  # each once, and only if it is needed
-            if not {kind.split("/")[0] for kind in mix}.isdisjoint(kinds)}
+        if (
+            kind.split("/")[0] not in KINDS
+            or not isinstance(share, int | float)
+            or not 0.001 <= share <= 1000
+        ):
+            raise ValueError(
+                f"mix: {kind} = {share!r}; give some of {', '.join(KINDS)} a share of 0.001 to 1000"
+            )
+    sources = {
+        sentences: ("text",),
+        pairs: ("speech", "asr", "tts"),
+        exchanges: (*MODES, "chain", "standard"),
+    }
+    read = {
+        source: source(corpus, split)
+        for source, kinds in sources.items()  # each once, and only if it is needed
+        if not {kind.split("/")[0] for kind in mix}.isdisjoint(kinds)
+    }
     of = {}
     for kind in mix:
         name, _, family = kind.partition("/")
-        of[kind] = [e for source in read if name in sources[source] for e in read[source] if fits(name, family, e)]
+        of[kind] = [
+            e for source in read if name in sources[source] for e in read[source] if fits(name, family, e)
+        ]
     if lost := [kind for kind in mix if not of[kind]]:
         if split == "train":
-            raise ValueError(f"{corpus}: there is nothing of kind '{lost[0]}' to train on; take it out of the mix")
+            raise ValueError(
+                f"{corpus}: there is nothing of kind '{lost[0]}' to train on; take it out of the mix"
+            )
         mix = {kind: share for kind, share in mix.items() if kind not in lost}
     size = max((len(of[kind]) / share for kind, share in mix.items()), default=0)
-    return [Example(kind.split("/")[0], of[kind][i % len(of[kind])])
-            for kind, share in mix.items() for i in range(round(share * size))]
+    return [
+        Example(kind.split("/")[0], of[kind][i % len(of[kind])])
+        for kind, share in mix.items()
+        for i in range(round(share * size))
+    ]
 
 
 def fits(kind: str, family: str, of: str | Pair | Exchange) -> bool:
@@ -135,16 +172,23 @@ def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, nois
         ids = tok.encode(e) + [tok.eos] if kind == "text" else tok.encode(tokenizer.units_to_text(e.units))
         return ids, [True] * len(ids)
     if kind == "asr":
-        return tok.document(*tokenizer.cross_modal(draw.choice(tokenizer.ASR_INSTRUCTIONS), heard(e.units), e.text))
+        return tok.document(
+            *tokenizer.cross_modal(draw.choice(tokenizer.ASR_INSTRUCTIONS), heard(e.units), e.text)
+        )
     if kind == "tts":
         speech = tokenizer.units_to_text(e.units)
         return tok.document(*tokenizer.cross_modal(draw.choice(tokenizer.TTS_INSTRUCTIONS), e.text, speech))
     template = tokenizer.standard if kind == "standard" else tokenizer.chain_of_modality
     mode = kind if kind in MODES else draw.choice(MODES if e.answer_units else ("s2t", "t2t"))
-    return tok.document(*template(
-        mode, text_i=e.question, text_r=e.answer,
-        speech_i=heard(draw.choice(e.question_units)) if e.question_units else "",
-        speech_r=tokenizer.units_to_text(draw.choice(e.answer_units)) if e.answer_units else ""))
+    return tok.document(
+        *template(
+            mode,
+            text_i=e.question,
+            text_r=e.answer,
+            speech_i=heard(draw.choice(e.question_units)) if e.question_units else "",
+            speech_r=tokenizer.units_to_text(draw.choice(e.answer_units)) if e.answer_units else "",
+        )
+    )
 
 
 def mishear(units: list[int], share: float, n_units: int, draw: random.Random) -> list[int]:

@@ -54,7 +54,9 @@ def read_units(corpus: str | Path) -> list[dict]:
     units = {row["id"]: row for row in read_jsonl(Path(corpus) / "units.jsonl", ("id", "units", "durations"))}
     rows = read_manifest(corpus)
     if lost := [row["id"] for row in rows if row["id"] not in units]:
-        raise ValueError(f"{corpus}/units.jsonl lacks {len(lost)} recordings (first: {lost[0]}); run stage units again")
+        raise ValueError(
+            f"{corpus}/units.jsonl lacks {len(lost)} recordings (first: {lost[0]}); run stage units again"
+        )
     return [row | units[row["id"]] for row in rows]
 
 
@@ -67,7 +69,9 @@ def read_perturbed(corpus: str | Path) -> list[dict]:
     return [rows[row["id"]] | row for row in found if row["id"] in rows]
 
 
-def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.device, title: str, workers: int = 2):
+def map_speech(
+    corpus: str | Path, rows: list[dict], function, device: torch.device, title: str, workers: int = 2
+):
     """[function(wav (N,)) for each row's recording], with a progress bar, without gradients. A row with a `rate`
     and a `pitch` is played at them."""
 
@@ -75,7 +79,9 @@ def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.dev
         wav = audio.load(Path(corpus) / row["wav"])
         if "pitch" in row:
             wav = audio.play(wav, row["rate"], row["pitch"])
-            wav = np.pad(wav, (0, max(0, audio.MIN_SAMPLES - len(wav))))  # a faster one may leave less than a frame
+            wav = np.pad(
+                wav, (0, max(0, audio.MIN_SAMPLES - len(wav)))
+            )  # a faster one may leave less than a frame
         with torch.inference_mode():
             return function(torch.from_numpy(wav).to(device))
 
@@ -94,8 +100,14 @@ def map_speech(corpus: str | Path, rows: list[dict], function, device: torch.dev
     return results
 
 
-def extract(corpus: str | Path, extractor, device: torch.device, work: Path,
-            perturb: tuple[float, float] = (0.0, 0.0), portion: int = 500):
+def extract(
+    corpus: str | Path,
+    extractor,
+    device: torch.device,
+    work: Path,
+    perturb: tuple[float, float] = (0.0, 0.0),
+    portion: int = 500,
+):
     """Writes corpus/units.jsonl, and perturbed.jsonl if `perturb` is not 0: each recording at a rate and a pitch of its
     own, their logarithms between minus and plus the two numbers of `perturb`.
 
@@ -109,22 +121,31 @@ def extract(corpus: str | Path, extractor, device: torch.device, work: Path,
 
     tables = {"units": rows}
     if any(perturb):
-        tables["perturbed"] = [row | draw(row) for row in rows
-                               if row["split"] == "train" and row["speaker"] == OWN_VOICE]
-    parts = {name: _extract(corpus, table, name, extractor, device, work, portion) for name, table in tables.items()}
+        tables["perturbed"] = [
+            row | draw(row) for row in rows if row["split"] == "train" and row["speaker"] == OWN_VOICE
+        ]
+    parts = {
+        name: _extract(corpus, table, name, extractor, device, work, portion)
+        for name, table in tables.items()
+    }
     (corpus / "perturbed.jsonl").unlink(missing_ok=True)  # of other units
     for name, part in parts.items():
-        checkpoint.write_atomic(corpus / f"{name}.jsonl", part.read_bytes())  # perhaps on another disk: no rename
+        checkpoint.write_atomic(
+            corpus / f"{name}.jsonl", part.read_bytes()
+        )  # perhaps on another disk: no rename
     for part in parts.values():
         part.unlink()
 
 
-def _extract(corpus: Path, rows: list[dict], name: str, extractor, device: torch.device, work: Path,
-             portion: int) -> Path:
+def _extract(
+    corpus: Path, rows: list[dict], name: str, extractor, device: torch.device, work: Path, portion: int
+) -> Path:
     """work/NAME.jsonl.part with the units of all rows, some of which may be there already."""
     part = work / f"{name}.jsonl.part"
     part.touch()
-    lines = [line for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    lines = [
+        line for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")
+    ]
     finished = {json.loads(line)["id"] for line in lines}
     part.write_text("".join(lines), encoding="utf-8")
     rows = [row for row in rows if row["id"] not in finished]
@@ -134,7 +155,9 @@ def _extract(corpus: Path, rows: list[dict], name: str, extractor, device: torch
         with part.open("a", encoding="utf-8") as file:
             for row, (units, durations) in zip(some, pairs):
                 played = {key: row[key] for key in ("rate", "pitch") if key in row}
-                file.write(json.dumps({"id": row["id"], "units": units, "durations": durations, **played}) + "\n")
+                file.write(
+                    json.dumps({"id": row["id"], "units": units, "durations": durations, **played}) + "\n"
+                )
     return part
 
 

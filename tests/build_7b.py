@@ -5,6 +5,7 @@
 
 A smaller one: --layers 8 --dim 1024 --hidden 2752.
 """
+
 import argparse
 import json
 import re
@@ -20,8 +21,9 @@ import checkpoint  # noqa: E402
 from llama import Int8Linear, Llama, LlamaConfig, config_to_json  # noqa: E402
 
 
-def build(folder: Path, layers: int = 32, dim: int = 4096, hidden: int = 11008, vocab: int = 33006,
-          shards: int = 4) -> None:
+def build(
+    folder: Path, layers: int = 32, dim: int = 4096, hidden: int = 11008, vocab: int = 33006, shards: int = 4
+) -> None:
     """Every tensor is a slice of one pool of random numbers: drawing 6.7 billion would take minutes more."""
     config = LlamaConfig(vocab, dim, layers, dim // 128, hidden)
     with torch.device("meta"):
@@ -34,9 +36,9 @@ def build(folder: Path, layers: int = 32, dim: int = 4096, hidden: int = 11008, 
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         tensors = {}
-        for name in names[i * len(names) // shards:(i + 1) * len(names) // shards]:
+        for name in names[i * len(names) // shards : (i + 1) * len(names) // shards]:
             start = len(where) % 4096
-            tensors[name] = pool[start:start + shapes[name].numel()].view(shapes[name])
+            tensors[name] = pool[start : start + shapes[name].numel()].view(shapes[name])
             if len(shapes[name]) == 1:
                 tensors[name] = torch.ones(shapes[name], dtype=torch.float16)
             where[name] = file
@@ -52,7 +54,7 @@ def anonymous() -> int:
 
 def measure(folder: Path, int8: bool) -> dict:
     Llama(LlamaConfig(32, 128, 1, 1, 128)).bfloat16()(torch.zeros(1, 1, dtype=torch.long))
-    Int8Linear(torch.ones(8, 8))                       # wakes the libraries: their memory is not the model's
+    Int8Linear(torch.ones(8, 8))  # wakes the libraries: their memory is not the model's
     before, peak, done = anonymous(), 0, threading.Event()
 
     def watch():
@@ -76,9 +78,15 @@ def measure(folder: Path, int8: bool) -> dict:
             start = time.perf_counter()
             model(ids[:, :1], cache=cache)
             times.append(time.perf_counter() - start)
-    return {"bf16_bytes": bf16, "peak": max(peak, after) - before, "after": after - before,
-            "peak_ratio": (max(peak, after) - before) / bf16, "load_seconds": seconds,
-            "seconds_per_token": min(times), "finite": finite}
+    return {
+        "bf16_bytes": bf16,
+        "peak": max(peak, after) - before,
+        "after": after - before,
+        "peak_ratio": (max(peak, after) - before) / bf16,
+        "load_seconds": seconds,
+        "seconds_per_token": min(times),
+        "finite": finite,
+    }
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python tests/compare_with.py REVISION         for example HEAD~3; exit code 1 and the differences, if there are any
 
-Checks REVISION out beside this tree, runs `python train.py configs/ci.toml` in both from empty folders on this machine, and
-compares every tensor, metric and report number; then the ids and the waveforms that weights/tiny gives to ten fixed
+Checks REVISION out beside this tree, runs `python train.py configs/ci.toml` in both from empty folders on this
+machine, and compares every tensor, metric and report number; then the ids and the waveforms that weights/tiny gives to ten fixed
 prompts (four modes, recognition, synthesis, continuation). Bits differ from one processor to another, so nothing is
 compared with a stored hash. What the other revision gave is kept in the temporary folder, to compare with it again.
 """
@@ -75,7 +75,11 @@ def read(path: Path):
         return [known(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     if path.name == "report.json":
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return {row["key"]: [row[key] for key in ("value", "low", "high", "n")] for row in rows if row["key"] not in TIMED_ROWS}
+        return {
+            row["key"]: [row[key] for key in ("value", "low", "high", "n")]
+            for row in rows
+            if row["key"] not in TIMED_ROWS
+        }
     return path.read_bytes() if path.suffix in (".wav", ".json", ".model") else None
 
 
@@ -109,7 +113,11 @@ def where(then, now) -> str:
         return f" at {len(keys)} of {len(now)} keys: {', '.join(keys[:4])}"
     if isinstance(then, list) and isinstance(now, list):
         rows = [i for i, pair in enumerate(zip(then, now)) if pair[0] != pair[1]]
-        return f" ({len(then)} and {len(now)} rows; the first: {then[rows[0]]!s:.200} / {now[rows[0]]!s:.200})" if rows else ""
+        return (
+            f" ({len(then)} and {len(now)} rows; the first: {then[rows[0]]!s:.200} / {now[rows[0]]!s:.200})"
+            if rows
+            else ""
+        )
     return ""
 
 
@@ -117,7 +125,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("revision")
     revision = parser.parse_args().revision
-    sha = subprocess.run(["git", "rev-parse", revision], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    sha = subprocess.run(
+        ["git", "rev-parse", revision], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
     then = CACHE / sha
     if not (then / "talk.npz").exists():
         with tempfile.TemporaryDirectory() as tree:

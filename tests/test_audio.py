@@ -11,8 +11,12 @@ from data import audio
 
 
 def tone(seconds: float = 0.5, rate: int = 16000, hertz: float = 440.0) -> np.ndarray:
-    fade = np.minimum(1, 20 * np.minimum(np.arange(1, 0, -1 / (seconds * rate)), np.arange(0, 1, 1 / (seconds * rate))))
-    return (0.5 * fade * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+    fade = np.minimum(
+        1, 20 * np.minimum(np.arange(1, 0, -1 / (seconds * rate)), np.arange(0, 1, 1 / (seconds * rate)))
+    )
+    return (0.5 * fade * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(
+        np.float32
+    )
 
 
 def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
@@ -24,7 +28,9 @@ def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
 # another pace, another pitch
 
 
-@pytest.mark.parametrize("rate, pitch", [(1, 1), (1.3, 1), (0.7, 1), (1, 1.25), (1, 0.8), (1.16, 0.86), (0.86, 1.22)])
+@pytest.mark.parametrize(
+    "rate, pitch", [(1, 1), (1.3, 1), (0.7, 1), (1, 1.25), (1, 0.8), (1.16, 0.86), (0.86, 1.22)]
+)
 def test_pace_and_pitch_are_two_things(rate, pitch):
     first, second = tone(0.5, hertz=220), tone(0.5, hertz=330)
     said = audio.play(np.concatenate([first, second]), rate, pitch)
@@ -33,13 +39,17 @@ def test_pace_and_pitch_are_two_things(rate, pitch):
         middle = part[len(part) // 4 : -len(part) // 4]
         spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle)), 1 << 16))
         assert spectrum.argmax() * 16000 / 65536 == pytest.approx(hertz * pitch, rel=0.02)
-        assert np.sqrt((middle**2).mean()) == pytest.approx(0.5 / np.sqrt(2), rel=0.1)  # pieces go on in phase
+        assert np.sqrt((middle**2).mean()) == pytest.approx(
+            0.5 / np.sqrt(2), rel=0.1
+        )  # pieces go on in phase
 
 
 def test_at_its_own_pace_a_recording_stays_as_it_is():
     wav = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
     np.testing.assert_allclose(audio.stretch(wav, 1.0), wav, atol=1e-5)
-    assert len(audio.stretch(wav[:400], 1.7)) == round(400 / 1.7) and len(audio.stretch(wav[:400], 0.5)) == 800
+    assert (
+        len(audio.stretch(wav[:400], 1.7)) == round(400 / 1.7) and len(audio.stretch(wav[:400], 0.5)) == 800
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

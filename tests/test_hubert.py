@@ -22,12 +22,28 @@ from sklearn.cluster import MiniBatchKMeans
 import hubert
 from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, dedup, expand, mfcc, n_frames, span_mask
 
-TINY = HuBERTConfig(conv_dim=(16, 16, 24, 24, 32, 32, 32), dim=32, n_layers=3, n_heads=4, ffn_dim=64, pos_kernel=16,
-                    pos_groups=4, proj_dim=16)
+TINY = HuBERTConfig(
+    conv_dim=(16, 16, 24, 24, 32, 32, 32),
+    dim=32,
+    n_layers=3,
+    n_heads=4,
+    ffn_dim=64,
+    pos_kernel=16,
+    pos_groups=4,
+    proj_dim=16,
+)
 LARGE = replace(TINY, extractor_norm="layer", pre_norm=True, conv_bias=True)  # HuBERT large's arrangement
-BOTH = pytest.mark.parametrize("cfg", [TINY, LARGE, replace(TINY, conv_bias=True), replace(LARGE, normalize=True),
-                                       replace(TINY, normalize=True, pos_kernel=15)],
-                               ids=["group-post", "layer-pre", "group-bias", "large", "group-normalize"])
+BOTH = pytest.mark.parametrize(
+    "cfg",
+    [
+        TINY,
+        LARGE,
+        replace(TINY, conv_bias=True),
+        replace(LARGE, normalize=True),
+        replace(TINY, normalize=True, pos_kernel=15),
+    ],
+    ids=["group-post", "layer-pre", "group-bias", "large", "group-normalize"],
+)
 
 
 def randomized(cfg: HuBERTConfig, seed: int = 0) -> HuBERT:
@@ -44,7 +60,9 @@ def speech(seconds: float, seed: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     n = int(seconds * 16000)
     loud = F.interpolate(torch.rand(1, 1, int(seconds * 8) + 2, generator=g), n, mode="linear")[0, 0] ** 2
-    pitch = F.interpolate(80 + 120 * torch.rand(1, 1, int(seconds * 3) + 2, generator=g), n, mode="linear")[0, 0]
+    pitch = F.interpolate(80 + 120 * torch.rand(1, 1, int(seconds * 3) + 2, generator=g), n, mode="linear")[
+        0, 0
+    ]
     phase = (pitch * (2 * torch.pi / 16000)).cumsum(0)
     tone = sum(torch.sin(k * phase) / k for k in range(1, 20))
     return 0.1 * loud * tone + 0.02 * loud * torch.randn(n, generator=g) + 0.003
@@ -54,7 +72,9 @@ def hf_model(cfg: HuBERTConfig):
     from transformers import HubertConfig, HubertModel
 
     table = {k: v for k, v in hubert.to_hugging_face(cfg).items() if k not in ("architectures", "model_type")}
-    theirs = HubertModel(HubertConfig(**table, hidden_dropout=0, attention_dropout=0, activation_dropout=0)).eval()
+    theirs = HubertModel(
+        HubertConfig(**table, hidden_dropout=0, attention_dropout=0, activation_dropout=0)
+    ).eval()
     torch.manual_seed(1)
     for p in theirs.parameters():
         p.data.add_(torch.randn_like(p) * 0.05)
@@ -151,9 +171,13 @@ def test_pieces_and_gradients_give_the_same_features(cfg):
 def test_padded_batch_equals_one_by_one(cfg):
     model = randomized(cfg)
     wavs = [speech(s, i) for i, s in enumerate((1.0, 0.3, 2.345, 0.025))]
-    padded = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True, padding_value=9.0)  # padding is never heard
+    padded = torch.nn.utils.rnn.pad_sequence(
+        wavs, batch_first=True, padding_value=9.0
+    )  # padding is never heard
     if cfg.normalize or cfg.extractor_norm == "group":
-        assert not torch.allclose(model.features(padded, 3)[0, :49], model.features(wavs[0][None], 3)[0], atol=1e-2)
+        assert not torch.allclose(
+            model.features(padded, 3)[0, :49], model.features(wavs[0][None], 3)[0], atol=1e-2
+        )
     batch = model.features(padded, 3, torch.tensor([len(w) for w in wavs]))
     for wav, row in zip(wavs, batch):
         alone = model.features(wav[None], 3)[0]
@@ -234,8 +258,12 @@ def test_masked_prediction_learns(cfg):
         loss, _ = model.masked_loss(wav, labels, span_mask(6, 49))
         optimizer.zero_grad()
         loss.backward()
-        assert all(p.grad is not None for n, p in model.named_parameters()
-                   if n != "encoder.layer_norm.bias" and not n.startswith("feature_extractor.conv_layers.0.conv.bias"))
+        assert all(
+            p.grad is not None
+            for n, p in model.named_parameters()
+            if n != "encoder.layer_norm.bias"
+            and not n.startswith("feature_extractor.conv_layers.0.conv.bias")
+        )
         optimizer.step()
         losses.append(loss.item())
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2, losses
@@ -248,12 +276,16 @@ def test_mfcc():
     torch.testing.assert_close(x.std(1), torch.ones(1, 39), atol=2e-2, rtol=0)
     raw, louder = mfcc(wav, normalize=False), mfcc(4 * wav, normalize=False)
     # loudness is the first coefficient alone: log 16 in each of 26 bands, times sqrt(2 / 26)
-    torch.testing.assert_close(louder[..., 0] - raw[..., 0], torch.full((1, 99), np.log(16) * 52**0.5),
-                               atol=1, rtol=0)
+    torch.testing.assert_close(
+        louder[..., 0] - raw[..., 0], torch.full((1, 99), np.log(16) * 52**0.5), atol=1, rtol=0
+    )
     torch.testing.assert_close(louder[..., 1:], raw[..., 1:], atol=0.3, rtol=0)
-    torch.testing.assert_close(raw[:, 2:-2, 13:26] * 10, (raw[:, 3:-1] - raw[:, 1:-3] + 2 * (raw[:, 4:] - raw[:, :-4]))
-                               [..., :13])
-    assert torch.equal(mfcc(wav[:, : 400 + 320 * 5], normalize=False)[:, :4, :13], raw[:, :4, :13])  # causal frames
+    torch.testing.assert_close(
+        raw[:, 2:-2, 13:26] * 10, (raw[:, 3:-1] - raw[:, 1:-3] + 2 * (raw[:, 4:] - raw[:, :-4]))[..., :13]
+    )
+    assert torch.equal(
+        mfcc(wav[:, : 400 + 320 * 5], normalize=False)[:, :4, :13], raw[:, :4, :13]
+    )  # causal frames
     # different pitches, same cepstrum more or less; a high and a low band of noise: not at all
     noise = torch.fft.rfft(torch.randn(1, 16000, generator=torch.Generator().manual_seed(0)))
     low, high = noise.clone(), noise.clone()
@@ -287,7 +319,10 @@ def test_kmeans_predicts_as_sklearn(tmp_path):
     assert ours.predict(torch.from_numpy(x).view(3, 1000, 13)).shape == (3, 1000)
     ours.save(tmp_path)
     assert torch.equal(KMeans.from_pretrained(tmp_path).centers, ours.centers)
-    assert KMeans(torch.tensor([[1.0], [1.0], [-1.0]])).predict(torch.tensor([[2.0], [0.0]])).tolist() == [0, 0]
+    assert KMeans(torch.tensor([[1.0], [1.0], [-1.0]])).predict(torch.tensor([[2.0], [0.0]])).tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_embeddings_lie_as_the_centres_do():
@@ -313,7 +348,9 @@ def test_kmeans_finds_clusters():
     km = KMeans.fit(centers[truth] + torch.randn(4000, 5), 8, seed=1)
     got = km.predict(centers[truth])
     assert len({(a, b) for a, b in zip(truth.tolist(), got.tolist())}) == 8
-    assert torch.equal(KMeans.fit(centers[truth], 8, seed=1).centers, KMeans.fit(centers[truth], 8, seed=1).centers)
+    assert torch.equal(
+        KMeans.fit(centers[truth], 8, seed=1).centers, KMeans.fit(centers[truth], 8, seed=1).centers
+    )
     with pytest.raises(ValueError, match="3 frames of speech cannot make 8 clusters"):
         KMeans.fit(torch.randn(3, 5), 8)
 
@@ -367,9 +404,14 @@ def test_official_chunks(cfg):
 
 def test_bad_recordings_are_one_line():
     unit = extractor()
-    for wav, why in ((torch.zeros(399), "399 samples"), (torch.zeros(0), "0 samples"), (np.zeros(1), "1 samples"),
-                     (torch.zeros(2, 16000), "one channel"), (torch.full((4000,), float("nan")), "NaN"),
-                     (np.full(4000, np.inf), "NaN or infinity")):
+    for wav, why in (
+        (torch.zeros(399), "399 samples"),
+        (torch.zeros(0), "0 samples"),
+        (np.zeros(1), "1 samples"),
+        (torch.zeros(2, 16000), "one channel"),
+        (torch.full((4000,), float("nan")), "NaN"),
+        (np.full(4000, np.inf), "NaN or infinity"),
+    ):
         for call in (unit, unit.frames, lambda w: unit.frames_batch([w])):
             with pytest.raises(ValueError, match=why) as caught:
                 call(wav)
@@ -382,8 +424,12 @@ def test_our_folder(tmp_path):
     again = UnitExtractor.from_pretrained(tmp_path)
     assert again.layer == 2 and len(again.model.encoder.layers) == 2 and not again.training
     assert torch.equal(again.frames(wav), unit.frames(wav))
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "kmeans.safetensors", "model.safetensors",
-                                                          "units.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "config.json",
+        "kmeans.safetensors",
+        "model.safetensors",
+        "units.json",
+    ]
     (tmp_path / "units.json").write_text('{"layer": "two"}')
     with pytest.raises(ValueError, match="units.json"):
         UnitExtractor.from_pretrained(tmp_path)
@@ -410,11 +456,16 @@ def fairseq_file(model: HuBERT, path, monkeypatch, cfg="cfg"):
         put(f"feature_extractor.conv_layers.{i}.0.weight", f"feature_extractor.conv_layers.{i}.conv.weight")
         for p in ("weight", "bias"):
             if c.conv_bias and p == "bias":
-                put(f"feature_extractor.conv_layers.{i}.0.bias", f"feature_extractor.conv_layers.{i}.conv.bias")
+                put(
+                    f"feature_extractor.conv_layers.{i}.0.bias",
+                    f"feature_extractor.conv_layers.{i}.conv.bias",
+                )
             if c.extractor_norm == "layer" or i == 0:
                 norm = "2.1" if c.extractor_norm == "layer" else "2"
-                put(f"feature_extractor.conv_layers.{i}.{norm}.{p}",
-                    f"feature_extractor.conv_layers.{i}.layer_norm.{p}")
+                put(
+                    f"feature_extractor.conv_layers.{i}.{norm}.{p}",
+                    f"feature_extractor.conv_layers.{i}.layer_norm.{p}",
+                )
     put("mask_emb", "masked_spec_embed")
     put("encoder.pos_conv.0.weight_g", "encoder.pos_conv_embed.conv.weight_g")
     put("encoder.pos_conv.0.weight_v", "encoder.pos_conv_embed.conv.weight_v")
@@ -425,20 +476,31 @@ def fairseq_file(model: HuBERT, path, monkeypatch, cfg="cfg"):
         put(f"encoder.layer_norm.{p}", f"encoder.layer_norm.{p}")
         for i in range(c.n_layers):
             for n in ("q", "k", "v", "out"):
-                put(f"encoder.layers.{i}.self_attn.{n}_proj.{p}", f"encoder.layers.{i}.attention.{n}_proj.{p}")
+                put(
+                    f"encoder.layers.{i}.self_attn.{n}_proj.{p}", f"encoder.layers.{i}.attention.{n}_proj.{p}"
+                )
             put(f"encoder.layers.{i}.self_attn_layer_norm.{p}", f"encoder.layers.{i}.layer_norm.{p}")
             put(f"encoder.layers.{i}.fc1.{p}", f"encoder.layers.{i}.feed_forward.intermediate_dense.{p}")
             put(f"encoder.layers.{i}.fc2.{p}", f"encoder.layers.{i}.feed_forward.output_dense.{p}")
             put(f"encoder.layers.{i}.final_layer_norm.{p}", f"encoder.layers.{i}.final_layer_norm.{p}")
-    theirs |= {"final_proj.weight": torch.randn(256, c.dim), "final_proj.bias": torch.randn(256),
-               "label_embs_concat": torch.randn(504, 256)}
+    theirs |= {
+        "final_proj.weight": torch.randn(256, c.dim),
+        "final_proj.bias": torch.randn(256),
+        "label_embs_concat": torch.randn(504, 256),
+    }
     settings = {"encoder_attention_heads": c.n_heads, "layer_norm_first": c.pre_norm}
     for name in ("fairseq", "fairseq.data", "fairseq.data.dictionary"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["fairseq.data.dictionary"].Dictionary = Dictionary
     monkeypatch.setattr(Dictionary, "__module__", "fairseq.data.dictionary")
-    saved = {"args": None, "cfg": None, "model": theirs, "task_state": {"dictionaries": [Dictionary()]},
-             "last_optimizer_state": {"state": {0: {"exp_avg": torch.randn(5)}}}, "extra_state": {"epoch": 3}}
+    saved = {
+        "args": None,
+        "cfg": None,
+        "model": theirs,
+        "task_state": {"dictionaries": [Dictionary()]},
+        "last_optimizer_state": {"state": {0: {"exp_avg": torch.randn(5)}}},
+        "extra_state": {"epoch": 3},
+    }
     if cfg == "cfg":
         saved["cfg"] = {"model": settings, "task": {"normalize": c.normalize, "sample_rate": 16000}}
     elif isinstance(cfg, dict):
@@ -466,7 +528,12 @@ def test_fairseq_file_without_settings_is_guessed_from_its_shapes(tmp_path, monk
     cfg = replace(LARGE, normalize=True, dim=128, n_heads=2)  # heads of 64, as in every released HuBERT
     fairseq_file(randomized(cfg), tmp_path / "large.pt", monkeypatch, None)
     loaded = HuBERT.from_pretrained(tmp_path / "large.pt").config
-    assert (loaded.n_heads, loaded.pre_norm, loaded.normalize, loaded.extractor_norm) == (2, True, True, "layer")
+    assert (loaded.n_heads, loaded.pre_norm, loaded.normalize, loaded.extractor_norm) == (
+        2,
+        True,
+        True,
+        "layer",
+    )
 
 
 def test_released_folder(tmp_path, monkeypatch):
@@ -481,8 +548,12 @@ def test_released_folder(tmp_path, monkeypatch):
         joblib.dump(km, folder / "mhubert_base_vp_en_es_fr_it3_L11_km1000.bin")
     fairseq_file(model, fairseq / "mhubert_base_vp_en_es_fr_it3.pt", monkeypatch)
     model.save_pretrained(hf)
-    tensors = {n.replace("weight_g", "parametrizations.weight.original0")
-                .replace("weight_v", "parametrizations.weight.original1"): t for n, t in model.state_dict().items()}
+    tensors = {
+        n.replace("weight_g", "parametrizations.weight.original0").replace(
+            "weight_v", "parametrizations.weight.original1"
+        ): t
+        for n, t in model.state_dict().items()
+    }
     torch.save(tensors, hf / "pytorch_model.bin")
     (hf / "model.safetensors").unlink()
     (hf / "preprocessor_config.json").write_text('{"do_normalize": true}')  # wrong for mHuBERT
@@ -504,17 +575,19 @@ def test_files_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
             load(path)
         assert "\n" not in str(caught.value)
 
-    for old, new, why in (('"gelu"', '"relu"', "hidden_act|feat_extract_activation"),
-                          ('"hubert"', '"wav2vec2"', "model_type"),
-                          ('"hidden_size": 32', '"hidden_size": "big"', "hidden_size"),
-                          ('"hidden_size": 32', '"hidden_size": 64', "expected"),
-                          ('"num_hidden_layers": 3', '"num_hidden_layers": 1', "layer 2 asked for"),
-                          ('"num_hidden_layers": 3', '"num_hidden_layers": 1000000000', "impossible sizes"),
-                          ('"hidden_size": 32', '"hidden_size": 0', "impossible sizes"),
-                          ('"conv_stride": [', '"conv_stride": ["x", ', "config.json"),
-                          ('"conv_stride": [', '"conv_stride": [5, ', "samples every"),
-                          ('"group"', '"batch"', "extractor_norm must be"),
-                          ('"num_attention_heads": 4', '"num_attention_heads": 5', "heads")):
+    for old, new, why in (
+        ('"gelu"', '"relu"', "hidden_act|feat_extract_activation"),
+        ('"hubert"', '"wav2vec2"', "model_type"),
+        ('"hidden_size": 32', '"hidden_size": "big"', "hidden_size"),
+        ('"hidden_size": 32', '"hidden_size": 64', "expected"),
+        ('"num_hidden_layers": 3', '"num_hidden_layers": 1', "layer 2 asked for"),
+        ('"num_hidden_layers": 3', '"num_hidden_layers": 1000000000', "impossible sizes"),
+        ('"hidden_size": 32', '"hidden_size": 0', "impossible sizes"),
+        ('"conv_stride": [', '"conv_stride": ["x", ', "config.json"),
+        ('"conv_stride": [', '"conv_stride": [5, ', "samples every"),
+        ('"group"', '"batch"', "extractor_norm must be"),
+        ('"num_attention_heads": 4', '"num_attention_heads": 5', "heads"),
+    ):
         assert old in config
         (tmp_path / "config.json").write_text(config.replace(old, new))
         refused(why)
@@ -523,7 +596,9 @@ def test_files_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
     del tensors["masked_spec_embed"]
     hubert.checkpoint.save_tensors(tmp_path / "model.safetensors", tensors)
     refused("masked_spec_embed")
-    hubert.checkpoint.save_tensors(tmp_path / "model.safetensors", unit.model.state_dict() | {"extra": torch.zeros(1)})
+    hubert.checkpoint.save_tensors(
+        tmp_path / "model.safetensors", unit.model.state_dict() | {"extra": torch.zeros(1)}
+    )
     refused("extra")
     unit.save_pretrained(tmp_path)
     KMeans(torch.randn(4, 99)).save(tmp_path)
@@ -536,7 +611,9 @@ def test_files_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
     refused("found none", path=empty)
     torch.save({"model": {"decoder.weight": torch.zeros(2)}}, empty / "other.pt")
     refused("not a HuBERT of fairseq", path=empty)
-    fairseq_file(extractor().model, empty / "other.pt", monkeypatch, {"model": {"encoder_attention_heads": "4"}})
+    fairseq_file(
+        extractor().model, empty / "other.pt", monkeypatch, {"model": {"encoder_attention_heads": "4"}}
+    )
     refused("impossible sizes", path=empty)
 
 
@@ -560,6 +637,8 @@ def test_base_is_as_fast_as_transformers():
                     run(wav)
                     best[name] = min(best.get(name, 1e9), time.perf_counter() - start)
         total = {name: total[name] + s for name, s in best.items()}
-        print({name: f"{s:.3f} s, {seconds / s:.1f} x real time" for name, s in best.items()},
-              f"ratio {best['transformers'] / best['ours']:.2f}")
+        print(
+            {name: f"{s:.3f} s, {seconds / s:.1f} x real time" for name, s in best.items()},
+            f"ratio {best['transformers'] / best['ours']:.2f}",
+        )
     assert total["ours"] <= total["transformers"]

@@ -51,7 +51,16 @@ def test_numbers(n, words):
 
 def test_ordinals():
     assert [ordinal(n) for n in (1, 5, 8, 9, 12, 14, 20, 23, 100)] == [
-        "first", "fifth", "eighth", "ninth", "twelfth", "fourteenth", "twentieth", "twenty third", "one hundredth"]
+        "first",
+        "fifth",
+        "eighth",
+        "ninth",
+        "twelfth",
+        "fourteenth",
+        "twentieth",
+        "twenty third",
+        "one hundredth",
+    ]
 
 
 def test_every_number_has_words_of_its_own():
@@ -93,8 +102,14 @@ def recogniser():
     return judge.Recogniser()
 
 
-SENTENCES = ("What is three plus four?", "Six, seven, eight, nine, ten.", "The capital of France is Paris.",
-             "Twelve minus five is seven.", "Tom is in the garden.", "Tuesday comes after Monday.")
+SENTENCES = (
+    "What is three plus four?",
+    "Six, seven, eight, nine, ten.",
+    "The capital of France is Paris.",
+    "Twelve minus five is seven.",
+    "Tom is in the garden.",
+    "Tuesday comes after Monday.",
+)
 
 
 def test_it_understands_speech_and_nothing_else(recogniser):
@@ -128,6 +143,10 @@ def test_what_came_out_twice_is_heard_again_in_full(recogniser, monkeypatch):
         return ["it is it is" if window == recogniser.WINDOW and wav[0] else "fine" for wav in wavs]
 
     monkeypatch.setattr(recogniser, "listen", listen)
-    looping, fine, long = np.ones(16000, np.float32), np.zeros(16000, np.float32), np.zeros(16000 * 9, np.float32)
+    looping, fine, long = (
+        np.ones(16000, np.float32),
+        np.zeros(16000, np.float32),
+        np.zeros(16000 * 9, np.float32),
+    )
     assert recogniser.hear([looping, fine, None, long]) == ["fine", "fine", "", "fine"]
     assert windows == [(recogniser.WINDOW, 2), (recogniser.FULL, 2)]

@@ -1,4 +1,5 @@
 """llama.py: equal to transformers, cached equals uncached, packed equals padded, folders of both layouts."""
+
 import json
 import re
 import shutil
@@ -49,17 +50,20 @@ def saved(model, tmp_path_factory):
 
 # ---- The same function as transformers' ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [CONFIG, GROUPED, GROUPED | {"tie_embeddings": True}],
-                         ids=["plain", "grouped", "tied"])
+
+@pytest.mark.parametrize(
+    "changes", [CONFIG, GROUPED, GROUPED | {"tie_embeddings": True}], ids=["plain", "grouped", "tied"]
+)
 def test_our_folder_gives_equal_logits_in_transformers(changes, ids, tmp_path):
     from transformers import LlamaForCausalLM
+
     ours = randomised(Llama(LlamaConfig(**changes)))
     ours.save_pretrained(tmp_path)
     theirs, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4)
-        theirs.generation_config.eos_token_id = None               # never stop
+        theirs.generation_config.eos_token_id = None  # never stop
         greedy = theirs.generate(ids[:, :8], max_new_tokens=64, do_sample=False)
         ours_greedy = ids[:, :8]
         for _ in range(64):
@@ -71,18 +75,33 @@ def test_our_folder_gives_equal_logits_in_transformers(changes, ids, tmp_path):
 def test_a_folder_of_transformers_loads(safe, shard, ids, tmp_path):
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
+
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(TheirConfig(
-        vocab_size=101, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
-        intermediate_size=80, initializer_range=0.2, rope_parameters={"rope_type": "default", "rope_theta": 700.0}))
+    theirs = LlamaForCausalLM(
+        TheirConfig(
+            vocab_size=101,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            intermediate_size=80,
+            initializer_range=0.2,
+            rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+        )
+    )
     if safe:
         theirs.save_pretrained(tmp_path, max_shard_size=shard)
-    else:                                              # what transformers wrote before version 5
+    else:  # what transformers wrote before version 5
         theirs.config.save_pretrained(tmp_path)
-        state = theirs.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4).bfloat16()}
+        state = theirs.state_dict() | {
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4).bfloat16()
+        }
         halves = [dict(list(state.items())[i::2]) for i in range(2)] if shard == "40KB" else [state]
-        names = [f"pytorch_model-{i + 1:05}-of-00002.bin" for i in range(2)] if shard == "40KB" else \
-            ["pytorch_model.bin"]
+        names = (
+            [f"pytorch_model-{i + 1:05}-of-00002.bin" for i in range(2)]
+            if shard == "40KB"
+            else ["pytorch_model.bin"]
+        )
         for name, half in zip(names, halves):
             torch.save(half, tmp_path / name)
         if shard == "40KB":
@@ -96,6 +115,7 @@ def test_a_folder_of_transformers_loads(safe, shard, ids, tmp_path):
 
 def test_bfloat16_follows_transformers_order_of_rounding(saved, ids):
     from transformers import LlamaForCausalLM
+
     theirs = LlamaForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
     ours = Llama.from_pretrained(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
@@ -106,6 +126,7 @@ def test_bfloat16_follows_transformers_order_of_rounding(saved, ids):
 
 
 # ---- Decoding ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("chunks", [[24], [1] * 24, [10, 1, 1, 12], [9, 14, 1]])
 def test_cached_equals_full(model, ids, chunks):
@@ -125,7 +146,7 @@ def test_left_padding_changes_nothing(model, ids, chunks):
     with torch.no_grad():
         out = torch.cat([model(part, cache=cache) for part in padded.split(chunks, dim=1)], 1)
         for row, n in enumerate(pad.tolist()):
-            assert torch.allclose(out[row, n:], model(ids[row:row + 1, n:])[0], atol=1e-4)
+            assert torch.allclose(out[row, n:], model(ids[row : row + 1, n:])[0], atol=1e-4)
     assert torch.isfinite(out).all()
 
 
@@ -135,6 +156,7 @@ def test_a_full_cache_says_so(model, ids):
 
 
 # ---- Causality, documents, loss ------------------------------------------------------------------------------
+
 
 def test_causal(model, ids):
     changed = ids.clone()
@@ -148,8 +170,11 @@ def pack(documents: list[torch.Tensor], length: int):
     """Documents one after another in a row; what remains is padding, a document of its own."""
     rest = length - sum(map(len, documents))
     pieces = [*documents, torch.zeros(rest, dtype=torch.long)]
-    return (torch.cat(pieces)[None], torch.cat([torch.arange(len(d)) for d in pieces])[None],
-            torch.cat([torch.full((len(d),), i) for i, d in enumerate(pieces)])[None])
+    return (
+        torch.cat(pieces)[None],
+        torch.cat([torch.arange(len(d)) for d in pieces])[None],
+        torch.cat([torch.full((len(d),), i) for i, d in enumerate(pieces)])[None],
+    )
 
 
 def test_documents_of_a_row_never_see_each_other(model, ids):
@@ -160,7 +185,7 @@ def test_documents_of_a_row_never_see_each_other(model, ids):
         alone = [model(d[None])[0] for d in documents]
     assert torch.allclose(packed[:21], torch.cat(alone), atol=1e-4)
     inputs = model.model.embed_tokens(row).detach().requires_grad_()
-    model.model.embed_tokens.register_forward_hook(hook := lambda *_: inputs)      # the gradient: an exact zero
+    model.model.embed_tokens.register_forward_hook(hook := lambda *_: inputs)  # the gradient: an exact zero
     try:
         model(row, positions, docs)[0, 11].sum().backward()
     finally:
@@ -209,7 +234,9 @@ def test_a_weight_is_how_much_a_token_counts(model, ids):
     mask = torch.ones_like(ids, dtype=torch.bool)
     weight = torch.ones(model.config.vocab_size)
     with torch.no_grad():
-        assert torch.allclose(next_token_loss(model, ids, mask, weight=weight), next_token_loss(model, ids, mask))
+        assert torch.allclose(
+            next_token_loss(model, ids, mask, weight=weight), next_token_loss(model, ids, mask)
+        )
         heavy = ids[0, 5].item()
         weight[heavy] = 3.0
         loss = -model(ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
@@ -224,7 +251,9 @@ def test_first_tokens_are_no_targets(model, ids):
     mask = torch.ones_like(ids, dtype=torch.bool)
     inner = mask & (torch.arange(24) % 8 > 0)
     with torch.no_grad():
-        assert torch.equal(next_token_loss(model, ids, mask, docs=docs), next_token_loss(model, ids, inner, docs=docs))
+        assert torch.equal(
+            next_token_loss(model, ids, mask, docs=docs), next_token_loss(model, ids, inner, docs=docs)
+        )
         assert next_token_loss(model, ids, torch.zeros_like(mask)) == 0
 
 
@@ -245,6 +274,7 @@ def test_a_model_learns():
 
 # ---- Vocabulary ----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_growing_the_vocabulary_keeps_the_rows(tied, ids):
     m = make(tie_embeddings=tied)
@@ -253,7 +283,7 @@ def test_growing_the_vocabulary_keeps_the_rows(tied, ids):
     m.resize_vocab(140)
     after = m(ids)
     assert after.shape[-1] == m.config.vocab_size == 140
-    assert torch.equal(m.model.embed_tokens.weight[:101], embedding)               # eq. 1-2
+    assert torch.equal(m.model.embed_tokens.weight[:101], embedding)  # eq. 1-2
     assert torch.allclose(after[..., :101], before, atol=1e-5)
     assert 0.015 < m.model.embed_tokens.weight[101:].std() < 0.025
     assert (m.lm_head.weight is m.model.embed_tokens.weight) == tied
@@ -270,31 +300,50 @@ def test_a_grown_model_survives_its_folder(tmp_path, ids):
 
 # ---- Folders -------------------------------------------------------------------------------------------------
 
+
 def write_meta(m: Llama, folder, n_files: int) -> None:
     """The model as Meta would have released it: other names, other order of rows, split over n_files."""
     c, state = m.config, m.state_dict()
 
-    def interleave(W, heads):                          # (j, j + half) -> (2j, 2j + 1)
+    def interleave(W, heads):  # (j, j + half) -> (2j, 2j + 1)
         return W.view(heads, 2, -1, W.shape[1]).transpose(1, 2).reshape(W.shape)
 
-    meta = {"tok_embeddings.weight": (state["model.embed_tokens.weight"], 1),
-            "norm.weight": (state["model.norm.weight"], None), "output.weight": (state["lm_head.weight"], 0)}
+    meta = {
+        "tok_embeddings.weight": (state["model.embed_tokens.weight"], 1),
+        "norm.weight": (state["model.norm.weight"], None),
+        "output.weight": (state["lm_head.weight"], 0),
+    }
     for i in range(c.n_layers):
         s = {k.removeprefix(f"model.layers.{i}."): v for k, v in state.items()}
         for name, W, dim in (
-                ("attention.wq", interleave(s["self_attn.q_proj.weight"], c.n_heads), 0),
-                ("attention.wk", interleave(s["self_attn.k_proj.weight"], c.n_kv_heads), 0),
-                ("attention.wv", s["self_attn.v_proj.weight"], 0), ("attention.wo", s["self_attn.o_proj.weight"], 1),
-                ("feed_forward.w1", s["mlp.gate_proj.weight"], 0), ("feed_forward.w2", s["mlp.down_proj.weight"], 1),
-                ("feed_forward.w3", s["mlp.up_proj.weight"], 0), ("attention_norm", s["input_layernorm.weight"], None),
-                ("ffn_norm", s["post_attention_layernorm.weight"], None)):
+            ("attention.wq", interleave(s["self_attn.q_proj.weight"], c.n_heads), 0),
+            ("attention.wk", interleave(s["self_attn.k_proj.weight"], c.n_kv_heads), 0),
+            ("attention.wv", s["self_attn.v_proj.weight"], 0),
+            ("attention.wo", s["self_attn.o_proj.weight"], 1),
+            ("feed_forward.w1", s["mlp.gate_proj.weight"], 0),
+            ("feed_forward.w2", s["mlp.down_proj.weight"], 1),
+            ("feed_forward.w3", s["mlp.up_proj.weight"], 0),
+            ("attention_norm", s["input_layernorm.weight"], None),
+            ("ffn_norm", s["post_attention_layernorm.weight"], None),
+        ):
             meta[f"layers.{i}.{name}.weight"] = (W, dim)
     for i in range(n_files):
         part = {k: (W if dim is None else W.chunk(n_files, dim)[i]).clone() for k, (W, dim) in meta.items()}
         torch.save(part | {"rope.freqs": torch.ones(4)}, folder / f"consolidated.{i:02}.pth")
-    (folder / "params.json").write_text(json.dumps({
-        "dim": c.dim, "multiple_of": 16, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads, "n_layers": c.n_layers,
-        "norm_eps": c.norm_eps, "vocab_size": -1, "rope_theta": c.rope_theta}))
+    (folder / "params.json").write_text(
+        json.dumps(
+            {
+                "dim": c.dim,
+                "multiple_of": 16,
+                "n_heads": c.n_heads,
+                "n_kv_heads": c.n_kv_heads,
+                "n_layers": c.n_layers,
+                "norm_eps": c.norm_eps,
+                "vocab_size": -1,
+                "rope_theta": c.rope_theta,
+            }
+        )
+    )
 
 
 @pytest.mark.parametrize("n_files", [1, 2, 4])
@@ -309,27 +358,39 @@ def test_metas_layout_round_trip(n_files, tmp_path, ids):
 def test_metas_rotation_of_neighbours_is_ours_after_the_permutation():
     """Scores with RoPE as Meta writes it (complex numbers from neighbouring channels) against ours."""
     from llama import join, rope_table, rotate
+
     heads, dim, T, generator = 3, 8, 7, torch.Generator().manual_seed(0)
     x = torch.randn(1, T, heads * dim, generator=generator)
     Wq, Wk = (torch.randn(heads * dim, heads * dim, generator=generator) for _ in range(2))
     angles = torch.outer(torch.arange(T).float(), 1e4 ** (-torch.arange(0, dim, 2) / dim))
     turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
-    q, k = (torch.view_as_real(torch.view_as_complex((x @ W.T).view(1, T, heads, -1, 2)) * turn).flatten(3)
-            for W in (Wq, Wk))
+    q, k = (
+        torch.view_as_real(torch.view_as_complex((x @ W.T).view(1, T, heads, -1, 2)) * turn).flatten(3)
+        for W in (Wq, Wk)
+    )
     cos, sin = rope_table(torch.arange(T)[None], dim, 1e4, torch.float32)
     q2, k2 = (rotate((x @ join([W], None, heads).T).view(1, T, heads, dim), cos, sin) for W in (Wq, Wk))
     scores, scores2 = (torch.einsum("bthd,bshd->bhts", a, b) for a, b in ((q, k), (q2, k2)))
     assert torch.allclose(scores, scores2, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, hidden, shapes", [("7B", 11008, (4096, 32, 32)), ("13B", 13824, (5120, 40, 40)),
-                                                  ("30B", 17920, (6656, 60, 52)), ("65B", 22016, (8192, 80, 64))])
+@pytest.mark.parametrize(
+    "name, hidden, shapes",
+    [
+        ("7B", 11008, (4096, 32, 32)),
+        ("13B", 13824, (5120, 40, 40)),
+        ("30B", 17920, (6656, 60, 52)),
+        ("65B", 22016, (8192, 80, 64)),
+    ],
+)
 def test_released_sizes(name, hidden, shapes):
     dim, n_layers, n_heads = shapes
     with torch.device("meta"):
         m = Llama(LlamaConfig(32000, dim, n_layers, n_heads, hidden))
     billions = sum(p.numel() for p in m.parameters()) / 1e9
-    assert {"7B": 6.738, "13B": 13.016, "30B": 32.529, "65B": 65.286}[name] == pytest.approx(billions, abs=1e-3)
+    assert {"7B": 6.738, "13B": 13.016, "30B": 32.529, "65B": 65.286}[name] == pytest.approx(
+        billions, abs=1e-3
+    )
 
 
 def rewrite(folder, tmp_path, **changes):
@@ -340,17 +401,31 @@ def rewrite(folder, tmp_path, **changes):
     return tmp_path
 
 
-@pytest.mark.parametrize("changes, why", [
-    ({"model_type": "mistral"}, "model_type is 'mistral'"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'"),
-    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
-    ({"rope_scaling": "yes"}, "not the config"), ({"head_dim": 12}, "head_dim"), ({"hidden_size": None}, "hidden_size"),
-    ({"hidden_size": "48"}, "dim = '48'"), ({"num_hidden_layers": 10**9}, "n_layers"), ({"vocab_size": -1}, "vocab"),
-    ({"num_attention_heads": 7}, "n_heads"), ({"num_key_value_heads": 4}, "n_kv_heads"), ({"rms_norm_eps": 0}, "eps"),
-    ({"intermediate_size": 81}, "gate_proj"), ({"num_hidden_layers": 2}, "layers.2"), ({"vocab_size": 102}, "embed"),
-    ({"num_hidden_layers": 4}, "layers.3.*missing"), ({"tie_word_embeddings": 3}, "tie_embeddings"),
-])
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
+        ({"rope_scaling": "yes"}, "not the config"),
+        ({"head_dim": 12}, "head_dim"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "48"}, "dim = '48'"),
+        ({"num_hidden_layers": 10**9}, "n_layers"),
+        ({"vocab_size": -1}, "vocab"),
+        ({"num_attention_heads": 7}, "n_heads"),
+        ({"num_key_value_heads": 4}, "n_kv_heads"),
+        ({"rms_norm_eps": 0}, "eps"),
+        ({"intermediate_size": 81}, "gate_proj"),
+        ({"num_hidden_layers": 2}, "layers.2"),
+        ({"vocab_size": 102}, "embed"),
+        ({"num_hidden_layers": 4}, "layers.3.*missing"),
+        ({"tie_word_embeddings": 3}, "tie_embeddings"),
+    ],
+)
 def test_configs_that_do_not_fit_are_refused_in_one_line(saved, tmp_path, changes, why):
     with pytest.raises(ValueError, match=why) as error:
         Llama.from_pretrained(rewrite(saved, tmp_path, **changes))
@@ -368,14 +443,26 @@ def test_folders_that_hold_no_llama_are_refused_in_one_line(tmp_path, saved):
         Llama.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage, why", [
-    (lambda part: part.pop("norm.weight"), "norm.weight is missing"),
-    (lambda part: part.update(extra=torch.ones(1)), "extra"),
-    (lambda part: part.pop("output.weight"), "not a LLaMA"),
-    (lambda part: part.update({"layers.1.attention.wo.weight": torch.ones(3, 5)}), "layers.1.self_attn.o_proj"),
-    (lambda part: part.update({"layers.1.attention.wq.weight": torch.ones(7, 5)}), "layers.1.self_attn.q_proj"),
-    (lambda part: part.update({"layers.1.feed_forward.w3.weight": torch.ones(7)}), "layers.1.mlp.up_proj"),
-])
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (lambda part: part.pop("norm.weight"), "norm.weight is missing"),
+        (lambda part: part.update(extra=torch.ones(1)), "extra"),
+        (lambda part: part.pop("output.weight"), "not a LLaMA"),
+        (
+            lambda part: part.update({"layers.1.attention.wo.weight": torch.ones(3, 5)}),
+            "layers.1.self_attn.o_proj",
+        ),
+        (
+            lambda part: part.update({"layers.1.attention.wq.weight": torch.ones(7, 5)}),
+            "layers.1.self_attn.q_proj",
+        ),
+        (
+            lambda part: part.update({"layers.1.feed_forward.w3.weight": torch.ones(7)}),
+            "layers.1.mlp.up_proj",
+        ),
+    ],
+)
 def test_damaged_meta_folders_are_refused_in_one_line(damage, why, tmp_path):
     write_meta(make(vocab_size=104, n_heads=8, n_kv_heads=4), tmp_path, 2)
     part = torch.load(tmp_path / "consolidated.01.pth", weights_only=True)
@@ -399,19 +486,20 @@ def test_a_list_of_devices_spreads_the_layers(saved, ids, model):
 
 # ---- Eight bits ----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_int8_error_is_at_most_half_a_step(dtype, tolerance):
     torch.manual_seed(0)
-    W = torch.randn(32, 64) * torch.logspace(-3, 2, 32)[:, None]                   # rows of very different size
+    W = torch.randn(32, 64) * torch.logspace(-3, 2, 32)[:, None]  # rows of very different size
     layer, few = Int8Linear(W), torch.randn(2, 5, 64)
     step = W.abs().amax(1) / 127
     back = layer.weight.float() * layer.scale[:, None]
     assert ((back - W).abs() <= step[:, None] * 0.501).all() and layer.weight.dtype == torch.int8
-    for x in (few, few.repeat(1, 9, 1)):               # few rows and many take different ways
+    for x in (few, few.repeat(1, 9, 1)):  # few rows and many take different ways
         y, exact = layer(x.to(dtype)), x.to(dtype).float() @ back.T
         assert y.dtype == dtype and y.shape == (*x.shape[:2], 32)
         assert ((y.float() - exact).abs() <= tolerance * exact.abs().amax((0, 1))).all()
-    assert torch.isfinite(Int8Linear(torch.zeros(4, 8))(torch.ones(1, 8))).all()   # a row of zeros
+    assert torch.isfinite(Int8Linear(torch.zeros(4, 8))(torch.ones(1, 8))).all()  # a row of zeros
 
 
 def test_int8_model_is_close_and_small(saved, model, ids):
@@ -432,17 +520,26 @@ BUILD = Path(__file__).with_name("build_7b.py")
 
 def peak_ratio(folder, kind: str) -> float:
     """Peak of anonymous memory while loading, in a process of its own, over the size of the weights in bf16."""
-    out = subprocess.run([sys.executable, BUILD, folder, "--load", kind], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, BUILD, folder, "--load", kind], capture_output=True, text=True, check=True
+    )
     result = json.loads(out.stdout)
     assert result["finite"]
     return result["peak_ratio"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("size, limits", [
-    pytest.param({"layers": 8, "dim": 1024, "hidden": 2752, "vocab": 1000}, {"bf16": 1.15, "int8": 0.7}, id="0.1B"),
-    pytest.param({}, {"bf16": 1.15, "int8": 0.65}, id="7B", marks=pytest.mark.slow),       # 14 GB disk, 16 GB memory
-])
+@pytest.mark.parametrize(
+    "size, limits",
+    [
+        pytest.param(
+            {"layers": 8, "dim": 1024, "hidden": 2752, "vocab": 1000}, {"bf16": 1.15, "int8": 0.7}, id="0.1B"
+        ),
+        pytest.param(
+            {}, {"bf16": 1.15, "int8": 0.65}, id="7B", marks=pytest.mark.slow
+        ),  # 14 GB disk, 16 GB memory
+    ],
+)
 def test_loading_needs_little_more_than_the_model(size, limits, tmp_path):
     build(tmp_path, **size)
     try:
@@ -459,7 +556,7 @@ def test_attention_inside_documents_is_that_of_whole_rows_under_a_mask(kv_heads)
     lengths = [[30, 9, 1], [12, 13, 8, 2], [1, 1, 22]]
     docs = torch.full((3, 40), -1)
     for row, parts in zip(docs, lengths):
-        row[:sum(parts)] = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts))
+        row[: sum(parts)] = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts))
     q, k, v = (torch.randn(3, heads, 40, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads))
     documents = Documents(docs)
     assert sum(len(places) for places in documents.groups) == 10 and len(documents.groups) < 10
@@ -468,5 +565,7 @@ def test_attention_inside_documents_is_that_of_whole_rows_under_a_mask(kv_heads)
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=True)
     inside, weight = (docs >= 0)[:, None, :, None], torch.randn(3, 4, 40, 8)
     assert torch.allclose(y * inside, wanted * inside, atol=1e-5) and torch.isfinite(y).all()
-    for ours, theirs in zip(*(torch.autograd.grad((x * inside * weight).sum(), (q, k, v)) for x in (y, wanted))):
+    for ours, theirs in zip(
+        *(torch.autograd.grad((x * inside * weight).sum(), (q, k, v)) for x in (y, wanted))
+    ):
         assert torch.allclose(ours, theirs, atol=1e-5)

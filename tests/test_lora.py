@@ -1,4 +1,5 @@
 """lora.py: starts as the identity, trains alone, merges exactly, and shares folders with peft."""
+
 import json
 
 import pytest
@@ -60,8 +61,9 @@ def test_dropout_is_on_the_adapter_alone(ids):
 def test_only_the_adapter_trains(ids):
     model = lora.apply(base(), 4, 8, TARGETS)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {f"model.layers.{i}.self_attn.{t}.lora_{half}.weight" for i in (0, 1) for t in TARGETS
-                         for half in "AB"}
+    assert trainable == {
+        f"model.layers.{i}.self_attn.{t}.lora_{half}.weight" for i in (0, 1) for t in TARGETS for half in "AB"
+    }
     assert {id(p) for p in lora.parameters(model)} == {id(model.get_parameter(name)) for name in trainable}
     frozen = {name: p.clone() for name, p in model.named_parameters() if name not in trainable}
     optimiser = torch.optim.AdamW(lora.parameters(model), lr=0.05)
@@ -106,6 +108,7 @@ def test_an_adapter_on_int8_and_on_bfloat16(ids, tmp_path):
 
 # ---- Folders -------------------------------------------------------------------------------------------------
 
+
 def test_save_then_load(tmp_path, ids):
     model = adapted(["q_proj", "mlp.up_proj"])
     lora.save(model, tmp_path)
@@ -114,12 +117,14 @@ def test_save_then_load(tmp_path, ids):
 
 def their_base(tmp_path):
     from transformers import LlamaForCausalLM
+
     base().save_pretrained(tmp_path / "base")
     return LlamaForCausalLM.from_pretrained(tmp_path / "base")
 
 
 def test_ours_loads_in_peft(tmp_path, ids):
     from peft import PeftModel
+
     model = adapted()
     lora.save(model, tmp_path / "lora")
     theirs = PeftModel.from_pretrained(their_base(tmp_path), tmp_path / "lora").eval()
@@ -131,12 +136,19 @@ def test_ours_loads_in_peft(tmp_path, ids):
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_pefts_loads_here(safe, tmp_path, ids):
     from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(3)
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "v_proj", "gate_proj"], lora_dropout=0.1,
-                        init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["k_proj", "v_proj", "gate_proj"],
+        lora_dropout=0.1,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
     theirs = get_peft_model(their_base(tmp_path), config).eval()
     theirs.save_pretrained(tmp_path / "lora")
-    if not safe:                                       # what peft 0.3 wrote: SpeechGPT-7B-com
+    if not safe:  # what peft 0.3 wrote: SpeechGPT-7B-com
         state = checkpoint.read_tensors(tmp_path / "lora/adapter_model.safetensors")
         torch.save({k: t.clone() for k, t in state.items()}, tmp_path / "lora/adapter_model.bin")
         (tmp_path / "lora/adapter_model.safetensors").unlink()
@@ -148,14 +160,27 @@ def test_pefts_loads_here(safe, tmp_path, ids):
         assert not torch.allclose(base()(ids), expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("changes, why", [
-    ({"peft_type": "IA3"}, "LORA"), ({"bias": "all"}, "bias"), ({"use_dora": True}, "use_dora"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"target_modules": ".*q_proj"}, "target_modules"),
-    ({"target_modules": ["query"]}, "query"), ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj"),
-    ({"target_modules": ["q_proj"]}, "v_proj"), ({"r": 8}, r"\[4, 32\]"), ({"r": 0}, "r = 0"), ({"r": "4"}, "r = '4'"),
-    ({"r": 10**12}, "r = 1"), ({"lora_alpha": None}, "lora_alpha"), ({"lora_dropout": 7}, "lora_dropout"),
-    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"target_modules": [7]}, "target_modules"),
-])
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"peft_type": "IA3"}, "LORA"),
+        ({"bias": "all"}, "bias"),
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ".*q_proj"}, "target_modules"),
+        ({"target_modules": ["query"]}, "query"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj"),
+        ({"target_modules": ["q_proj"]}, "v_proj"),
+        ({"r": 8}, r"\[4, 32\]"),
+        ({"r": 0}, "r = 0"),
+        ({"r": "4"}, "r = '4'"),
+        ({"r": 10**12}, "r = 1"),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"lora_dropout": 7}, "lora_dropout"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"target_modules": [7]}, "target_modules"),
+    ],
+)
 def test_adapters_that_do_not_fit_are_refused_in_one_line(changes, why, tmp_path):
     lora.save(adapted(), tmp_path)
     path = tmp_path / "adapter_config.json"

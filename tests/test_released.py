@@ -232,8 +232,15 @@ def test_the_checksum_of_hugging_face_is_used(server, small, tmp_path):
     assert not left(tmp_path / "bad"), "damaged bytes were kept to be resumed"
 
 
-@pytest.mark.parametrize("target", [
-    "http://example.com/big.bin", "ftp://example.com/big.bin", "file:///etc/passwd", "http://127.0.0.1.example.com/"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://example.com/big.bin",
+        "ftp://example.com/big.bin",
+        "file:///etc/passwd",
+        "http://127.0.0.1.example.com/",
+    ],
+)
 def test_a_redirect_away_from_https_is_refused(server, small, tmp_path, target):
     server.redirects["/big.bin"] = target
     message = fails(server, tmp_path)
@@ -244,7 +251,10 @@ def test_from_the_internet_a_redirect_to_this_machine_is_refused():
     request = prepare.urllib.request.Request("https://huggingface.co/x")
     with pytest.raises(OSError, match="refused"):
         prepare.Redirects().redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1:8000/x")
-    assert prepare.Redirects().redirect_request(request, None, 302, "Found", {}, "https://cdn.example/x") is not None
+    assert (
+        prepare.Redirects().redirect_request(request, None, 302, "Found", {}, "https://cdn.example/x")
+        is not None
+    )
 
 
 @pytest.mark.parametrize("mirror", ["https://huggingface.co", "https://huggingface.co=http://example.com",
@@ -272,19 +282,25 @@ def test_what_we_expect_is_plausible():
     assert prepare.bounds("507 B") == (507, 507) and prepare.bounds("18 kB") == (17_000, 19_000)
     assert prepare.bounds("16.8 MB") == (16_700_000, 16_900_000)
     language_model = PARTS["llama"].files[0]
-    assert prepare.fits(4 * 6_742_609_920, language_model) and not prepare.fits(2 * 6_742_609_920, language_model)
+    assert prepare.fits(4 * 6_742_609_920, language_model) and not prepare.fits(
+        2 * 6_742_609_920, language_model
+    )
     vocoder = PARTS["vocoder"].files[0]
     assert prepare.fits(4 * 13_485_443 + 50_000, vocoder)
 
 
-@pytest.mark.parametrize("size, text", [(0, "0 B"), (999, "999 B"), (300_000, "300 kB"), (26_990_000_000, "27 GB")])
+@pytest.mark.parametrize(
+    "size, text", [(0, "0 B"), (999, "999 B"), (300_000, "300 kB"), (26_990_000_000, "27 GB")]
+)
 def test_show(size, text):
     assert prepare.show(size) == text
 
 
 def table(capsys, out) -> tuple[int, str]:
     bad = prepare.check(out, ["llama"])
-    return bad, next(line for line in capsys.readouterr().out.splitlines() if line.startswith("llama/big.bin"))
+    return bad, next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("llama/big.bin")
+    )
 
 
 def test_check_says_what_is_there(server, small, tmp_path, capsys):
@@ -320,7 +336,9 @@ def test_an_equivalent_file_is_enough(tmp_path, monkeypatch, capsys):
     prepare.prepare(tmp_path, ["vocoder"], [])  # nothing to fetch, so no network
 
 
-@pytest.mark.parametrize("notes", ["", "[]", '{"llama/big.bin": 3}', '{"llama/big.bin": {"size": "x", "sha256": "y"}}'])
+@pytest.mark.parametrize(
+    "notes", ["", "[]", '{"llama/big.bin": 3}', '{"llama/big.bin": {"size": "x", "sha256": "y"}}']
+)
 def test_spoiled_notes(small, tmp_path, notes):
     (tmp_path / "downloaded.json").write_text(notes)
     with pytest.raises(ValueError, match="remove it"):

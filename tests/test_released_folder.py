@@ -31,13 +31,24 @@ def released(tmp_path_factory):
     test_tokenizer.released_folder(folder / "llama", "<eos>")
 
     torch.manual_seed(0)
-    shape = transformers.LlamaConfig(vocab_size=2006, hidden_size=64, intermediate_size=172, num_hidden_layers=3,
-                                     num_attention_heads=4, max_position_embeddings=2048, tie_word_embeddings=False)
+    shape = transformers.LlamaConfig(
+        vocab_size=2006,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
     base = transformers.LlamaForCausalLM(shape).eval()
     shape.save_pretrained(folder / "llama")
     torch.save(base.state_dict(), folder / "llama/pytorch_model.bin")
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules=[
-        "q_proj", "k_proj", "v_proj", "o_proj"])).eval()
+    adapted = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+        ),
+    ).eval()
     for name, p in adapted.named_parameters():
         if "lora_" in name:
             p.data.normal_(std=0.1)
@@ -70,13 +81,37 @@ def test_it_hears_and_thinks_as_the_original_libraries_do(released):
     assert len(gpt.vocoder(expected)) % 320 == 0
 
 
-@pytest.mark.parametrize("flags", [[], ["--int8"], ["--task", "asr"], ["--to", "text", "--greedy"],
-                                   ["--preset", "official", "--dtype", "bfloat16"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--int8"],
+        ["--task", "asr"],
+        ["--to", "text", "--greedy"],
+        ["--preset", "official", "--dtype", "bfloat16"],
+    ],
+)
 def test_the_readmes_command_runs_on_it(released, tmp_path, flags):
     soundfile.write(tmp_path / "question.wav", test_hubert.speech(2, seed=3).numpy(), 16000)
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", released[0], tmp_path / "question.wav",
-                           "--max-new", "12", "--device", "cpu", "--out", tmp_path / "reply", *flags],
-                          capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "sample.py",
+            "--model",
+            released[0],
+            tmp_path / "question.wav",
+            "--max-new",
+            "12",
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "reply",
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     # weights of chance babble; but no flag, format or marker may get in the way
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "loaded in" in done.stdout + done.stderr

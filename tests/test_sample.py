@@ -48,27 +48,49 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     tok = tokenizer.Tokenizer.train([ASKED, ANSWERED] * 5, folder / "llama", 420, K)
-    ear = hubert.HuBERT(hubert.HuBERTConfig((16,) * 7, dim=32, n_layers=1, n_heads=2, ffn_dim=64, pos_groups=2))
+    ear = hubert.HuBERT(
+        hubert.HuBERTConfig((16,) * 7, dim=32, n_layers=1, n_heads=2, ffn_dim=64, pos_groups=2)
+    )
     with torch.no_grad():
         frames = ear.eval().features(torch.from_numpy(chirp())[None], 1)[0]
-    extractor = hubert.UnitExtractor(ear, hubert.KMeans(frames[torch.linspace(0, len(frames) - 1, K).long()]), 1)
+    extractor = hubert.UnitExtractor(
+        ear, hubert.KMeans(frames[torch.linspace(0, len(frames) - 1, K).long()]), 1
+    )
     extractor.save_pretrained(folder / "hubert")
-    small = {"encoder_embed_dim": 8, "var_pred_hidden_dim": 8, "var_pred_kernel_size": 3, "var_pred_dropout": 0.0}
-    vocoder.UnitVocoder(vocoder.VocoderConfig(
-        num_embeddings=K, embedding_dim=8, model_in_dim=16, multispkr="from_input_file", num_speakers=2,
-        upsample_initial_channel=32, dur_predictor_params=small)).save_pretrained(folder / "vocoder")
+    small = {
+        "encoder_embed_dim": 8,
+        "var_pred_hidden_dim": 8,
+        "var_pred_kernel_size": 3,
+        "var_pred_dropout": 0.0,
+    }
+    vocoder.UnitVocoder(
+        vocoder.VocoderConfig(
+            num_embeddings=K,
+            embedding_dim=8,
+            model_in_dim=16,
+            multispkr="from_input_file",
+            num_speakers=2,
+            upsample_initial_channel=32,
+            dur_predictor_params=small,
+        )
+    ).save_pretrained(folder / "vocoder")
 
     heard, said = tokenizer.units_to_text(extractor(chirp())[0]), tokenizer.units_to_text(SPOKEN)
     quadruplet = {"speech_i": heard, "text_i": ASKED, "text_r": ANSWERED, "speech_r": said}
-    dialogues = [form(mode, **quadruplet) for form in (tokenizer.chain_of_modality, tokenizer.standard)
-                 for mode in ("s2s", "s2t", "t2s", "t2t")]
+    dialogues = [
+        form(mode, **quadruplet)
+        for form in (tokenizer.chain_of_modality, tokenizer.standard)
+        for mode in ("s2s", "s2t", "t2s", "t2t")
+    ]
     dialogues.append(tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], heard, ASKED))
     dialogues.append(tokenizer.cross_modal(tokenizer.TTS_INSTRUCTIONS[0], ANSWERED, said))
     documents = [tok.document(*dialogue)[0] for dialogue in dialogues] + [tok.encode(heard)]
     width = max(map(len, documents))
     ids = torch.tensor([d + [0] * (width - len(d)) for d in documents])
     mask = torch.tensor([[True] * len(d) + [False] * (width - len(d)) for d in documents])
-    model = llama.Llama(llama.LlamaConfig(len(tok), dim=64, n_layers=2, n_heads=4, hidden_dim=128, max_len=384))
+    model = llama.Llama(
+        llama.LlamaConfig(len(tok), dim=64, n_layers=2, n_heads=4, hidden_dim=128, max_len=384)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3)
     for _ in range(120):
         loss = llama.next_token_loss(model, ids, mask)
@@ -89,7 +111,9 @@ def gpt(folder) -> SpeechGPT:
 def wild(gpt) -> llama.Llama:
     """Random weights, larger than usual so that no two logits are close."""
     torch.manual_seed(1)
-    c = llama.LlamaConfig(len(gpt.tok), dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, max_len=512)
+    c = llama.LlamaConfig(
+        len(gpt.tok), dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, max_len=512
+    )
     model = llama.Llama(c).eval()
     for p in model.parameters():
         p.data *= 8 if p.dim() == 2 else 1
@@ -107,15 +131,30 @@ def allowed(tok, ids: list[int]) -> set[int]:
         last = i
     if speaking:
         return {*tok.unit_ids, tok.eosp} - {last}
-    return set(range(len(tok))) - {*tok.unit_ids, tok.eosp, tok.unk, tok.bos, tok.human, tok.speechgpt, tok.eoh}
+    return set(range(len(tok))) - {
+        *tok.unit_ids,
+        tok.eosp,
+        tok.unk,
+        tok.bos,
+        tok.human,
+        tok.speechgpt,
+        tok.eoh,
+    }
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_grammar_holds_for_thousands_of_tokens(gpt, wild, seed):
     tok = gpt.tok
-    prompts = [[tok.bos, tok.sosp], [tok.bos, 300, 301], [tok.bos, tok.sosp, tok.unit_id(3)], [tok.bos, tok.eosp]] * 2
-    hot = Sampling(temperature=20.0)                # nearly uniform: markers and units all have a chance
-    out = sample.generate(wild, prompts, tok, hot, hot, max_new=400, generator=torch.Generator().manual_seed(seed))
+    prompts = [
+        [tok.bos, tok.sosp],
+        [tok.bos, 300, 301],
+        [tok.bos, tok.sosp, tok.unit_id(3)],
+        [tok.bos, tok.eosp],
+    ] * 2
+    hot = Sampling(temperature=20.0)  # nearly uniform: markers and units all have a chance
+    out = sample.generate(
+        wild, prompts, tok, hot, hot, max_new=400, generator=torch.Generator().manual_seed(seed)
+    )
     assert sum(map(len, out)) > 400
     for prompt, new in zip(prompts, out):
         for n, token in enumerate(new):
@@ -128,8 +167,16 @@ def test_grammar_holds_for_thousands_of_tokens(gpt, wild, seed):
 
 def test_free_generation_breaks_the_grammar(gpt, wild):
     tok, hot = gpt.tok, Sampling(temperature=20.0)
-    new, = sample.generate(wild, [[tok.bos, 300]], tok, hot, hot, max_new=200, free=True,
-                           generator=torch.Generator().manual_seed(0))
+    (new,) = sample.generate(
+        wild,
+        [[tok.bos, 300]],
+        tok,
+        hot,
+        hot,
+        max_new=200,
+        free=True,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert any(token not in allowed(tok, [tok.bos, 300, *new[:n]]) for n, token in enumerate(new))
 
 
@@ -142,7 +189,7 @@ def slow_greedy(model, tok, prompt: list[int], n: int) -> list[int]:
         ids.append(max(allowed(tok, ids), key=lambda i: logits[i].item()))
         if ids[-1] in (tok.eos, tok.eoa):
             break
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def test_batched_greedy_equals_one_by_one_equals_slow(gpt, wild):
@@ -166,20 +213,27 @@ def test_batch_draws_what_single_prompts_would_draw_in_turn(gpt, wild):
 
 def test_text_is_greedy_and_speech_is_drawn(gpt, wild):
     tok, drawn = gpt.tok, Sampling(5.0)
-    outs = [sample.generate(wild, [[tok.bos, tok.sosp]], tok, GREEDY, drawn, 100, torch.Generator().manual_seed(s))[0]
-            for s in range(6)]
+    outs = [
+        sample.generate(
+            wild, [[tok.bos, tok.sosp]], tok, GREEDY, drawn, 100, torch.Generator().manual_seed(s)
+        )[0]
+        for s in range(6)
+    ]
     assert len({tuple(new) for new in outs}) == 6
     for new in outs:
-        if tok.eosp in new:                         # all that follows is the likeliest text
+        if tok.eosp in new:  # all that follows is the likeliest text
             n = new.index(tok.eosp) + 1
-            text = [i for i in new[n:n + 10]]
-            assert text == slow_greedy(wild, tok, [tok.bos, tok.sosp, *new[:n]], 10)[:len(text)] or tok.sosp in text
+            text = [i for i in new[n : n + 10]]
+            assert (
+                text == slow_greedy(wild, tok, [tok.bos, tok.sosp, *new[:n]], 10)[: len(text)]
+                or tok.sosp in text
+            )
 
 
 def test_the_context_is_the_limit(gpt, wild):
     tok = gpt.tok
     prompt = [tok.bos] + [300] * 500
-    new, = sample.generate(wild, [prompt], tok, GREEDY, max_new=1000)
+    (new,) = sample.generate(wild, [prompt], tok, GREEDY, max_new=1000)
     assert len(new) <= wild.config.max_len - len(prompt)
     with pytest.raises(AssertionError, match="511"):
         sample.generate(wild, [[300] * 512], tok)
@@ -188,7 +242,7 @@ def test_the_context_is_the_limit(gpt, wild):
 def test_a_model_of_text_alone_generates(gpt, wild):
     text = llama.Llama(replace(wild.config, vocab_size=gpt.tok.n_text)).eval()
     hot = Sampling(20.0)
-    new, = sample.generate(text, [[1, 300]], gpt.tok, hot, hot, 50, torch.Generator().manual_seed(0))
+    (new,) = sample.generate(text, [[1, 300]], gpt.tok, hot, hot, 50, torch.Generator().manual_seed(0))
     assert 0 < len(new) <= 50 and max(new) < gpt.tok.n_text and gpt.tok.bos not in new
 
 
@@ -202,10 +256,10 @@ def test_nan_weights_are_one_line(gpt, wild):
 def reference(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
     """The distribution by definition, with a sort of everything and loops."""
     p = (logits.double() / how.temperature).softmax(0)
-    order = sorted(range(len(p)), key=lambda i: -p[i])[:how.top_k or len(p)]
+    order = sorted(range(len(p)), key=lambda i: -p[i])[: how.top_k or len(p)]
     p = {i: p[i].item() / sum(p[j].item() for j in order) for i in order}
     kept, mass = [], 0.0
-    for i in order:                                 # the smallest set that holds top_p: the token that crosses is in
+    for i in order:  # the smallest set that holds top_p: the token that crosses is in
         if mass >= how.top_p:
             break
         kept.append(i)
@@ -221,7 +275,7 @@ def reference(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
 def test_sample_token_has_the_right_distribution(seed, temperature, top_k, top_p):
     how = Sampling(temperature, top_k, top_p)
     logits = 3 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
-    grid = (torch.arange(4000) + 0.5) / 4000        # every draw once: frequencies are the distribution up to 1/4000
+    grid = (torch.arange(4000) + 0.5) / 4000  # every draw once: frequencies are the distribution up to 1/4000
     tokens = sample.sample_token(logits.expand(4000, -1), how, grid)
     found = torch.bincount(tokens, minlength=30) / 4000
     expected = reference(logits, how)
@@ -231,7 +285,9 @@ def test_sample_token_has_the_right_distribution(seed, temperature, top_k, top_p
         assert min((found - e).abs().max() for e in nudged) <= 2 / 4000
 
 
-@pytest.mark.parametrize("how", [PAPER, sample.OFFICIAL, Sampling(1.0), Sampling(0.5, top_p=0.3), Sampling(2.0, 3)])
+@pytest.mark.parametrize(
+    "how", [PAPER, sample.OFFICIAL, Sampling(1.0), Sampling(0.5, top_p=0.3), Sampling(2.0, 3)]
+)
 def test_sample_token_agrees_with_transformers(how):
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits = 4 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
@@ -253,12 +309,14 @@ def test_what_is_forbidden_is_never_drawn_whatever_the_chance():
     logits = torch.full((1, 50), -torch.inf)
     logits[0, [3, 4, 5]] = torch.tensor([1.0, 0.0, -30.0])
     for how in (Sampling(1.0), Sampling(1.0, top_k=20), Sampling(0.1, 20, 1.0), PAPER):
-        for u in (0.0, 0.5, 1 - 2 ** -24):
+        for u in (0.0, 0.5, 1 - 2**-24):
             assert sample.sample_token(logits, how, torch.tensor([u])).item() in (3, 4, 5)
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5),
-                                 dict(temperature=float("nan"))])
+@pytest.mark.parametrize(
+    "bad",
+    [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5), dict(temperature=float("nan"))],
+)
 def test_impossible_sampling_is_refused(bad):
     with pytest.raises(ValueError, match="needs temperature"):
         Sampling(**bad)
@@ -269,8 +327,9 @@ def test_greedy_continuation_is_that_of_transformers(gpt, wild, tmp_path):
     wild.save_pretrained(tmp_path)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     tok, prompt = gpt.tok, [1, 300, 301, 302]
-    theirs = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False,
-                             eos_token_id=[tok.eos, tok.eoa])
+    theirs = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=[tok.eos, tok.eoa]
+    )
     assert sample.generate(wild, [prompt], tok, GREEDY, GREEDY, 64, free=True)[0] == theirs[0, 4:].tolist()
 
 
@@ -287,8 +346,15 @@ def test_int8_is_close_and_small(folder, gpt):
     assert small.reply(ASKED, "t2t").text == ANSWERED
 
 
-@pytest.mark.parametrize("how", [dict(device="cpu,cpu"), dict(dtype="bfloat16"), dict(dtype=torch.float16),
-                                 dict(dtype="bfloat16", int8=True)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(device="cpu,cpu"),
+        dict(dtype="bfloat16"),
+        dict(dtype=torch.float16),
+        dict(dtype="bfloat16", int8=True),
+    ],
+)
 def test_other_places_and_precisions_answer_alike(folder, how):
     gpt = SpeechGPT.from_pretrained(folder, **{"device": "cpu", **how})
     assert str(gpt.llama.lm_head.weight.dtype).removeprefix("torch.") in str(how.get("dtype", "float32"))
@@ -336,7 +402,7 @@ def test_tasks(gpt):
     middle = gpt.ids(chirp(), task="continue")
     assert middle == [gpt.tok.bos, gpt.tok.sosp] + [gpt.tok.unit_id(u) for u in units]
     reply = gpt.continue_speech(chirp(), speech=GREEDY)
-    assert reply.units[:len(units)] == units and reply.wav is not None and reply.note == ""
+    assert reply.units[: len(units)] == units and reply.wav is not None and reply.note == ""
     text = gpt.reply(ASKED, task="continue", max_new=1)
     assert text.text.startswith(ASKED) and "cut off" in text.note
 
@@ -383,20 +449,31 @@ def test_an_answer_is_spoken_again_and_the_best_understood_take_stays(gpt, monke
         assert (best.transcript, best.text) == (first.transcript, first.text) and best.note == ""
         assert best.stats["new_tokens"] < sum(lengths)
         lengths.clear()
-    assert gpt.reply(chirp(), speech=GREEDY, takes=6).stats["takes"] == 1 and not lengths  # it would be the same again
+    assert (
+        gpt.reply(chirp(), speech=GREEDY, takes=6).stats["takes"] == 1 and not lengths
+    )  # it would be the same again
 
 
 def test_only_what_is_not_understood_is_spoken_again(gpt, monkeypatch):
     scores, sizes = iter([-5.0, 0.0, -5.0, -3.0, -0.1, -0.2]), []
     monkeypatch.setattr(SpeechGPT, "understood", lambda *_: next(scores))
     real = sample.generate
-    monkeypatch.setattr(sample, "generate", lambda model, ids, *a: sizes.append(len(ids)) or real(model, ids, *a))
+    monkeypatch.setattr(
+        sample, "generate", lambda model, ids, *a: sizes.append(len(ids)) or real(model, ids, *a)
+    )
     gpt.reply_batch([chirp(), ASKED, chirp()], speech=Sampling(3.0))
     assert sizes == [3, 2, 1] and next(scores, None) is None
 
 
-@pytest.mark.parametrize("options", [{"takes": 0}, {"takes": 2, "chain": False}, {"takes": 2, "task": "asr"},
-                                     {"takes": 2, "task": "continue"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"takes": 0},
+        {"takes": 2, "chain": False},
+        {"takes": 2, "task": "asr"},
+        {"takes": 2, "task": "continue"},
+    ],
+)
 def test_takes_that_cannot_be(gpt, options):
     with pytest.raises(ValueError, match="at least once" if not options["takes"] else "text to compare"):
         gpt.reply(chirp(), **options)
@@ -413,19 +490,51 @@ def test_speakers(gpt):
 @given(st.data())
 def test_no_marker_leaks_whatever_is_generated(gpt, data):
     tok = gpt.tok
-    pool = st.sampled_from([tok.sosp, tok.eosp, tok.human, tok.eoh, tok.eoa, tok.eos, tok.bos, tok.unit_id(3),
-                            *tok.sp.encode("[tq] a; [ta] b; [ua] <eoa>. [Human] <sosp><1>")])
+    pool = st.sampled_from(
+        [
+            tok.sosp,
+            tok.eosp,
+            tok.human,
+            tok.eoh,
+            tok.eoa,
+            tok.eos,
+            tok.bos,
+            tok.unit_id(3),
+            *tok.sp.encode("[tq] a; [ta] b; [ua] <eoa>. [Human] <sosp><1>"),
+        ]
+    )
     ids = data.draw(st.lists(pool, min_size=1, max_size=30))
     reply = gpt.compose(sample.Question([tok.bos], "s", 0.0), ids, "chat", None)
-    for marker in ("[tq]", "[ta]", "[ua]", "<sosp>", "<eosp>", "<eoa>", "<eos>", "<eoh>", "[Human]", "<s>", "</s>"):
+    for marker in (
+        "[tq]",
+        "[ta]",
+        "[ua]",
+        "<sosp>",
+        "<eosp>",
+        "<eoa>",
+        "<eos>",
+        "<eoh>",
+        "[Human]",
+        "<s>",
+        "</s>",
+    ):
         assert marker not in reply.transcript + reply.text
-    assert reply.wav is not None or reply.note      # never silent without saying so
+    assert reply.wav is not None or reply.note  # never silent without saying so
 
 
-@pytest.mark.parametrize("written, target, note", [
-    ("[ta] four; [ua] <eoa>", "s", "text only"), ("<eoa>", "s", "said nothing"), ("<sosp><eosp><eoa>", "s", "nothing"),
-    ("<sosp><1><2>", "s", "cut off"), ("[ta] four", "t", "cut off"), ("<sosp><1><eosp><eoa>", "t", "only speech"),
-    ("[ta] four<eoa>", "t", ""), ("[ua] <sosp><1><eosp><eoa>", "s", "")])
+@pytest.mark.parametrize(
+    "written, target, note",
+    [
+        ("[ta] four; [ua] <eoa>", "s", "text only"),
+        ("<eoa>", "s", "said nothing"),
+        ("<sosp><eosp><eoa>", "s", "nothing"),
+        ("<sosp><1><2>", "s", "cut off"),
+        ("[ta] four", "t", "cut off"),
+        ("<sosp><1><eosp><eoa>", "t", "only speech"),
+        ("[ta] four<eoa>", "t", ""),
+        ("[ua] <sosp><1><eosp><eoa>", "s", ""),
+    ],
+)
 def test_notes(gpt, written, target, note):
     ids = gpt.tok.encode(written, bos=False)
     reply = gpt.compose(sample.Question([1], target, 0.0), ids, "chat", None)
@@ -437,7 +546,9 @@ def test_released_style_has_no_tq_and_keeps_the_lone_space(gpt):
     ids = gpt.ids(ASKED, style="released")
     text = tok.decode(ids)
     assert "Fudan" in text and "step by step" not in text
-    assert ids == tok.prompt(tokenizer.chain_of_modality("t2s", text_i=ASKED, style="released")[0], official=True)
+    assert ids == tok.prompt(
+        tokenizer.chain_of_modality("t2s", text_i=ASKED, style="released")[0], official=True
+    )
     assert "step" in tok.decode(gpt.ids(ASKED)) and gpt.ids(ASKED) == gpt.ids(ASKED, style="paper")
 
 
@@ -470,8 +581,19 @@ def test_looking_inside(gpt):
     torch.testing.assert_close(gpt.llama.lm_head(states), logits)
 
 
-@pytest.mark.parametrize("prompt, sound", [("a.wav", True), ("b c.FLAC", True), (Path("x"), True), (np.zeros(3), True),
-                                           ("What is this?", False), ("", False), ("x" * 5000, False), ("a\0b", False)])
+@pytest.mark.parametrize(
+    "prompt, sound",
+    [
+        ("a.wav", True),
+        ("b c.FLAC", True),
+        (Path("x"), True),
+        (np.zeros(3), True),
+        ("What is this?", False),
+        ("", False),
+        ("x" * 5000, False),
+        ("a\0b", False),
+    ],
+)
 def test_what_is_sound(prompt, sound):
     assert sample.is_sound(prompt) == sound
 
@@ -504,10 +626,19 @@ def test_command_line_writes_wav_and_json(cli):
     for line in (f"heard   {ASKED}", f"answer  {ANSWERED}", "real-time factor", "tokens/s", "GB/s", "cpu"):
         assert line in out
     assert sorted(p.name for p in Path("out/replies").iterdir()) == [
-        "q.json", "q.wav", "what-is-two-plus-two.json", "what-is-two-plus-two.wav"]
+        "q.json",
+        "q.wav",
+        "what-is-two-plus-two.json",
+        "what-is-two-plus-two.wav",
+    ]
     row = json.loads(Path("out/replies/q.json").read_text())
     assert (row["prompt"], row["transcript"], row["text"], row["units"], row["wav"]) == (
-        "q.wav", ASKED, ANSWERED, SPOKEN, "q.wav")
+        "q.wav",
+        ASKED,
+        ANSWERED,
+        SPOKEN,
+        "q.wav",
+    )
     wav, rate = soundfile.read("out/replies/q.wav")
     assert rate == 16000 and len(wav) >= 320 * len(SPOKEN)
 
@@ -523,7 +654,9 @@ def test_command_line_forms(cli):
     assert code == 0 and sorted(p.name for p in Path("d").glob("*.wav")) == ["q-2.wav", "q-3.wav", "q.wav"]
 
 
-@pytest.mark.parametrize("name, rate, channels", [("a.flac", 22050, 2), ("b.ogg", 44100, 1), ("c.wav", 8000, 1)])
+@pytest.mark.parametrize(
+    "name, rate, channels", [("a.flac", 22050, 2), ("b.ogg", 44100, 1), ("c.wav", 8000, 1)]
+)
 def test_any_rate_and_format(cli, name, rate, channels):
     soundfile.write(name, np.stack([chirp(1.0, rate)] * channels, 1), rate)
     code, out, err = cli(name, "--to", "text", "--max-new", "5")
@@ -541,17 +674,36 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["missing.wav"], "missing.wav: no such file"), (["empty.wav"], "empty"), (["silent.wav"], "silent"),
-    (["one.wav"], "25 ms"), (["nan.wav"], "NaN"), (["long.wav"], "cut it into shorter"),
-    (["text.wav"], "not a sound"), (["cut.wav"], "cut short"), ([".", "--in", "speech"], "folder"), ([""], "empty"),
-    (["q.wav", "missing.wav"], "no such"), (["word " * 300], "shorten"),
-    (["q.wav", "--frobnicate"], "frobnicate"), (["q.wav", "--task", "sing"], "sing"),
-    (["q.wav", "--top-k", "x"], "top-k"), (["q.wav", "--top-p", "2"], "top_p"), (["q.wav", "--batch", "0"], "--batch"),
-    (["q.wav", "--model", "nowhere"], "nowhere"), (["q.wav", "--dtype", "int4"], "int4"),
-    (["q.wav", "--device", "abacus"], "abacus"), (["q.wav", "--greedy", "--top-k", "3"], "--greedy"),
-    (["q.wav", "--speaker", "9"], "speaker 9"), (["q.wav", ASKED, "--out", "x.wav"], "2 prompts"),
-    (["q.wav", "--out", "."], "overwrite"), (["q.wav", "--out", "q.wav/deep"], "q.wav")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["missing.wav"], "missing.wav: no such file"),
+        (["empty.wav"], "empty"),
+        (["silent.wav"], "silent"),
+        (["one.wav"], "25 ms"),
+        (["nan.wav"], "NaN"),
+        (["long.wav"], "cut it into shorter"),
+        (["text.wav"], "not a sound"),
+        (["cut.wav"], "cut short"),
+        ([".", "--in", "speech"], "folder"),
+        ([""], "empty"),
+        (["q.wav", "missing.wav"], "no such"),
+        (["word " * 300], "shorten"),
+        (["q.wav", "--frobnicate"], "frobnicate"),
+        (["q.wav", "--task", "sing"], "sing"),
+        (["q.wav", "--top-k", "x"], "top-k"),
+        (["q.wav", "--top-p", "2"], "top_p"),
+        (["q.wav", "--batch", "0"], "--batch"),
+        (["q.wav", "--model", "nowhere"], "nowhere"),
+        (["q.wav", "--dtype", "int4"], "int4"),
+        (["q.wav", "--device", "abacus"], "abacus"),
+        (["q.wav", "--greedy", "--top-k", "3"], "--greedy"),
+        (["q.wav", "--speaker", "9"], "speaker 9"),
+        (["q.wav", ASKED, "--out", "x.wav"], "2 prompts"),
+        (["q.wav", "--out", "."], "overwrite"),
+        (["q.wav", "--out", "q.wav/deep"], "q.wav"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_1(cli, flags, says):
     if flags[0] in BAD_FILES:
         BAD_FILES[flags[0]](flags[0])
@@ -599,6 +751,7 @@ def test_conversation_from_a_pipe(folder, tmp_path):
 
 def test_conversation_leaves_quietly(cli, monkeypatch):
     for leave in (EOFError, KeyboardInterrupt):
+
         def hang_up(_, leave=leave):
             raise leave
 
@@ -607,8 +760,13 @@ def test_conversation_leaves_quietly(cli, monkeypatch):
         assert cli()[0] == 0
 
 
-@pytest.mark.parametrize("question, answer", [("What is the capital of Peru?", "The capital of Peru is Lima."),
-                                              ("How much is two plus three?", "Two plus three is five.")])
+@pytest.mark.parametrize(
+    "question, answer",
+    [
+        ("What is the capital of Peru?", "The capital of Peru is Lima."),
+        ("How much is two plus three?", "Two plus three is five."),
+    ],
+)
 def test_the_shipped_model_answers_a_spoken_question_aloud(tmp_path, question, answer):
     """The README's third command, as typed on a fresh clone; the question is spoken here and now."""
     pytest.importorskip("hibari", reason="somebody has to ask: the extra 'demo'")
@@ -617,8 +775,12 @@ def test_the_shipped_model_answers_a_spoken_question_aloud(tmp_path, question, a
     prepare.load_voice()
     u = prepare.render(question, "test", "question", "test", take=0, seed=1234)
     soundfile.write(tmp_path / "question.wav", prepare.speak(u), 16000)
-    done = subprocess.run([sys.executable, ROOT / "sample.py", tmp_path / "question.wav", "--out",
-                           tmp_path / "reply.wav"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", tmp_path / "question.wav", "--out", tmp_path / "reply.wav"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     assert question in done.stdout and answer in done.stdout
     spoken, rate = soundfile.read(tmp_path / "reply.wav")

@@ -54,9 +54,13 @@ def test_answers_are_true():
                 elif family == "minus":
                     assert said[-1] == (n[1] - n[0] if "take" in question else n[0] - n[1]), question
                 elif family == "compare":
-                    assert said[0] == (max if "bigger" in question else min)(n) and set(said) == set(n), question
+                    assert said[0] == (max if "bigger" in question else min)(n) and set(said) == set(n), (
+                        question
+                    )
                 elif family == "count":
-                    assert said == list(range(n[0], n[1] + 1)) or said == list(range(n[0], n[1] - 1, -1)), question
+                    assert said == list(range(n[0], n[1] + 1)) or said == list(range(n[0], n[1] - 1, -1)), (
+                        question
+                    )
                 elif family == "next":
                     assert said[0] == n[0] + (1 if "after" in question else -1), question
                 elif family == "sum":
@@ -140,13 +144,18 @@ def test_a_tenth_of_each_family_is_held_out():
         assert 0.05 < parts["heldout"] / sum(parts.values()) < 0.16, (family, parts)
 
 
-@pytest.mark.parametrize("options", [
-    dict(sentences=20), dict(sentences=400, renditions=5, seed=3), dict(sentences=1500, seed=9)])
+@pytest.mark.parametrize(
+    "options", [dict(sentences=20), dict(sentences=400, renditions=5, seed=3), dict(sentences=1500, seed=9)]
+)
 def test_no_seed_and_no_size_moves_a_sentence(options):
     """Whatever the options, what is held out in one corpus is trained on in none."""
     plan, rows = prepare.plan(**options)
-    trained = {u.text for u in plan if u.split == "train"} | {r["question"] for r in rows if r["split"] == "train"}
-    held = {u.text for u in PLAN if u.split == "heldout"} | {r["question"] for r in ROWS if r["split"] == "heldout"}
+    trained = {u.text for u in plan if u.split == "train"} | {
+        r["question"] for r in rows if r["split"] == "train"
+    }
+    held = {u.text for u in PLAN if u.split == "heldout"} | {
+        r["question"] for r in ROWS if r["split"] == "heldout"
+    }
     assert not trained & held
     assert not TRAINED & {u.text for u in plan if u.split == "heldout"}
 
@@ -193,8 +202,12 @@ def test_readings_come_besides_and_say_nothing_that_is_asked_or_tested():
 
 
 def test_what_nobody_asks_is_true_where_it_can_be_false():
-    right = {"plus": lambda a, b, c: a + b == c, "minus": lambda a, b, c: a - b == c, "bigger": lambda a, b: a > b,
-             "smaller": lambda a, b: a < b}
+    right = {
+        "plus": lambda a, b, c: a + b == c,
+        "minus": lambda a, b, c: a - b == c,
+        "bigger": lambda a, b: a > b,
+        "smaller": lambda a, b: a < b,
+    }
     checked = Counter()
     for text in world.unasked():
         for word in right.keys() & words(text):
@@ -253,7 +266,9 @@ def test_a_speaker_changes_the_sound_not_the_pace():
 
     low, own, high = (prepare.speak(u._replace(r=r)) for r in (0.88, 1.0, 1.21))
     assert brightness(low) < 0.95 * brightness(own) < 0.9 * brightness(high)
-    assert max(map(len, (low, own, high))) < 1.2 * min(map(len, (low, own, high)))  # played faster alone: 1.375
+    assert max(map(len, (low, own, high))) < 1.2 * min(
+        map(len, (low, own, high))
+    )  # played faster alone: 1.375
     assert len(prepare.speak(u._replace(speed=0.8))) > 1.1 * len(own)
     np.testing.assert_array_equal(own, prepare.speak(u))
 
@@ -287,7 +302,12 @@ def test_a_killed_run_is_completed(corpus):
         info = soundfile.info(corpus / row["wav"])
         assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
         assert row["seconds"] == info.frames / 16000 and 0.4 < row["seconds"] < 6
-        assert (row["text"], row["kind"], row["split"], row.get("answer")) == (u.text, u.kind, u.split, u.answer)
+        assert (row["text"], row["kind"], row["split"], row.get("answer")) == (
+            u.text,
+            u.kind,
+            u.split,
+            u.answer,
+        )
         audio.check_speech(audio.load(corpus / row["wav"]))
 
 
@@ -326,7 +346,9 @@ def test_a_bad_flag_is_one_line(tmp_path, flags):
     command = [sys.executable, ROOT / "data/tiny/prepare.py", tmp_path / "out", *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and flags[0] in result.stderr
+    assert (
+        result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and flags[0] in result.stderr
+    )
 
 
 @pytest.mark.slow

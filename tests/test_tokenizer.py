@@ -27,7 +27,10 @@ from tokenizer import (
 GOLDEN = Path(__file__).parent / "golden"
 MODES = ("s2s", "s2t", "t2s", "t2t")
 TEXTS = [f"What is {a} plus {b}?" for a in ("one", "two", "three") for b in ("four", "five", "six")] + [
-    "It is nine.", "The capital of France is Paris.", "Today is Monday, so tomorrow is Tuesday."] * 2
+    "It is nine.",
+    "The capital of France is Paris.",
+    "Today is Monday, so tomorrow is Tuesday.",
+] * 2
 
 
 def released_folder(folder: Path, end: str) -> Path:
@@ -35,7 +38,9 @@ def released_folder(folder: Path, end: str) -> Path:
     tokens = [f"<{u}>" for u in range(1000)] + ["<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>", end]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes((GOLDEN / "llama.model").read_bytes())
-    (folder / "added_tokens.json").write_text(json.dumps({t: 1000 + i for i, t in enumerate(tokens)}, sort_keys=True))
+    (folder / "added_tokens.json").write_text(
+        json.dumps({t: 1000 + i for i, t in enumerate(tokens)}, sort_keys=True)
+    )
     return folder
 
 
@@ -86,21 +91,39 @@ def test_golden_covers_every_template(golden):
 
 
 PAPER_TEMPLATES = {  # copied from the paper: Appendix C, then Appendix E
-    ("C", "s2s"): "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech. You can do it "
+    (
+        "C",
+        "s2s",
+    ): "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech. You can do it "
     "step by step. You can first transcribe the instruction and get the text Instruction. Then you can think about the "
     "instruction and get the text response. Last, you should speak the response aloud <eoh>. [SpeechGPT]: "
     "[tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>.",
-    ("C", "s2t"): "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. You can do it "
+    (
+        "C",
+        "s2t",
+    ): "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. You can do it "
     "step by step. You can first transcribe the instruction and get the text instruction. Then you can think about the "
     "instruction and get the text response. <eoh>. [SpeechGPT]: [tq] {TextI}; [ta] {TextR}<eoa>.",
-    ("C", "t2s"): "[Human]: This is a text instruction: {TextI}. And your response should be speech. You can do it "
+    (
+        "C",
+        "t2s",
+    ): "[Human]: This is a text instruction: {TextI}. And your response should be speech. You can do it "
     "step by step. You can think about the instruction and get the text response. Then you should speak the response "
     "aloud <eoh>. [SpeechGPT]: [ta] {TextR}; [ua] {SpeechR}<eoa>.",
-    ("C", "t2t"): "[Human]: This is a text instruction: {TextI}. And your response should be text. You can think "
+    (
+        "C",
+        "t2t",
+    ): "[Human]: This is a text instruction: {TextI}. And your response should be text. You can think "
     "about the instruction and get the text response. [SpeechGPT]: [ta] {TextR}<eoa>.",
-    ("E", "s2s"): "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech <eoh>. "
+    (
+        "E",
+        "s2s",
+    ): "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech <eoh>. "
     "[SpeechGPT]: [ua] {SpeechR}<eoa>.",
-    ("E", "s2t"): "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. <eoh>. "
+    (
+        "E",
+        "s2t",
+    ): "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. <eoh>. "
     "[SpeechGPT]: [ta] {TextR}<eoa>.",
     ("E", "t2s"): "[Human]: This is a text instruction: {TextI}. And your response should be speech <eoh>. "
     "[SpeechGPT]: [ua] {SpeechR}<eoa>.",
@@ -119,21 +142,30 @@ def test_templates_are_the_papers(appendix, mode):
 
 def test_released_templates_are_the_published_rows():
     """The two rows that the official README shows, with shorter speech."""
-    meta = ("You are an AI assistant whose name is SpeechGPT.\n- SpeechGPT is a intrinsic cross-modal conversational "
-            "language model that is developed by Fudan University.  SpeechGPT can understand and communicate fluently "
-            "with human through speech or text chosen by the user.\n- It can perceive cross-modal inputs and generate "
-            "cross-modal outputs.\n")
+    meta = (
+        "You are an AI assistant whose name is SpeechGPT.\n- SpeechGPT is a intrinsic cross-modal conversational "
+        "language model that is developed by Fudan University.  SpeechGPT can understand and communicate fluently "
+        "with human through speech or text chosen by the user.\n- It can perceive cross-modal inputs and generate "
+        "cross-modal outputs.\n"
+    )
     speech = "<sosp><661><588><eosp>"
-    row = "".join(cross_modal("Try to speak out this sentence, please.", "The alchemist rode.", speech, "released"))
+    row = "".join(
+        cross_modal("Try to speak out this sentence, please.", "The alchemist rode.", speech, "released")
+    )
     assert row == (
         f"{meta}[Human]: Try to speak out this sentence, please. This is input: The alchemist rode.<eoh> [SpeechGPT]: "
-        f"{speech}<eoa> ")
-    assert "".join(chain_of_modality("s2s", speech, "What is it?", "It is so.", speech, style="released")) == (
-        f"{meta}[Human]: {speech}<eoh>. [SpeechGPT]: What is it?; [ta] It is so.; [ua] {speech}<eoa>.")
+        f"{speech}<eoa> "
+    )
+    assert "".join(
+        chain_of_modality("s2s", speech, "What is it?", "It is so.", speech, style="released")
+    ) == (f"{meta}[Human]: {speech}<eoh>. [SpeechGPT]: What is it?; [ta] It is so.; [ua] {speech}<eoa>.")
 
 
 def test_cross_modal_is_section_3_1():
-    assert cross_modal("{D}", "{U}", "{T}") == ("[Human]: {D} This is input: {U}<eoh>. [SpeechGPT]: ", "{T}<eoa>.")
+    assert cross_modal("{D}", "{U}", "{T}") == (
+        "[Human]: {D} This is input: {U}<eoh>. [SpeechGPT]: ",
+        "{T}<eoa>.",
+    )
 
 
 def test_text_with_braces_and_markers_is_put_in_as_it_is():
@@ -160,7 +192,9 @@ def test_unknown_mode_or_style_is_a_programmer_error():
 
 UNITS = st.lists(st.integers(0, 99), min_size=1, max_size=20)
 # Text that people say: anything printable that spells no marker and no "▁" of sentencepiece.
-SAID = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="<>[]▁;") | st.just(" "), max_size=40)
+SAID = st.text(
+    st.characters(exclude_categories=("C", "Z"), exclude_characters="<>[]▁;") | st.just(" "), max_size=40
+)
 SAID = SAID.map(lambda t: " ".join(t.split())).filter(bool)
 
 
@@ -177,8 +211,14 @@ def pairs(tok, mode, text_i, text_r, units_i, units_r):
 
 
 @settings(max_examples=40, deadline=None)
-@given(name=st.sampled_from(["eos", "eoa", "tiny"]), mode=st.sampled_from(MODES), text_i=SAID, text_r=SAID,
-       units_i=UNITS, units_r=UNITS)
+@given(
+    name=st.sampled_from(["eos", "eoa", "tiny"]),
+    mode=st.sampled_from(MODES),
+    text_i=SAID,
+    text_r=SAID,
+    units_i=UNITS,
+    units_r=UNITS,
+)
 def test_document_mask_prompt_and_parse_agree(toks, name, mode, text_i, text_r, units_i, units_r):
     """The mask is the answer, all of it and nothing else; the prompt is the rest; parse gives the parts back."""
     tok = toks[name]
@@ -199,19 +239,29 @@ def test_document_mask_prompt_and_parse_agree(toks, name, mode, text_i, text_r, 
 
 
 @settings(max_examples=100, deadline=None)
-@given(name=st.sampled_from(["eos", "tiny"]), answer=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+@given(
+    name=st.sampled_from(["eos", "tiny"]),
+    answer=st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+)
 def test_prompt_is_a_prefix_whatever_the_answer_starts_with(toks, name, answer):
-    for prompt in (plain("hi")[0], chain_of_modality("t2t", text_i="hi")[0], cross_modal("Say it.", "hi")[0], ""):
+    for prompt in (
+        plain("hi")[0],
+        chain_of_modality("t2t", text_i="hi")[0],
+        cross_modal("Say it.", "hi")[0],
+        "",
+    ):
         ids, mask = toks[name].document(prompt, answer)
-        assert ids[:mask.index(True)] == toks[name].prompt(prompt) and ids[-1] == toks[name].eos
+        assert ids[: mask.index(True)] == toks[name].prompt(prompt) and ids[-1] == toks[name].eos
 
 
 def test_document_example(toks):
     """The example of the module's docstring."""
     tok = toks["tiny"]
     ids, mask = tok.document(*cross_modal("Write it.", units_to_text([1, 7]), "hi"))
-    prompt, answer = ([tok.name.get(i) or tok.sp.id_to_piece(i) for i, m in zip(ids, mask) if m is kind]
-                      for kind in (False, True))
+    prompt, answer = (
+        [tok.name.get(i) or tok.sp.id_to_piece(i) for i, m in zip(ids, mask) if m is kind]
+        for kind in (False, True)
+    )
     assert prompt[:3] == ["<s>", "[Human]", "▁:"] and prompt[-4:] == ["<eoh>", "▁.", "[SpeechGPT]", "▁:"]
     assert answer[-3:] == ["<eoa>", "▁.", "</s>"] and "".join(answer[:-3]) == "▁hi"
 
@@ -234,9 +284,16 @@ def test_official_prompt_ends_with_a_lone_space(toks):
 def test_a_model_that_joins_prompt_and_answer_is_refused(tmp_path):
     """Here ": yes" is one piece, so no prompt is a prefix."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe",
-                                             vocab_size=300, byte_fallback=True, hard_vocab_limit=False,
-                                             user_defined_symbols=["▁:▁yes"], minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=["▁:▁yes"],
+        minloglevel=2,
+    )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     tok = Tokenizer.extend(tmp_path, tmp_path / "grown")
     assert tok.document(*plain("hi", "no"))
@@ -258,8 +315,12 @@ def test_units_example():
 
 
 @settings(deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁<["), max_size=60).filter(
-    lambda t: not t.startswith(" ")), name=st.sampled_from(["eos", "tiny"]))
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁<["), max_size=60).filter(
+        lambda t: not t.startswith(" ")
+    ),
+    name=st.sampled_from(["eos", "tiny"]),
+)
 def test_any_text_comes_back(toks, text, name):
     """Byte fallback: nothing is out of vocabulary. (A leading space is lost, as it is by the original.)"""
     ids = toks[name].encode(text)
@@ -276,11 +337,15 @@ def test_ids_are_in_released_order(toks):
         assert markers == [tok.n_text + k + i for i in range(6)]
         assert tok.encode(end, bos=False) == [tok.eoa] and tok.encode("</s>", bos=False) == [tok.eos]
         assert [tok.unit_of(tok.unit_id(u)) for u in range(k)] == list(range(k))
-        assert tok.encode("".join(f"<{u}>" for u in range(k)), bos=False) == [tok.unit_id(u) for u in range(k)]
+        assert tok.encode("".join(f"<{u}>" for u in range(k)), bos=False) == [
+            tok.unit_id(u) for u in range(k)
+        ]
         assert tok.unit_of(tok.sosp) is None and tok.unit_of(5) is None
         with pytest.raises(AssertionError, match=str(k)):
             tok.unit_id(k)
-    assert len(toks["eos"].encode("<eoa>", bos=False)) > 1  # ordinary text where the folder has the other marker
+    assert (
+        len(toks["eos"].encode("<eoa>", bos=False)) > 1
+    )  # ordinary text where the folder has the other marker
 
 
 def test_half_a_surrogate_pair_is_one_line(toks):
@@ -307,9 +372,34 @@ MARKER = re.compile(r"<(sosp|eosp|eoh|eoa|eos|s|/s|unk|[0-9])>|\[(Human|SpeechGP
 @given(name=st.sampled_from(["eos", "eoa", "tiny"]), data=st.data())
 def test_parse_survives_any_ids_and_leaks_no_marker(toks, name, data):
     tok = toks[name]
-    bits = [tok.encode(t, bos=False) for t in (
-        "[ta]", "[tq]", "[ua]", "; [ta] a", "<", "5", ">", "<sosp", "<sosp>", "<eosp>", "<eoa", "<eoh", "[", "Human",
-        "]", "[t", "q]", "<s", "hi", ";", "\n", "<5>", "</s")]
+    bits = [
+        tok.encode(t, bos=False)
+        for t in (
+            "[ta]",
+            "[tq]",
+            "[ua]",
+            "; [ta] a",
+            "<",
+            "5",
+            ">",
+            "<sosp",
+            "<sosp>",
+            "<eosp>",
+            "<eoa",
+            "<eoh",
+            "[",
+            "Human",
+            "]",
+            "[t",
+            "q]",
+            "<s",
+            "hi",
+            ";",
+            "\n",
+            "<5>",
+            "</s",
+        )
+    ]
     token = st.integers(-3, len(tok) + 3) | st.integers(tok.n_text, len(tok) - 1)
     runs = st.lists(st.lists(token, max_size=5) | st.sampled_from(bits), max_size=12)
     ids = [i for run in data.draw(runs) for i in run]
@@ -327,24 +417,33 @@ def test_markers_spelled_in_ordinary_pieces_do_not_leak(toks):
     assert tok.parse(spelled).ta == "a b c d e"
 
 
-@pytest.mark.parametrize("reply, tq, ta, ua, complete", [
-    ("[tq] What?; [ta] So.; [ua] <sosp><1><2><eosp><eoa>.", "What?", "So.", [1, 2], True),
-    ("What?; [ta] So.; [ua] <sosp><1><2><eosp><eoa>.", "What?", "So.", [1, 2], True),  # released
-    ("[tq] What?; [ta] So.<eoa>.", "What?", "So.", [], True),
-    ("So.<eoa>", "", "So.", [], True),
-    ("<sosp><1><eosp><eoa>", "", "", [1], True),
-    ("[ua] <sosp><1><eosp><eoa>", "", "", [1], True),
-    ("[tq] What?; [ta] So.; [ua] <sosp><1>", "What?", "So.", [1], False),
-    ("[tq] What", "What", "", [], False),
-    ("", "", "", [], False),
-    ("<eoa>", "", "", [], True),
-    ("</s>", "", "", [], True),
-    ("[ta] So.</s>[ta] Not so.", "", "So.", [], True),
-    ("[ta] So. [Human]: Next?", "", "So.", [], False),
-    ("[ta] one [ta] two", "", "one", [], False),
-    ("[ta] a; b", "", "a; b", [], False),
-    ("[ta] <1> So. <sosp><2><eosp> <3> <sosp><4><eosp>", "", "So.", [2, 4], False),  # speech is what follows <sosp>
-])
+@pytest.mark.parametrize(
+    "reply, tq, ta, ua, complete",
+    [
+        ("[tq] What?; [ta] So.; [ua] <sosp><1><2><eosp><eoa>.", "What?", "So.", [1, 2], True),
+        ("What?; [ta] So.; [ua] <sosp><1><2><eosp><eoa>.", "What?", "So.", [1, 2], True),  # released
+        ("[tq] What?; [ta] So.<eoa>.", "What?", "So.", [], True),
+        ("So.<eoa>", "", "So.", [], True),
+        ("<sosp><1><eosp><eoa>", "", "", [1], True),
+        ("[ua] <sosp><1><eosp><eoa>", "", "", [1], True),
+        ("[tq] What?; [ta] So.; [ua] <sosp><1>", "What?", "So.", [1], False),
+        ("[tq] What", "What", "", [], False),
+        ("", "", "", [], False),
+        ("<eoa>", "", "", [], True),
+        ("</s>", "", "", [], True),
+        ("[ta] So.</s>[ta] Not so.", "", "So.", [], True),
+        ("[ta] So. [Human]: Next?", "", "So.", [], False),
+        ("[ta] one [ta] two", "", "one", [], False),
+        ("[ta] a; b", "", "a; b", [], False),
+        (
+            "[ta] <1> So. <sosp><2><eosp> <3> <sosp><4><eosp>",
+            "",
+            "So.",
+            [2, 4],
+            False,
+        ),  # speech is what follows <sosp>
+    ],
+)
 def test_parse_examples(toks, reply, tq, ta, ua, complete):
     for name in ("eos", "eoa", "tiny"):
         parts = toks[name].parse(toks[name].encode(reply, bos=False))
@@ -357,7 +456,12 @@ def test_parse_examples(toks, reply, tq, ta, ua, complete):
 def test_training_is_deterministic_and_documents_are_short(tmp_path):
     one, two = (Tokenizer.train(iter(TEXTS), tmp_path / name, vocab_size=420, n_units=100) for name in "ab")
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == ["added_tokens.json", "special_tokens_map.json", "tokenizer.model", "tokenizer_config.json"]
+    assert names == [
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
     assert one.n_text == 420 and len(Tokenizer.from_pretrained(tmp_path / "a")) == len(two) == 526
     for mark in ("[tq]", "[ta]", "[ua]"):
@@ -488,22 +592,47 @@ def test_absurdly_large_files_are_not_read(tmp_path):
 
 def test_a_model_without_llamas_first_ids_is_refused():
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe",
-                                             vocab_size=60, pad_id=0, unk_id=1, bos_id=2, eos_id=3, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=60,
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        minloglevel=2,
+    )
     with pytest.raises(ValueError, match="starts with .*'<pad>', '<unk>', '<s>'.*, not <unk> <s> </s>"):
         Tokenizer(model.getvalue(), UNITS_ONLY)
 
 
 def test_the_longest_added_token_wins(toks):
-    tok = Tokenizer((GOLDEN / "llama.model").read_bytes(), toks["eos"].added | {"[Human] says": 2006, "[Hu": 2007})
-    assert tok.encode("[Human] says", bos=False) == [2006] and tok.encode("[Human][Hu", bos=False) == [tok.human, 2007]
+    tok = Tokenizer(
+        (GOLDEN / "llama.model").read_bytes(), toks["eos"].added | {"[Human] says": 2006, "[Hu": 2007}
+    )
+    assert tok.encode("[Human] says", bos=False) == [2006] and tok.encode("[Human][Hu", bos=False) == [
+        tok.human,
+        2007,
+    ]
 
 
 MODEL = (GOLDEN / "llama.model").read_bytes()
 
 
-@pytest.mark.parametrize("model", [b"", b"\0" * 1000, b"not a model", MODEL[:5000], MODEL[100:], b"PK\3\4" + MODEL,
-                                   b"\x80\x04cos\nsystem\n(S'false'\ntR.", b"\n" * (17 << 20)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        b"",
+        b"\0" * 1000,
+        b"not a model",
+        MODEL[:5000],
+        MODEL[100:],
+        b"PK\3\4" + MODEL,
+        b"\x80\x04cos\nsystem\n(S'false'\ntR.",
+        b"\n" * (17 << 20),
+    ],
+)
 def test_bad_models_are_one_line(tmp_path, model):
     folder = released_folder(tmp_path, "<eos>")
     (folder / "tokenizer.model").write_bytes(model)
@@ -522,8 +651,10 @@ def test_missing_files_say_which(tmp_path):
 
 
 @settings(max_examples=150, deadline=None)
-@given(at=st.lists(st.tuples(st.integers(0, len(MODEL) - 1), st.integers(0, 255)), max_size=5),
-       cut=st.integers(1, 2 * len(MODEL)))
+@given(
+    at=st.lists(st.tuples(st.integers(0, len(MODEL) - 1), st.integers(0, 255)), max_size=5),
+    cut=st.integers(1, 2 * len(MODEL)),
+)
 def test_damaged_models_load_or_raise_value_error(toks, at, cut):
     damaged = bytearray(MODEL[:cut])
     for i, byte in at:
@@ -542,9 +673,14 @@ def bad_folder(tmp_path_factory) -> Path:
 
 
 @settings(max_examples=100, deadline=None)
-@given(data=st.binary(max_size=200) | st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=8).map(lambda x: json.dumps(x).encode()))
+@given(
+    data=st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+        max_leaves=8,
+    ).map(lambda x: json.dumps(x).encode())
+)
 def test_any_added_tokens_json_is_refused(bad_folder, data):
     (bad_folder / "added_tokens.json").write_bytes(data)
     with pytest.raises(ValueError) as error:

@@ -29,15 +29,22 @@ pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'dem
 
 
 def train(*arguments, launcher=(sys.executable,)):
-    return subprocess.run([*launcher, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True,
-                          cwd=ROOT, env=ENVIRONMENT)
+    return subprocess.run(
+        [*launcher, str(ROOT / "train.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+    )
 
 
 def stages(out: Path, *names: str, flags=()):
     """One after the other, in one process: most of the time of a stage this small is importing torch."""
     arguments = ["train.py", "configs/ci.toml", "--out", *map(str, [out, *flags]), "--stage"]
     script = f"import sys, train\nfor name in {names}:\n    sys.argv = [*{arguments}, name]\n    train.main()"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -77,7 +84,9 @@ def test_all_stages_of_the_language_model_run_once_and_are_then_skipped(grown):
     for name in ("hubert1", "hubert2", "text", "stage1", "stage2", "stage3"):
         lines = metrics(grown, name)
         assert [line["step"] for line in lines] == [0, 1, 2] and all(line["loss"] > 0 for line in lines)
-    assert (grown / "model/llama/model.safetensors").exists() and (grown / "model/lora/adapter_config.json").exists()
+    assert (grown / "model/llama/model.safetensors").exists() and (
+        grown / "model/lora/adapter_config.json"
+    ).exists()
     before = (grown / "model/llama/model.safetensors").read_bytes()
     again = train("configs/ci.toml", "--out", grown, "--stage", "2")
     assert again.returncode == 0 and "finished before" in again.stdout
@@ -87,15 +96,31 @@ def test_all_stages_of_the_language_model_run_once_and_are_then_skipped(grown):
 @pytest.mark.parametrize("stage, name", [("text", "text"), ("hubert", "hubert1")])
 def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
     section = {"text": "text"}.get(stage, stage)
-    flags = [f"--{section}.steps", 9, f"--{section}.save_every", 3, f"--{section}.eval_every", 4,
-             f"--{section}.muon", "true" if stage == "text" else "false"]
+    flags = [
+        f"--{section}.steps",
+        9,
+        f"--{section}.save_every",
+        3,
+        f"--{section}.eval_every",
+        4,
+        f"--{section}.muon",
+        "true" if stage == "text" else "false",
+    ]
     runs = {}
     for way in ("whole", "killed"):
         here = Path(shutil.copytree(spoken, tmp_path / way))
         if stage == "hubert":
             shutil.rmtree(here / "state/hubert")
             shutil.rmtree(here / "metrics")
-        command = [sys.executable, str(ROOT / "train.py"), "configs/ci.toml", "--out", str(here), "--stage", stage]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "configs/ci.toml",
+            "--out",
+            str(here),
+            "--stage",
+            stage,
+        ]
         command += map(str, flags)
         if way == "killed":
             process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -122,16 +147,19 @@ def test_embeddings_of_units_can_begin_as_the_centres_of_their_clusters(out):
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         old, units = len(text[name]), len(places)
         assert torch.equal(grown[name][:old], text[name])  # eq. 1-2
-        torch.testing.assert_close(grown[name][old:old + units], places * 0.3)
-        assert grown[name][old + units:].std() == pytest.approx(0.02, rel=0.2)  # markers: by chance as ever
+        torch.testing.assert_close(grown[name][old : old + units], places * 0.3)
+        assert grown[name][old + units :].std() == pytest.approx(0.02, rel=0.2)  # markers: by chance as ever
 
 
 def test_the_own_voice_is_also_heard_as_if_others_spoke(out):
     shutil.rmtree(out / "state/units")
     flags = ["--units.perturb", "[0.3, 0.2]"]
     stages(out, "units", flags=flags)
-    own = {row["id"]: row for row in units.read_units(out / "corpus")
-           if row["split"] == "train" and row["speaker"] == 0}
+    own = {
+        row["id"]: row
+        for row in units.read_units(out / "corpus")
+        if row["split"] == "train" and row["speaker"] == 0
+    }
     rows = units.read_perturbed(out / "corpus")
     assert [row["id"] for row in rows] == list(own) and len({row["rate"] for row in rows}) == len(rows)
     for key, most in (("rate", 0.3), ("pitch", 0.2)):
@@ -162,7 +190,9 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     for row in [*rows.values()][:3]:
         assert row["units"] == after(torch.from_numpy(audio.load(out / "corpus" / row["wav"])))[0]
 
-    own = {row["text"] for row in rows.values() if row["split"] == "train" and row["speaker"] == units.OWN_VOICE}
+    own = {
+        row["text"] for row in rows.values() if row["split"] == "train" and row["speaker"] == units.OWN_VOICE
+    }
     with np.load(found / "targets.npz") as stored:
         targets = np.split(stored["flat"], stored["lengths"].cumsum()[:-1])
         apart = dict(zip(stored["ids"].tolist(), stored["apart"]))
@@ -184,31 +214,38 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     manifest = out / "corpus/manifest.jsonl"
     manifest.write_text(manifest.read_text().replace(f'"{next(iter(targets))}"', '"another"'))
     done = train("configs/ci.toml", "--out", out, "--stage", "units", *flags)
-    assert done.returncode == 1 and "is of other recordings than" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "is of other recordings than" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
-@pytest.mark.parametrize("flag, value, said", [
-    ("normalize.others", 1.5, "must be 0 to 1, found 1.5"),
-    ("normalize.perturb", "[2, 0]", "must be 0 to 1, found 2"),
-    ("normalize.temperature", 0, "must be 0.001 to 1000, found 0"),
-    ("units.perturb", "[0.1]", "expected 2 values, found"),
-    ("units.embed_centers", -1, "must be 0 to 100, found -1"),
-    ("units.smooth", 2, "must be odd"),
-    ("units.layer", 0, "must be at least 1, found 0"),
-    ("units.layer", 2, "hubert.model has layers 1 to 1"),
-    ("hubert.layer", 2, "hubert.model has layers 1 to 1"),
-    ("hubert.perturb", 800, "must be 0 to 1, found 800"),
-    ("stage2.unit_weight", 0, "must be 0.001 to 1000, found 0"),
-    ("stage3.accumulate", 0, "must be at least 1, found 0"),
-    ("stage1.lr", "nan", "must be 0 to 1e.09, found nan"),
-    ("stage1.clip", "inf", "must be 0 to 1e.09, found inf"),
-    ("seed", -1, "must be at least 0, found -1"),
-    ("vocoder.margin", -1, "must be at least 0, found -1"),
-    ("vocoder.frame_steps", -1, "must be at least 0, found -1"),
-    ("vocoder.frame_batch", 0, "must be at least 1, found 0"),
-    ("vocoder.msd_layers", "[[16, 15, 1]]", "expected 4 values, found"),
-    ("evaluate.takes", 0, "must be at least 1, found 0"),
-])
+@pytest.mark.parametrize(
+    "flag, value, said",
+    [
+        ("normalize.others", 1.5, "must be 0 to 1, found 1.5"),
+        ("normalize.perturb", "[2, 0]", "must be 0 to 1, found 2"),
+        ("normalize.temperature", 0, "must be 0.001 to 1000, found 0"),
+        ("units.perturb", "[0.1]", "expected 2 values, found"),
+        ("units.embed_centers", -1, "must be 0 to 100, found -1"),
+        ("units.smooth", 2, "must be odd"),
+        ("units.layer", 0, "must be at least 1, found 0"),
+        ("units.layer", 2, "hubert.model has layers 1 to 1"),
+        ("hubert.layer", 2, "hubert.model has layers 1 to 1"),
+        ("hubert.perturb", 800, "must be 0 to 1, found 800"),
+        ("stage2.unit_weight", 0, "must be 0.001 to 1000, found 0"),
+        ("stage3.accumulate", 0, "must be at least 1, found 0"),
+        ("stage1.lr", "nan", "must be 0 to 1e.09, found nan"),
+        ("stage1.clip", "inf", "must be 0 to 1e.09, found inf"),
+        ("seed", -1, "must be at least 0, found -1"),
+        ("vocoder.margin", -1, "must be at least 0, found -1"),
+        ("vocoder.frame_steps", -1, "must be at least 0, found -1"),
+        ("vocoder.frame_batch", 0, "must be at least 1, found 0"),
+        ("vocoder.msd_layers", "[[16, 15, 1]]", "expected 4 values, found"),
+        ("evaluate.takes", 0, "must be at least 1, found 0"),
+    ],
+)
 def test_a_number_that_cannot_be_is_told_as_the_config_is_read(flag, value, said):
     with pytest.raises(ValueError, match=said) as found:
         config.read(ROOT / "configs/ci.toml", Config, [f"--{flag}", str(value)])
@@ -216,7 +253,14 @@ def test_a_number_that_cannot_be_is_told_as_the_config_is_read(flag, value, said
 
 
 def test_none_of_the_limits_takes_away_a_zero_that_says_all_or_nothing():
-    zeros = ["evaluate.items", "hubert.recordings", "normalize.steps", "vocoder.frame_steps", "stage1.steps", "workers"]
+    zeros = [
+        "evaluate.items",
+        "hubert.recordings",
+        "normalize.steps",
+        "vocoder.frame_steps",
+        "stage1.steps",
+        "workers",
+    ]
     c = config.read(ROOT / "configs/ci.toml", Config, [word for key in zeros for word in (f"--{key}", "0")])
     assert c.evaluate.items == c.hubert.recordings == c.vocoder.frame_steps == c.stage1.steps == 0
     one_round = ["--hubert.clusters", "[20]", "--hubert.layer", "9"]  # which then teaches nobody
@@ -251,8 +295,11 @@ def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
     other = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
     rows = [json.loads(line) for line in (grown / "corpus/units.jsonl").read_text().splitlines()]
     frames = torch.zeros(n)
-    train_ids = {row["id"] for row in map(json.loads, (grown / "corpus/manifest.jsonl").read_text().splitlines())
-                 if row["split"] == "train"}
+    train_ids = {
+        row["id"]
+        for row in map(json.loads, (grown / "corpus/manifest.jsonl").read_text().splitlines())
+        if row["split"] == "train"
+    }
     assert len(train_ids) <= 2000  # all of them are counted
     for row in rows:
         if row["id"] in train_ids:
@@ -262,17 +309,30 @@ def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
     (grown / "corpus/units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.rmtree(grown / "tokenizer")
     shutil.rmtree(grown / "state/1")
-    flags = ["--pretrained", before, "--stage1.steps", 0, "--units.clusters", n + 1, "--units.embed_centers", 0.3]
+    flags = [
+        "--pretrained",
+        before,
+        "--stage1.steps",
+        0,
+        "--units.clusters",
+        n + 1,
+        "--units.embed_centers",
+        0.3,
+    ]
     stages(grown, "1", flags=flags)
 
     new, tok = Llama.from_pretrained(grown / "stage1"), Tokenizer.from_pretrained(grown / "stage1")
-    assert tok.n_units == n + 1 and tok.n_text == known.n_text and new.config.vocab_size == len(tok) == len(known) + 1
+    assert (
+        tok.n_units == n + 1
+        and tok.n_text == known.n_text
+        and new.config.vocab_size == len(tok) == len(known) + 1
+    )
     for name, table in old.state_dict().items():
         if name not in ("model.embed_tokens.weight", "lm_head.weight"):
             assert torch.equal(new.state_dict()[name], table)
             continue
-        now, units = new.state_dict()[name], table[known.unit_ids.start:known.unit_ids.stop]
-        assert torch.equal(now[:tok.n_text], table[:tok.n_text])
+        now, units = new.state_dict()[name], table[known.unit_ids.start : known.unit_ids.stop]
+        assert torch.equal(now[: tok.n_text], table[: tok.n_text])
         for marker in ("<sosp>", "<eosp>", "<eoh>", "<eoa>"):
             assert torch.equal(now[tok.added[marker]], table[known.added[marker]])
         anybody = frames @ units / frames.sum()
@@ -288,14 +348,18 @@ def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
         shape = ["--vocoder_model.context_dilations", "[3]"] if wider else []
         stages(grown, "vocoder", flags=[*flags, *flags_of, *shape])
         new = UnitVocoder.from_pretrained(grown / "model/vocoder").state_dict()
-        of_units = (frames[:, None] * old["dict.weight"] + 0.5 * (frames @ old["dict.weight"] / frames.sum())) / (
-            frames[:, None] + 0.5)
+        of_units = (
+            frames[:, None] * old["dict.weight"] + 0.5 * (frames @ old["dict.weight"] / frames.sum())
+        ) / (frames[:, None] + 0.5)
         rest = [torch.equal(new[name], table) for name, table in old.items() if name != "dict.weight"]
         assert all(rest) != wider  # of another shape: anew
         assert torch.allclose(new["dict.weight"][other], of_units, atol=1e-5) != wider
 
     shutil.rmtree(grown / "state/vocoder")
-    for clusters, message in ((centers, "num_embeddings to at least"), (torch.cat([centers] * 2), "vocoder knows")):
+    for clusters, message in (
+        (centers, "num_embeddings to at least"),
+        (torch.cat([centers] * 2), "vocoder knows"),
+    ):
         KMeans(clusters).save(before / "hubert")
         done = train("configs/ci.toml", "--out", grown, "--stage", "vocoder", *flags, room, n)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
@@ -312,7 +376,9 @@ def test_units_can_count_less_than_text(grown):
         stages(grown, "2", flags=["--stage2.unit_weight", weight, "--stage2.steps", 1])
         first[weight] = metrics(grown, "stage2")[0]["loss"]
         shutil.rmtree(grown / "state/2")
-    assert first[1] > 0 and first[0.01] > 0 and abs(first[1] - first[0.01]) > 1e-3  # another mean of the same losses
+    assert (
+        first[1] > 0 and first[0.01] > 0 and abs(first[1] - first[0.01]) > 1e-3
+    )  # another mean of the same losses
 
 
 def test_hubert_learns_from_the_speaker_it_is_told_to(out):
@@ -342,14 +408,17 @@ def test_two_processes_learn_what_one_learns(out, tmp_path):
         assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["configs/ci.toml", "--stage", "4"], "unknown stage '4'"),
-    (["configs/none.toml"], "no such config file"),
-    (["configs/ci.toml", "--stage3.step", "1"], "did you mean 'steps'"),
-    (["configs/ci.toml", "--verbose", "1"], "unknown key 'verbose'"),
-    (["configs/ci.toml", "--device", "tpu"], "unknown device"),
-    (["configs/ci.toml", "--stage", "2"], "needs stage 1"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["configs/ci.toml", "--stage", "4"], "unknown stage '4'"),
+        (["configs/none.toml"], "no such config file"),
+        (["configs/ci.toml", "--stage3.step", "1"], "did you mean 'steps'"),
+        (["configs/ci.toml", "--verbose", "1"], "unknown key 'verbose'"),
+        (["configs/ci.toml", "--device", "tpu"], "unknown device"),
+        (["configs/ci.toml", "--stage", "2"], "needs stage 1"),
+    ],
+)
 def test_mistakes_are_one_line_and_exit_code_1(tmp_path, arguments, said):
     done = train(*arguments, "--out", tmp_path / "nothing")
     assert done.returncode == 1 and said in done.stderr
@@ -385,8 +454,14 @@ if __name__ == "__main__":
 def beside(tmp_path: Path, out: Path, seconds: float, *flags) -> subprocess.Popen:
     (tmp_path / "beside.py").write_text(BESIDE)
     command = [sys.executable, tmp_path / "beside.py", seconds, "--out", out, *flags]
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=ENVIRONMENT | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_the_vocoder_learns_beside_the_language_model_on_half_of_the_cores(out, tmp_path):

@@ -20,14 +20,42 @@ from train_vocoder import Speech, VocoderStage, train
 from vocoder import FrameSpectrum, UnitVocoder, VocoderConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE = dict(steps=6, batch_size=4, segment=8, lr=1e-3, warmup=1, adversarial_start=3, spectral_weight=1.0,
-             spectral_sizes=(512, 256), mel_weight=1.0, mpd_periods=(2, 3), mpd_channels=(4, 8), msd_scales=2,
-             msd_layers=((4, 15, 1, 1), (8, 41, 4, 4)), eval_every=6, save_every=2)
-MODEL = dict(num_embeddings=10, embedding_dim=8, model_in_dim=16, multispkr=True, num_speakers=2, resblock="2",
-             upsample_rates=(5, 8, 8), upsample_kernel_sizes=(11, 16, 16), upsample_initial_channel=16,
-             resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3),),
-             dur_predictor_params={"encoder_embed_dim": 8, "var_pred_hidden_dim": 8, "var_pred_kernel_size": 3,
-                                   "var_pred_dropout": 0.2})
+STAGE = dict(
+    steps=6,
+    batch_size=4,
+    segment=8,
+    lr=1e-3,
+    warmup=1,
+    adversarial_start=3,
+    spectral_weight=1.0,
+    spectral_sizes=(512, 256),
+    mel_weight=1.0,
+    mpd_periods=(2, 3),
+    mpd_channels=(4, 8),
+    msd_scales=2,
+    msd_layers=((4, 15, 1, 1), (8, 41, 4, 4)),
+    eval_every=6,
+    save_every=2,
+)
+MODEL = dict(
+    num_embeddings=10,
+    embedding_dim=8,
+    model_in_dim=16,
+    multispkr=True,
+    num_speakers=2,
+    resblock="2",
+    upsample_rates=(5, 8, 8),
+    upsample_kernel_sizes=(11, 16, 16),
+    upsample_initial_channel=16,
+    resblock_kernel_sizes=(3,),
+    resblock_dilation_sizes=((1, 3),),
+    dur_predictor_params={
+        "encoder_embed_dim": 8,
+        "var_pred_hidden_dim": 8,
+        "var_pred_kernel_size": 3,
+        "var_pred_dropout": 0.2,
+    },
+)
 
 
 def speak(folder: Path, rows: int = 6) -> Path:
@@ -40,9 +68,18 @@ def speak(folder: Path, rows: int = 6) -> Path:
         durations = rng.integers(1, 6, 5)
         pitch = np.repeat(100 + 50 * np.repeat(codes, durations), 320)
         wav = 0.3 * np.sin(np.cumsum(pitch) * 2 * np.pi / 16000) + 0.01 * rng.standard_normal(len(pitch))
-        audio.save(folder / f"wav/{i}.wav", np.pad(wav, (0, 80)).astype(np.float32))  # as HuBERT's frames: 80 over
-        manifest.append({"id": str(i), "wav": f"wav/{i}.wav", "text": "hum", "speaker": i % 2,
-                         "split": "heldout" if i == 0 else "train"})
+        audio.save(
+            folder / f"wav/{i}.wav", np.pad(wav, (0, 80)).astype(np.float32)
+        )  # as HuBERT's frames: 80 over
+        manifest.append(
+            {
+                "id": str(i),
+                "wav": f"wav/{i}.wav",
+                "text": "hum",
+                "speaker": i % 2,
+                "split": "heldout" if i == 0 else "train",
+            }
+        )
         units.append({"id": str(i), "units": codes.tolist(), "durations": durations.tolist()})
     for name, table in (("manifest", manifest), ("units", units)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
@@ -55,8 +92,15 @@ def corpus(tmp_path) -> Path:
 
 
 def learn(corpus: Path, out: Path, stage: dict | None = None, model: dict | None = None, **options):
-    train(VocoderStage(**STAGE | (stage or {})), VocoderConfig(**MODEL | (model or {})), corpus,
-          corpus / "units.jsonl", out, torch.device("cpu"), **options)
+    train(
+        VocoderStage(**STAGE | (stage or {})),
+        VocoderConfig(**MODEL | (model or {})),
+        corpus,
+        corpus / "units.jsonl",
+        out,
+        torch.device("cpu"),
+        **options,
+    )
 
 
 def lines(out: Path) -> list[dict]:
@@ -96,7 +140,9 @@ def test_every_weight_of_both_sides_learns(corpus, tmp_path):
     before, _ = checkpoint.load_state(tmp_path / "out.training/state.safetensors")
     after, _ = checkpoint.load_state(tmp_path / "out2.training/state.safetensors")
     for name in before:
-        if name.startswith(("generator.", "judges.")) and not name.endswith(("._u", "._v")):  # spectral norm's own
+        if name.startswith(("generator.", "judges.")) and not name.endswith(
+            ("._u", "._v")
+        ):  # spectral norm's own
             assert not torch.equal(before[name], after[name]), f"{name} stands still"
 
 
@@ -107,12 +153,16 @@ def test_the_frame_rate_half_learns_first_and_then_stays_as_it_is(corpus, tmp_pa
     learn(corpus, tmp_path / "none", dict(frame_steps=0, steps=1, adversarial_start=100))
     steps = lines(tmp_path / "long")
     assert [row["step"] for row in steps] == list(range(7))
-    assert all("frames" in row and "spectral" not in row for row in steps[:4]) and "held_out_frames" in steps[3]
+    assert (
+        all("frames" in row and "spectral" not in row for row in steps[:4]) and "held_out_frames" in steps[3]
+    )
     assert all("spectral" in row and "frames" not in row for row in steps[4:])
     short, long, none = (weights(tmp_path / name) for name in ("short", "long", "none"))
     for name in short:
         first = name.startswith(("dict.", "spkr.", "conv_pre."))
-        assert torch.equal(short[name], long[name]) == first, name  # two more steps move all but the first half
+        assert torch.equal(short[name], long[name]) == first, (
+            name
+        )  # two more steps move all but the first half
         assert not first or not torch.equal(short[name], none[name]), name
 
 
@@ -139,10 +189,13 @@ def test_the_centres_are_read_from_the_folder_that_the_config_names(corpus, tmp_
     kmeans = KMeans(torch.randn(1000, 12))
     kmeans.save(tmp_path)
     config = f'corpus = "{corpus}"\nout = "{tmp_path}/out"\nkmeans = "{tmp_path}"\ndevice = "cpu"\n'
-    (tmp_path / "c.toml").write_text(config + "[vocoder]\nsteps = 0\n[vocoder_model]\nmultispkr = true\n"
-                                     "model_in_dim = 256\nupsample_initial_channel = 32\n")
-    result = subprocess.run([sys.executable, ROOT / "train_vocoder.py", "c.toml"], cwd=tmp_path, capture_output=True,
-                            text=True)
+    (tmp_path / "c.toml").write_text(
+        config + "[vocoder]\nsteps = 0\n[vocoder_model]\nmultispkr = true\n"
+        "model_in_dim = 256\nupsample_initial_channel = 32\n"
+    )
+    result = subprocess.run(
+        [sys.executable, ROOT / "train_vocoder.py", "c.toml"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert torch.equal(weights(tmp_path / "out")["dict.weight"], kmeans.embeddings(128))
 
@@ -157,8 +210,10 @@ def test_whole_recordings_of_about_one_length(corpus):
         assert n == sum(row["durations"]) and speakers[b] == row["speaker"]
         assert codes[b, :n].tolist() == np.repeat(row["units"], row["durations"]).tolist()
         wave = np.zeros(n * 320, np.float32)
-        wave[:len(speech.wave(i))] = speech.wave(i)[:n * 320] / np.float32(32767)
-        assert torch.equal(mels[b, :, :2 * n], FrameSpectrum.of(torch.from_numpy(wave)[None])[0].half().float())
+        wave[: len(speech.wave(i))] = speech.wave(i)[: n * 320] / np.float32(32767)
+        assert torch.equal(
+            mels[b, :, : 2 * n], FrameSpectrum.of(torch.from_numpy(wave)[None])[0].half().float()
+        )
         assert units[b][mask[b]].tolist() == row["units"]
         assert durations[b][mask[b]].tolist() == row["durations"]
     many = Speech(corpus, corpus / "units.jsonl", "train")
@@ -173,9 +228,13 @@ def test_a_killed_run_continues_to_the_last_bit(corpus, tmp_path):
     toml = [f'corpus = "{corpus}"', f'out = "{tmp_path}/killed"', 'device = "cpu"']
     for section, table in (("vocoder", STAGE | frames), ("vocoder_model", MODEL)):
         toml.append(f"[{section}]")
-        toml += [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    toml += ["[vocoder_model.dur_predictor_params]",
-             *(f"{key} = {value}" for key, value in MODEL["dur_predictor_params"].items())]
+        toml += [
+            f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)
+        ]
+    toml += [
+        "[vocoder_model.dur_predictor_params]",
+        *(f"{key} = {value}" for key, value in MODEL["dur_predictor_params"].items()),
+    ]
     (tmp_path / "c.toml").write_text("\n".join(toml))
     command = [sys.executable, str(ROOT / "train_vocoder.py"), str(tmp_path / "c.toml")]
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -206,9 +265,14 @@ def test_a_finished_run_is_not_trained_again_but_without_resume_it_is(corpus, tm
     assert not torch.equal(weights(tmp_path / "out")["conv_pre.weight"], first)
 
 
-@pytest.mark.parametrize("stage, model, message", [
-    ({"lr": 2e-3}, {}, "begun with lr"), ({"mpd_channels": (4, 4)}, {}, "begun with mpd_channels"),
-    ({}, {"upsample_initial_channel": 32}, "begun with upsample_initial_channel")])
+@pytest.mark.parametrize(
+    "stage, model, message",
+    [
+        ({"lr": 2e-3}, {}, "begun with lr"),
+        ({"mpd_channels": (4, 4)}, {}, "begun with mpd_channels"),
+        ({}, {"upsample_initial_channel": 32}, "begun with upsample_initial_channel"),
+    ],
+)
 def test_another_config_than_the_interrupted_run_had_is_refused(corpus, tmp_path, stage, model, message):
     learn(corpus, tmp_path / "out", dict(steps=2))
     with pytest.raises(ValueError, match=message) as caught:
@@ -217,9 +281,15 @@ def test_another_config_than_the_interrupted_run_had_is_refused(corpus, tmp_path
     learn(corpus, tmp_path / "out", dict(steps=2, eval_every=1))  # harmless
 
 
-@pytest.mark.parametrize("stage, model, message", [
-    ({}, {"num_embeddings": 5}, "num_embeddings to at least 10"), ({}, {"num_speakers": 1}, "num_speakers"),
-    ({}, {"multispkr": None, "model_in_dim": 8}, "multispkr = true"), ({"segment": 1}, {}, "segment")])
+@pytest.mark.parametrize(
+    "stage, model, message",
+    [
+        ({}, {"num_embeddings": 5}, "num_embeddings to at least 10"),
+        ({}, {"num_speakers": 1}, "num_speakers"),
+        ({}, {"multispkr": None, "model_in_dim": 8}, "multispkr = true"),
+        ({"segment": 1}, {}, "segment"),
+    ],
+)
 def test_a_config_that_does_not_fit_the_corpus_is_refused(corpus, tmp_path, stage, model, message):
     with pytest.raises(ValueError, match=message):
         learn(corpus, tmp_path / "out", stage, model)
@@ -229,8 +299,12 @@ def test_a_config_that_does_not_fit_the_corpus_is_refused(corpus, tmp_path, stag
 def test_a_mistake_on_the_command_line_is_one_line(corpus, tmp_path):
     (tmp_path / "c.toml").write_text(f'corpus = "{corpus}"\nout = "{tmp_path}/out"\n[vocoder]\nstep = 3\n')
     for arguments, message in (["c.toml"], "unknown key 'step'"), (["none.toml"], "no such"), ([], "usage"):
-        result = subprocess.run([sys.executable, ROOT / "train_vocoder.py", *arguments], cwd=tmp_path,
-                                capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, ROOT / "train_vocoder.py", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 1 and result.stderr.startswith("error: ") and message in result.stderr
         assert result.stderr.count("\n") == 1
 
@@ -242,11 +316,11 @@ def test_crops_are_the_wave_of_their_codes_and_silence_after_the_end(corpus):
     whole = np.repeat(row["units"], row["durations"])
     for _ in range(20):
         codes, wave = speech.crop(2, rng, 4, 0)
-        starts = [s for s in range(len(whole) - 3) if np.array_equal(whole[s:s + 4], codes)]
+        starts = [s for s in range(len(whole) - 3) if np.array_equal(whole[s : s + 4], codes)]
         recording = speech.wave(2) / np.float32(32767)
-        assert any(np.array_equal(recording[s * 320:(s + 4) * 320], wave) for s in starts)
+        assert any(np.array_equal(recording[s * 320 : (s + 4) * 320], wave) for s in starts)
     codes, wave = speech.crop(2, rng, len(whole) + 3, 0)
-    assert codes[-4:].tolist() == [whole[-1]] * 4 and not wave[len(whole) * 320:].any()
+    assert codes[-4:].tolist() == [whole[-1]] * 4 and not wave[len(whole) * 320 :].any()
     assert np.abs(speech.wave(2)).max() == pytest.approx(0.95 * 32767, abs=1)  # loudness is evened out
 
 
@@ -258,7 +332,7 @@ def test_a_margin_shows_what_is_around_a_crop_and_leaves_the_wave_as_it_is(corpu
         wide, same = speech.crop(2, np.random.default_rng(seed), 4, 3)
         assert np.array_equal(wide[3:-3], codes) and np.array_equal(wave, same)
         around = np.pad(whole, 3, "edge")
-        assert any(np.array_equal(around[s:s + 10], wide) for s in range(len(whole) - 3))
+        assert any(np.array_equal(around[s : s + 10], wide) for s in range(len(whole) - 3))
 
 
 def test_a_batch_is_a_function_of_its_random_numbers(corpus):
@@ -289,9 +363,21 @@ Path({str(tmp_path)!r}, f"rank{{run.rank()}}").write_text(hashlib.sha256(total).
 run.finish()
 """
     (tmp_path / "two.py").write_text(script)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    tmp_path / "two.py"], check=True, capture_output=True, timeout=120,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            tmp_path / "two.py",
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
     assert len(lines(tmp_path / "out")) == 6 and (tmp_path / "out/config.json").exists()
 

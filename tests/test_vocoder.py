@@ -14,11 +14,22 @@ from vocoder import UnitVocoder, VocoderConfig
 
 
 def small(**changes) -> VocoderConfig:
-    table = dict(num_embeddings=20, embedding_dim=8, model_in_dim=8, upsample_initial_channel=16,
-                 upsample_rates=(5, 8, 8), upsample_kernel_sizes=(11, 16, 16), resblock_kernel_sizes=(3, 7),
-                 resblock_dilation_sizes=((1, 3), (1, 2)),
-                 dur_predictor_params={"encoder_embed_dim": 8, "var_pred_hidden_dim": 8, "var_pred_kernel_size": 3,
-                                       "var_pred_dropout": 0.5})
+    table = dict(
+        num_embeddings=20,
+        embedding_dim=8,
+        model_in_dim=8,
+        upsample_initial_channel=16,
+        upsample_rates=(5, 8, 8),
+        upsample_kernel_sizes=(11, 16, 16),
+        resblock_kernel_sizes=(3, 7),
+        resblock_dilation_sizes=((1, 3), (1, 2)),
+        dur_predictor_params={
+            "encoder_embed_dim": 8,
+            "var_pred_hidden_dim": 8,
+            "var_pred_kernel_size": 3,
+            "var_pred_dropout": 0.5,
+        },
+    )
     return VocoderConfig(**table | changes)
 
 
@@ -32,10 +43,22 @@ SPEAKERS = dict(multispkr=True, num_speakers=3, model_in_dim=16)
 
 # ---- speaking
 
-@pytest.mark.parametrize("changes", [{}, {"resblock": "2"}, {"context_dilations": (1, 2)}, SPEAKERS,
-                                     {"upsample_channels": (12, 6, 2)},
-                                     {"upsample_rates": (5, 4, 4, 2, 2), "upsample_kernel_sizes": (11, 8, 8, 4, 4),
-                                      "upsample_initial_channel": 64}])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"resblock": "2"},
+        {"context_dilations": (1, 2)},
+        SPEAKERS,
+        {"upsample_channels": (12, 6, 2)},
+        {
+            "upsample_rates": (5, 4, 4, 2, 2),
+            "upsample_kernel_sizes": (11, 8, 8, 4, 4),
+            "upsample_initial_channel": 64,
+        },
+    ],
+)
 def test_every_frame_is_320_samples(changes):
     vocoder = make(**changes)
     for frames in (1, 2, 7):
@@ -86,28 +109,53 @@ def test_speakers_as_outside_vectors():
         vocoder([1, 2], 0)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda m: m([]), "no units"), (lambda m: m([-1]), "no units"), (lambda m: m([20]), "unit 20 is unknown"),
-    (lambda m: m([1, 2], durations=[1]), "2 units but 1 durations"), (lambda m: m([1], 3), "speaker 3 is unknown"),
-    (lambda m: m([1], -1), "speaker -1 is unknown")])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m([]), "no units"),
+        (lambda m: m([-1]), "no units"),
+        (lambda m: m([20]), "unit 20 is unknown"),
+        (lambda m: m([1, 2], durations=[1]), "2 units but 1 durations"),
+        (lambda m: m([1], 3), "speaker 3 is unknown"),
+        (lambda m: m([1], -1), "speaker -1 is unknown"),
+    ],
+)
 def test_mistakes_in_a_call_are_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call(make(**SPEAKERS))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"f0": True}, "f0"), ({"upsample_rates": (5, 8, 4)}, "multiply to 160"), ({"model_in_dim": 9}, "make 8"),
-    ({"upsample_kernel_sizes": (11, 16)}, "one for each"), ({"upsample_kernel_sizes": (11, 15, 16)}, "even number"),
-    ({"resblock": "3"}, "resblock"), ({"resblock_kernel_sizes": (3,)}, "resblock_dilation_sizes"),
-    ({"upsample_channels": (8,)}, "upsample_channels"),
-    ({"dur_predictor_params": {"encoder_embed_dim": 8, "var_pred_hidden_dim": 8, "var_pred_kernel_size": 5}}, "3")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"f0": True}, "f0"),
+        ({"upsample_rates": (5, 8, 4)}, "multiply to 160"),
+        ({"model_in_dim": 9}, "make 8"),
+        ({"upsample_kernel_sizes": (11, 16)}, "one for each"),
+        ({"upsample_kernel_sizes": (11, 15, 16)}, "even number"),
+        ({"resblock": "3"}, "resblock"),
+        ({"resblock_kernel_sizes": (3,)}, "resblock_dilation_sizes"),
+        ({"upsample_channels": (8,)}, "upsample_channels"),
+        (
+            {
+                "dur_predictor_params": {
+                    "encoder_embed_dim": 8,
+                    "var_pred_hidden_dim": 8,
+                    "var_pred_kernel_size": 5,
+                }
+            },
+            "3",
+        ),
+    ],
+)
 def test_a_config_that_cannot_work_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
 
 
 # ---- the released files
+
 
 class Reference(nn.Module):
     """The released generator stated again, from formats.md alone, with torch's weight norm left on."""
@@ -123,15 +171,18 @@ class Reference(nn.Module):
         self.conv_pre = norm(nn.Conv1d(c.model_in_dim, ch[0], 7, padding=3))
         self.ups = nn.ModuleList(
             norm(nn.ConvTranspose1d(ch[i], ch[i + 1], kernels[i], up[i], (kernels[i] - up[i]) // 2))
-            for i in range(len(up)))
+            for i in range(len(up))
+        )
         self.resblocks = nn.ModuleList()
         for i in range(len(up)):
             for k, ds in zip(c.resblock_kernel_sizes, c.resblock_dilation_sizes):
                 block = nn.Module()
-                block.convs1 = nn.ModuleList(norm(nn.Conv1d(ch[i + 1], ch[i + 1], k, dilation=d,
-                                                            padding=(k * d - d) // 2)) for d in ds)
-                block.convs2 = nn.ModuleList(norm(nn.Conv1d(ch[i + 1], ch[i + 1], k, padding=(k - 1) // 2))
-                                             for _ in ds)
+                block.convs1 = nn.ModuleList(
+                    norm(nn.Conv1d(ch[i + 1], ch[i + 1], k, dilation=d, padding=(k * d - d) // 2)) for d in ds
+                )
+                block.convs2 = nn.ModuleList(
+                    norm(nn.Conv1d(ch[i + 1], ch[i + 1], k, padding=(k - 1) // 2)) for _ in ds
+                )
                 self.resblocks.append(block)
         self.conv_post = norm(nn.Conv1d(ch[-1], 1, 7, padding=3))
         d = self.dur_predictor = nn.Module()
@@ -141,7 +192,10 @@ class Reference(nn.Module):
         d.conv2 = nn.Sequential(nn.Conv1d(width, width, 3, padding=1), nn.ReLU())
         d.ln2 = nn.LayerNorm(width)
         d.proj = nn.Linear(width, 1)
-        for name, p in self.named_parameters():  # lengths unlike the directions' norms, and a sound that is not tiny
+        for (
+            name,
+            p,
+        ) in self.named_parameters():  # lengths unlike the directions' norms, and a sound that is not tiny
             p.data.uniform_(0.8, 1.6) if name.endswith(("_g", "original0")) else p.data.normal_(std=0.3)
         d.proj.bias.data.fill_(1.2)  # some units last longer than one frame
 
@@ -159,7 +213,7 @@ class Reference(nn.Module):
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, 0.1))
             total = 0
-            for block in self.resblocks[i * n:i * n + n]:
+            for block in self.resblocks[i * n : i * n + n]:
                 y = x
                 for a, b in zip(block.convs1, block.convs2):
                     y = y + b(F.leaky_relu(a(F.leaky_relu(y, 0.1)), 0.1))
@@ -168,22 +222,52 @@ class Reference(nn.Module):
         return torch.tanh(self.conv_post(F.leaky_relu(x))).flatten()
 
 
-RELEASED = {"resblock": "1", "num_gpus": 0, "batch_size": 16, "learning_rate": 0.0002, "adam_b1": 0.8,
-            "upsample_rates": [5, 4, 4, 2, 2], "upsample_kernel_sizes": [11, 8, 8, 4, 4],
-            "upsample_initial_channel": 32, "resblock_kernel_sizes": [3, 7, 11],
-            "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]], "num_embeddings": 30, "embedding_dim": 8,
-            "model_in_dim": 8, "segment_size": 8960, "code_hop_size": 320, "f0": False, "num_mels": 80,
-            "n_fft": 1024, "hop_size": 256, "win_size": 1024, "dur_prediction_weight": 1.0, "sampling_rate": 16000,
-            "dur_predictor_params": {"encoder_embed_dim": 8, "var_pred_hidden_dim": 8, "var_pred_kernel_size": 3,
-                                     "var_pred_dropout": 0.5}, "fmin": 0, "fmax": 8000, "fmax_for_loss": None,
-            "dist_config": {"dist_backend": "nccl"}}
+RELEASED = {
+    "resblock": "1",
+    "num_gpus": 0,
+    "batch_size": 16,
+    "learning_rate": 0.0002,
+    "adam_b1": 0.8,
+    "upsample_rates": [5, 4, 4, 2, 2],
+    "upsample_kernel_sizes": [11, 8, 8, 4, 4],
+    "upsample_initial_channel": 32,
+    "resblock_kernel_sizes": [3, 7, 11],
+    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
+    "num_embeddings": 30,
+    "embedding_dim": 8,
+    "model_in_dim": 8,
+    "segment_size": 8960,
+    "code_hop_size": 320,
+    "f0": False,
+    "num_mels": 80,
+    "n_fft": 1024,
+    "hop_size": 256,
+    "win_size": 1024,
+    "dur_prediction_weight": 1.0,
+    "sampling_rate": 16000,
+    "dur_predictor_params": {
+        "encoder_embed_dim": 8,
+        "var_pred_hidden_dim": 8,
+        "var_pred_kernel_size": 3,
+        "var_pred_dropout": 0.5,
+    },
+    "fmin": 0,
+    "fmax": 8000,
+    "fmax_for_loss": None,
+    "dist_config": {"dist_backend": "nccl"},
+}
 
 
 def released(folder, norm=torch.nn.utils.weight_norm, file="g_00500000", **changes) -> Reference:
     torch.manual_seed(1)
     (folder / "config.json").write_text(json.dumps(RELEASED | changes))
-    config = VocoderConfig(**{k: v.tuplify(x) for k, x in (RELEASED | changes).items()
-                              if k in VocoderConfig.__dataclass_fields__})
+    config = VocoderConfig(
+        **{
+            k: v.tuplify(x)
+            for k, x in (RELEASED | changes).items()
+            if k in VocoderConfig.__dataclass_fields__
+        }
+    )
     reference = Reference(config, norm).eval()
     torch.save({"generator": reference.state_dict()}, folder / file)
     return reference
@@ -191,8 +275,14 @@ def released(folder, norm=torch.nn.utils.weight_norm, file="g_00500000", **chang
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
-@pytest.mark.parametrize("file, changes", [
-    ("g_00500000", {}), ("vocoder.pt", {}), ("g_00400000", dict(multispkr="path", num_speakers=4, model_in_dim=16))])
+@pytest.mark.parametrize(
+    "file, changes",
+    [
+        ("g_00500000", {}),
+        ("vocoder.pt", {}),
+        ("g_00400000", dict(multispkr="path", num_speakers=4, model_in_dim=16)),
+    ],
+)
 def test_a_released_file_sounds_as_its_restatement(tmp_path, norm, file, changes):
     reference = released(tmp_path, norm, file, **changes)
     vocoder = UnitVocoder.from_pretrained(tmp_path)
@@ -211,18 +301,23 @@ def test_the_default_config_is_the_released_one():
     assert shapes["ups.0.weight"] == (512, 256, 11) and shapes["ups.4.weight"] == (32, 16, 4)
     assert shapes["resblocks.14.convs2.2.weight"] == (16, 16, 11) and shapes["conv_post.weight"] == (1, 16, 7)
     assert shapes["dur_predictor.conv2.0.weight"] == (128, 128, 3)
-    lengths = sum(shape[0] for name, shape in shapes.items()  # weight norm stores one more number a row
-                  if name.endswith("weight") and len(shape) == 3 and not name.startswith("dur"))
+    lengths = sum(
+        shape[0]
+        for name, shape in shapes.items()  # weight norm stores one more number a row
+        if name.endswith("weight") and len(shape) == 3 and not name.startswith("dur")
+    )
     assert sum(math.prod(shape) for shape in shapes.values()) + lengths == 13_485_443
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_the_key_table_is_strict(tmp_path):
     tensors = released(tmp_path).state_dict()
-    for change, message in [(lambda t: t.pop("ups.1.bias"), "ups.1.bias"),
-                            (lambda t: t.update(extra=torch.zeros(1)), "extra"),
-                            (lambda t: t.pop("conv_pre.weight_v"), "conv_pre.weight_g has no partner"),
-                            (lambda t: t.update({"conv_post.bias": torch.zeros(2)}), "conv_post.bias")]:
+    for change, message in [
+        (lambda t: t.pop("ups.1.bias"), "ups.1.bias"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra"),
+        (lambda t: t.pop("conv_pre.weight_v"), "conv_pre.weight_g has no partner"),
+        (lambda t: t.update({"conv_post.bias": torch.zeros(2)}), "conv_post.bias"),
+    ]:
         bad = dict(tensors)
         change(bad)
         torch.save({"generator": bad}, tmp_path / "g_00500000")
@@ -232,9 +327,16 @@ def test_the_key_table_is_strict(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("changes, message", [({"f0": True}, "f0"), ({"f0_quant_num_bin": 32}, "f0"),
-                                              ({"multistyle": "x"}, "style"), ({"embedding_dim": 7}, "model_in_dim"),
-                                              ({"upsample_rates": "fast"}, "config")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"f0": True}, "f0"),
+        ({"f0_quant_num_bin": 32}, "f0"),
+        ({"multistyle": "x"}, "style"),
+        ({"embedding_dim": 7}, "model_in_dim"),
+        ({"upsample_rates": "fast"}, "config"),
+    ],
+)
 def test_a_released_config_that_cannot_be_read_is_refused(tmp_path, changes, message):
     released(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(RELEASED | changes))
@@ -276,14 +378,21 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 
 # ---- losses and discriminators
 
+
 def test_duration_loss_ignores_padding_and_reaches_the_embedding():
     vocoder = make()
     units, durations = torch.randint(0, 20, (2, 6)), torch.randint(1, 5, (2, 6))
     mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
     loss = vocoder.duration_loss(units, durations, mask)
     predicted = vocoder.dur_predictor(vocoder.dict(units))
-    expected = np.mean([(predicted[b, i].item() - math.log(durations[b, i].item() + 1)) ** 2
-                        for b in range(2) for i in range(6) if mask[b, i]])
+    expected = np.mean(
+        [
+            (predicted[b, i].item() - math.log(durations[b, i].item() + 1)) ** 2
+            for b in range(2)
+            for i in range(6)
+            if mask[b, i]
+        ]
+    )
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     durations[1, 3:] = 77
     assert torch.equal(loss, vocoder.duration_loss(units, durations, mask))
@@ -312,7 +421,10 @@ def test_a_period_discriminator_sees_only_every_pth_sample():
 
 
 def test_adversarial_losses_are_those_of_lsgan():
-    real, fake = [(torch.tensor([[1.0, 0.5]]), [torch.ones(3)])], [(torch.tensor([[0.0, 0.5]]), [torch.zeros(3)])]
+    real, fake = (
+        [(torch.tensor([[1.0, 0.5]]), [torch.ones(3)])],
+        [(torch.tensor([[0.0, 0.5]]), [torch.zeros(3)])],
+    )
     assert v.discriminator_loss(real, fake).item() == pytest.approx((0 + 0.25) / 2 + (0 + 0.25) / 2)
     assert v.adversarial_loss(fake).item() == pytest.approx((1 + 0.25) / 2)
     assert v.feature_loss(real, fake).item() == pytest.approx(1.0)
@@ -322,7 +434,7 @@ def numpy_log_mel(wav: np.ndarray) -> np.ndarray:
     """Restated: frames of 1024 every 256, reflected edges, Hann, Slaney's mel scale with area-one triangles."""
     x = np.pad(wav, 384, mode="reflect")
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
-    frames = np.stack([x[s:s + 1024] * window for s in range(0, len(x) - 1023, 256)])
+    frames = np.stack([x[s : s + 1024] * window for s in range(0, len(x) - 1023, 256)])
     magnitude = np.sqrt(np.abs(np.fft.rfft(frames)) ** 2 + 1e-9)
 
     def to_hz(mel):
@@ -332,7 +444,7 @@ def numpy_log_mel(wav: np.ndarray) -> np.ndarray:
     edges = [to_hz(top * i / 81) for i in range(82)]
     bank = np.zeros((80, 513))
     for m in range(80):
-        lo, mid, hi = edges[m:m + 3]
+        lo, mid, hi = edges[m : m + 3]
         for k in range(513):
             f = k * 16000 / 1024
             up, down = (f - lo) / (mid - lo), (hi - f) / (hi - mid)
@@ -368,9 +480,13 @@ def test_a_margin_is_seen_and_not_spoken():
         whole, middle = vocoder.generate(codes), vocoder.generate(codes, margin=10)
         blind = vocoder.generate(codes[:, 10:-10])
     assert middle.shape == (2, 20 * 320)
-    hop = 7 * 320  # the upsampling itself reaches less than seven frames: beyond them the middle of the whole is spoken
-    assert torch.allclose(middle[:, hop:-hop], whole[:, 10 * 320 + hop:-10 * 320 - hop], atol=1e-5)
-    assert (blind[:, hop:-hop] - middle[:, hop:-hop]).abs().max() > 1e-4  # without it the surroundings are missed
+    hop = (
+        7 * 320
+    )  # the upsampling itself reaches less than seven frames: beyond them the middle of the whole is spoken
+    assert torch.allclose(middle[:, hop:-hop], whole[:, 10 * 320 + hop : -10 * 320 - hop], atol=1e-5)
+    assert (
+        blind[:, hop:-hop] - middle[:, hop:-hop]
+    ).abs().max() > 1e-4  # without it the surroundings are missed
 
 
 def test_the_frame_spectrum_is_judged_inside_the_recordings_only():
@@ -391,9 +507,16 @@ def test_the_frame_spectrum_is_judged_inside_the_recordings_only():
 
 def test_running_durations_keep_the_sum():
     torch.manual_seed(0)
-    sizes = dict(num_embeddings=10, embedding_dim=8, model_in_dim=8, resblock_kernel_sizes=(3,),
-                 resblock_dilation_sizes=((1,),), upsample_initial_channel=32, resblock="2",
-                 dur_predictor_params={"encoder_embed_dim": 8, "var_pred_hidden_dim": 8})
+    sizes = dict(
+        num_embeddings=10,
+        embedding_dim=8,
+        model_in_dim=8,
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1,),),
+        upsample_initial_channel=32,
+        resblock="2",
+        dur_predictor_params={"encoder_embed_dim": 8, "var_pred_hidden_dim": 8},
+    )
     for running, expected in ((False, [1] * 10), (True, [1, 2, 1, 2, 1, 1, 2, 1, 2, 1])):
         speaker = UnitVocoder(v.VocoderConfig(**sizes, running_durations=running)).eval()
         nn.init.zeros_(speaker.dur_predictor.proj.weight)
@@ -413,15 +536,27 @@ def test_runs_are_the_reduced_units_and_the_places_of_their_frames():
 
 def test_units_are_understood_whatever_their_durations():
     torch.manual_seed(0)
-    small = v.VocoderConfig(num_embeddings=10, embedding_dim=8, model_in_dim=16, multispkr=True, num_speakers=2,
-                            resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1,),), upsample_initial_channel=32,
-                            resblock="2", unit_dilations=(1, 2), dur_predictor_params=None)
+    small = v.VocoderConfig(
+        num_embeddings=10,
+        embedding_dim=8,
+        model_in_dim=16,
+        multispkr=True,
+        num_speakers=2,
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1,),),
+        upsample_initial_channel=32,
+        resblock="2",
+        unit_dilations=(1, 2),
+        dur_predictor_params=None,
+    )
     speaker, units = UnitVocoder(small).eval(), [3, 1, 4, 1, 5, 9, 2, 6]
     with torch.no_grad():
         one = speaker.frames(torch.tensor([units]), torch.tensor([1]))  # (1, C, 8)
         durations = torch.tensor([2, 1, 3, 1, 1, 2, 9, 1])
         long = speaker.frames(torch.tensor(units).repeat_interleave(durations)[None], torch.tensor([1]))
-        assert torch.allclose(long, one.repeat_interleave(durations, 2), atol=1e-5)  # places are zero before training
+        assert torch.allclose(
+            long, one.repeat_interleave(durations, 2), atol=1e-5
+        )  # places are zero before training
         nn.init.normal_(speaker.since.weight)
         placed = speaker.frames(torch.tensor(units).repeat_interleave(durations)[None], torch.tensor([1]))
         assert (placed - long).std(2).min() > 0

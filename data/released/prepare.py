@@ -62,44 +62,109 @@ HUGGING_FACE = "https://huggingface.co/"
 CM = HUGGING_FACE + "fnlp/SpeechGPT-7B-cm/resolve/main/"
 COM = HUGGING_FACE + "fnlp/SpeechGPT-7B-com/resolve/main/"
 META = "https://dl.fbaipublicfiles.com/"
-VOCODER = META + "fairseq/speech_to_speech/vocoder/code_hifigan/mhubert_vp_en_es_fr_it3_400k_layer11_km1000_lj/"
+VOCODER = (
+    META + "fairseq/speech_to_speech/vocoder/code_hifigan/mhubert_vp_en_es_fr_it3_400k_layer11_km1000_lj/"
+)
 MHUBERT = HUGGING_FACE + "voidful/mhubert-base/resolve/main/"
 KM1000 = "mhubert_base_vp_en_es_fr_it3_L11_km1000.bin"
 LLAMA_LICENCE = "no licence on its page; derived from LLaMA-1, whose weights are for research only"
 FAIRSEQ_LICENCE = "MIT (fairseq, which says that this covers its models)"
 
 PARTS = {
-    "llama": Part([
-        Remote("llama/pytorch_model.bin", CM + "pytorch_model.bin", "27 GB", "the language model", (
-            "llama/model.safetensors", "llama/model.safetensors.index.json", "llama/pytorch_model.bin.index.json")),
-        Remote("llama/config.json", CM + "config.json", "507 B", "its shape"),
-        Remote("llama/tokenizer.model", CM + "tokenizer.model", "500 kB", "pieces of text"),
-        Remote("llama/added_tokens.json", CM + "added_tokens.json", "18 kB", "ids of the units and markers"),
-        Remote("llama/special_tokens_map.json", CM + "special_tokens_map.json", "435 B", "names of <s> and </s>"),
-        Remote("llama/tokenizer_config.json", CM + "tokenizer_config.json", "747 B", "how text is prepared"),
-    ], LLAMA_LICENCE),
-    "lora": Part([
-        Remote("lora/adapter_model.bin", COM + "adapter_model.bin", "16.8 MB", "stage 3, chain of modality",
-               ("lora/adapter_model.safetensors",)),
-        Remote("lora/adapter_config.json", COM + "adapter_config.json", "406 B", "its rank, alpha and targets"),
-    ], LLAMA_LICENCE),
-    "hubert": Part([
-        Remote("hubert/mhubert_base_vp_en_es_fr_it3.pt", META + "hubert/mhubert_base_vp_en_es_fr_it3.pt", "",
-               "speech -> frames", ("hubert/pytorch_model.bin", "hubert/model.safetensors")),
-        Remote("hubert/" + KM1000, META + "hubert/" + KM1000, "3.08 MB", "frames -> 1000 units",
-               ("hubert/kmeans.safetensors",)),
-    ], FAIRSEQ_LICENCE),
-    "vocoder": Part([
-        Remote("vocoder/g_00500000", VOCODER + "g_00500000", "53.9 MB", "units -> speech",
-               ("vocoder/vocoder.pt", "vocoder/generator.safetensors")),
-        Remote("vocoder/config.json", VOCODER + "config.json", "", "its shape"),
-    ], FAIRSEQ_LICENCE),
-    "mhubert-base": Part([
-        Remote("hubert/pytorch_model.bin", MHUBERT + "pytorch_model.bin", "378 MB", "speech -> frames",
-               ("hubert/model.safetensors",)),
-        Remote("hubert/config.json", MHUBERT + "config.json", "1.38 kB", "its shape"),
-        Remote("hubert/" + KM1000, MHUBERT + KM1000, "3.08 MB", "frames -> 1000 units"),
-    ], FAIRSEQ_LICENCE),
+    "llama": Part(
+        [
+            Remote(
+                "llama/pytorch_model.bin",
+                CM + "pytorch_model.bin",
+                "27 GB",
+                "the language model",
+                (
+                    "llama/model.safetensors",
+                    "llama/model.safetensors.index.json",
+                    "llama/pytorch_model.bin.index.json",
+                ),
+            ),
+            Remote("llama/config.json", CM + "config.json", "507 B", "its shape"),
+            Remote("llama/tokenizer.model", CM + "tokenizer.model", "500 kB", "pieces of text"),
+            Remote(
+                "llama/added_tokens.json", CM + "added_tokens.json", "18 kB", "ids of the units and markers"
+            ),
+            Remote(
+                "llama/special_tokens_map.json",
+                CM + "special_tokens_map.json",
+                "435 B",
+                "names of <s> and </s>",
+            ),
+            Remote(
+                "llama/tokenizer_config.json", CM + "tokenizer_config.json", "747 B", "how text is prepared"
+            ),
+        ],
+        LLAMA_LICENCE,
+    ),
+    "lora": Part(
+        [
+            Remote(
+                "lora/adapter_model.bin",
+                COM + "adapter_model.bin",
+                "16.8 MB",
+                "stage 3, chain of modality",
+                ("lora/adapter_model.safetensors",),
+            ),
+            Remote(
+                "lora/adapter_config.json",
+                COM + "adapter_config.json",
+                "406 B",
+                "its rank, alpha and targets",
+            ),
+        ],
+        LLAMA_LICENCE,
+    ),
+    "hubert": Part(
+        [
+            Remote(
+                "hubert/mhubert_base_vp_en_es_fr_it3.pt",
+                META + "hubert/mhubert_base_vp_en_es_fr_it3.pt",
+                "",
+                "speech -> frames",
+                ("hubert/pytorch_model.bin", "hubert/model.safetensors"),
+            ),
+            Remote(
+                "hubert/" + KM1000,
+                META + "hubert/" + KM1000,
+                "3.08 MB",
+                "frames -> 1000 units",
+                ("hubert/kmeans.safetensors",),
+            ),
+        ],
+        FAIRSEQ_LICENCE,
+    ),
+    "vocoder": Part(
+        [
+            Remote(
+                "vocoder/g_00500000",
+                VOCODER + "g_00500000",
+                "53.9 MB",
+                "units -> speech",
+                ("vocoder/vocoder.pt", "vocoder/generator.safetensors"),
+            ),
+            Remote("vocoder/config.json", VOCODER + "config.json", "", "its shape"),
+        ],
+        FAIRSEQ_LICENCE,
+    ),
+    "mhubert-base": Part(
+        [
+            Remote(
+                "hubert/pytorch_model.bin",
+                MHUBERT + "pytorch_model.bin",
+                "378 MB",
+                "speech -> frames",
+                ("hubert/model.safetensors",),
+            ),
+            Remote("hubert/config.json", MHUBERT + "config.json", "1.38 kB", "its shape"),
+            Remote("hubert/" + KM1000, MHUBERT + KM1000, "3.08 MB", "frames -> 1000 units"),
+        ],
+        FAIRSEQ_LICENCE,
+    ),
 }
 TALKING = ("llama", "lora", "hubert", "vocoder")
 
@@ -109,7 +174,7 @@ TALKING = ("llama", "lora", "hubert", "vocoder")
 
 
 def bounds(size: str) -> tuple[int, int]:
-    """"507 B" -> (507, 507); "16.8 MB" -> (16_700_000, 16_900_000), a step of the last digit; "" -> anything."""
+    """ "507 B" -> (507, 507); "16.8 MB" -> (16_700_000, 16_900_000), a step of the last digit; "" -> anything."""
     if not size:
         return 1, 1 << 62
     number, unit = size.split()
@@ -140,8 +205,16 @@ def sha256(path: Path) -> str:
 
 
 def _bar(title: str, total: int | None, done: int = 0) -> tqdm:
-    return tqdm(desc=title, total=total, initial=done, unit="B", unit_scale=True, dynamic_ncols=True,
-                leave=total is None or total > 1 << 20, mininterval=0.5 if sys.stderr.isatty() else 30)
+    return tqdm(
+        desc=title,
+        total=total,
+        initial=done,
+        unit="B",
+        unit_scale=True,
+        dynamic_ncols=True,
+        leave=total is None or total > 1 << 20,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,22 +253,30 @@ def fetch(remote: Remote, url: str, out: Path) -> dict:
             total, named = _receive(remote, url, part)
             break
         except urllib.error.HTTPError as error:
-            raise OSError(f"{url}: the server says {error.code} {error.reason}; {_advice(error.code)}") from None
+            raise OSError(
+                f"{url}: the server says {error.code} {error.reason}; {_advice(error.code)}"
+            ) from None
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             after = part.stat().st_size if part.exists() else 0
             failures = 0 if after > before else failures + 1
             reason = getattr(error, "reason", None) or error
             if failures >= PATIENCE:
-                raise OSError(f"{url}: {reason}; {show(after)} are kept, run the same command again") from None
+                raise OSError(
+                    f"{url}: {reason}; {show(after)} are kept, run the same command again"
+                ) from None
             time.sleep(min(30, 0.1 * 4**failures))
     found = part.stat().st_size
     if found != total or not fits(found, remote):
         _forget(part)
-        raise OSError(f"{url} gave {found:,} bytes, expected {remote.size or f'{total:,}'}: try again, or see its page")
+        raise OSError(
+            f"{url} gave {found:,} bytes, expected {remote.size or f'{total:,}'}: try again, or see its page"
+        )
     digest = sha256(part)
     if named and digest != named:
         _forget(part)
-        raise OSError(f"{url}: SHA-256 is {digest[:16]}..., should be {named[:16]}...; removed, run the command again")
+        raise OSError(
+            f"{url}: SHA-256 is {digest[:16]}..., should be {named[:16]}...; removed, run the command again"
+        )
     os.replace(part, path)
     _forget(part)
     return {"url": url, "size": found, "sha256": digest}
@@ -235,11 +316,15 @@ def _receive(remote: Remote, url: str, part: Path) -> tuple[int, str | None]:
         if total < 0:
             raise OSError(f"{url}: the server does not say how large it is; use another --mirror")
         if not fits(total, remote):
-            raise OSError(f"{url} has {total:,} bytes, expected {remote.size}: moved or replaced? See its page")
+            raise OSError(
+                f"{url} has {total:,} bytes, expected {remote.size}: moved or replaced? See its page"
+            )
         if not start:
             _forget(part)
             part.touch()
-            if (etag := response.headers.get("ETag", "")).startswith('"'):  # a weak one promises nothing about bytes
+            if (etag := response.headers.get("ETag", "")).startswith(
+                '"'
+            ):  # a weak one promises nothing about bytes
                 tag.write_text(etag)
         with open(part, "ab") as file, _bar(remote.path, total, start) as bar:
             while block := response.read(1 << 18):
@@ -293,7 +378,7 @@ def present(out: Path, remote: Remote) -> Path | None:
 
 
 def verdict(out: Path, remote: Remote, notes: dict, deep: bool) -> str:
-    """"ok", or what is wrong with a file; `deep` reads it whole to compare its SHA-256 with the one noted."""
+    """ "ok", or what is wrong with a file; `deep` reads it whole to compare its SHA-256 with the one noted."""
     path = present(out, remote)
     if path is None:
         part = out / (remote.path + ".part")
@@ -337,7 +422,9 @@ def prepare(out: str | Path, parts: list[str] = TALKING, mirrors: list[str] = ()
     urls = {remote: mirrored(remote.url, mirrors) for remote in wanted}
     out.mkdir(parents=True, exist_ok=True)
     needed = sum(bounds(remote.size)[1] for remote in wanted if remote.size)
-    needed -= sum(path.stat().st_size for remote in wanted if (path := out / (remote.path + ".part")).exists())
+    needed -= sum(
+        path.stat().st_size for remote in wanted if (path := out / (remote.path + ".part")).exists()
+    )
     if needed > (free := shutil.disk_usage(out).free):
         raise OSError(f"{out}: {show(needed)} are needed and {show(free)} are free: choose another disk")
     for remote in wanted:
@@ -359,7 +446,9 @@ def mirrored(url: str, mirrors: list[str]) -> str:
     for mirror in mirrors:
         old, equals, new = mirror.partition("=")
         if not equals or not _allowed(new, local=True):
-            raise ValueError(f"--mirror {mirror}: expected FROM=TO, as in https://huggingface.co=https://YOUR.MIRROR")
+            raise ValueError(
+                f"--mirror {mirror}: expected FROM=TO, as in https://huggingface.co=https://YOUR.MIRROR"
+            )
         if url.startswith(old):
             return new.rstrip("/") + "/" + url[len(old) :].lstrip("/")
     return url
@@ -369,18 +458,26 @@ def main() -> None:
     def refuse(message: str) -> None:
         raise ValueError(f"{message}; --help lists the options")
 
-    parser = argparse.ArgumentParser(description="Downloads the released SpeechGPT-7B, or checks a copy of it.")
+    parser = argparse.ArgumentParser(
+        description="Downloads the released SpeechGPT-7B, or checks a copy of it."
+    )
     parser.error = refuse  # one line, as for every other mistake
     parser.add_argument("out", type=Path, help="folder to fill or to check")
     parser.add_argument("--check", action="store_true", help="download nothing, print what is there")
-    parser.add_argument("--parts", nargs="+", default=list(TALKING), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--mirror", action="append", default=[], metavar="FROM=TO", help="another place to fetch from")
+    parser.add_argument(
+        "--parts", nargs="+", default=list(TALKING), metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
+    parser.add_argument(
+        "--mirror", action="append", default=[], metavar="FROM=TO", help="another place to fetch from"
+    )
     options = parser.parse_args()
     parts = check_parts(options.parts)
     if not options.check:
         prepare(options.out, parts, options.mirror)
     if bad := check(options.out, parts):
-        raise ValueError(f"{options.out}: {bad} files are missing or wrong; run again without --check to fetch them")
+        raise ValueError(
+            f"{options.out}: {bad} files are missing or wrong; run again without --check to fetch them"
+        )
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ class Utterance(NamedTuple):
         return f"{self.family}-{blake2b(repr(self).encode(), digest_size=8).hexdigest()}"
 
 
-def render(text: str, family: str, kind: str, split: str, take: int, seed: int, answer: str | None = None) -> Utterance:
+def render(
+    text: str, family: str, kind: str, split: str, take: int, seed: int, answer: str | None = None
+) -> Utterance:
     """The `take`-th rendition of a sentence: takes differ in speaker until all speakers have had their turn."""
 
     def draw(low: float, high: float, what: str) -> float:
@@ -91,19 +93,27 @@ def render(text: str, family: str, kind: str, split: str, take: int, seed: int, 
     return Utterance(text, family, kind, split, answer, speaker, r, speed, margin, int(draw(0, 1e6, "noise")))
 
 
-def plan(sentences: int = 3000, renditions: int = 2, seed: int = 0,
-         readings: int = 0) -> tuple[list[Utterance], list[dict]]:
+def plan(
+    sentences: int = 3000, renditions: int = 2, seed: int = 0, readings: int = 0
+) -> tuple[list[Utterance], list[dict]]:
     """(utterances, rows of dialogues.jsonl). Every family gets as many takes: where texts are few, more of each."""
     utterances, rows = [], []
     families = world.dialogues(echoes=max(8, sentences // 20))
     share = max(1, round(0.6 * sentences / len(families)))  # spoken training questions of one family
     tests = max(1, share // 7)  # questions of one family in rendition, and in heldout
     for family, asked in families.items():
-        split, answers = world.split(family, asked), {q: a for a, questions in asked.items() for q in questions}
+        split, answers = (
+            world.split(family, asked),
+            {q: a for a, questions in asked.items() for q in questions},
+        )
         train, heldout = ([q for q in _turns(asked) if split[q] == name] for name in ("train", "heldout"))
         spoken, probed = train[:share], heldout[:tests]
 
-        jobs = [(q, "train", take) for q in spoken for take in range(_takes(share * renditions, spoken, renditions))]
+        jobs = [
+            (q, "train", take)
+            for q in spoken
+            for take in range(_takes(share * renditions, spoken, renditions))
+        ]
         jobs += [(q, "rendition", 0) for q in spoken[:: max(1, len(spoken) // tests)][:tests]]
         jobs += [(q, "heldout", take) for q in probed for take in range(min(3, _takes(tests, probed, 1)))]
         utterances += [render(q, family, "question", name, take, seed, answers[q]) for q, name, take in jobs]
@@ -123,7 +133,9 @@ def plan(sentences: int = 3000, renditions: int = 2, seed: int = 0,
     train = [text for text in texts if not world.held_out(text)][: max(1, sentences // 5)]
     heldout = [text for text in texts if world.held_out(text)][: max(1, sentences // 30)]
     jobs = [(text, "train", take) for text in train for take in range(renditions)]
-    jobs += [(text, "rendition", 0) for text in train[: len(heldout)]] + [(text, "heldout", 0) for text in heldout]
+    jobs += [(text, "rendition", 0) for text in train[: len(heldout)]] + [
+        (text, "heldout", 0) for text in heldout
+    ]
     utterances += [render(text, "statement", "statement", name, take, seed) for text, name, take in jobs]
 
     if not readings:
@@ -139,7 +151,9 @@ def plan(sentences: int = 3000, renditions: int = 2, seed: int = 0,
     ]  # fmt: skip
     rows += [
         {"question": question, "answer": answer, "family": family, "split": "train", "spoken": False}
-        for family, sums in world.beyond().items() for answer, questions in sums.items() for question in questions
+        for family, sums in world.beyond().items()
+        for answer, questions in sums.items()
+        for question in questions
     ]
     return utterances, rows
 
@@ -206,8 +220,15 @@ def _speak(wavs: Path, batch: list[Utterance]) -> int:
 # The corpus
 
 
-def prepare(out: str | Path, sentences: int = 3000, renditions: int = 2, seed: int = 0, readings: int = 0,
-            workers: int = 2, progress: bool = True) -> None:
+def prepare(
+    out: str | Path,
+    sentences: int = 3000,
+    renditions: int = 2,
+    seed: int = 0,
+    readings: int = 0,
+    workers: int = 2,
+    progress: bool = True,
+) -> None:
     """Makes the corpus in folder `out`, or what is missing of it.
 
     `sentences` is about the number of different sentences to hear in train, most of them questions and answers, in
@@ -222,20 +243,39 @@ def prepare(out: str | Path, sentences: int = 3000, renditions: int = 2, seed: i
     if readings < 0:
         raise ValueError(f"--readings is {readings}: it must be at least 0")
     if find_spec("hibari") is None:
-        raise ValueError("the tiny world needs a voice, the package hibari-tts: pip install 'speechgpt[demo]'")
+        raise ValueError(
+            "the tiny world needs a voice, the package hibari-tts: pip install 'speechgpt[demo]'"
+        )
     utterances, rows = plan(sentences, renditions, seed, readings)
     out, wavs = Path(out), Path(out) / "wav"
     wavs.mkdir(parents=True, exist_ok=True)
-    there = {entry.name for entry in os.scandir(wavs) if entry.stat().st_size > 44}  # 44 bytes: a header alone
+    there = {
+        entry.name for entry in os.scandir(wavs) if entry.stat().st_size > 44
+    }  # 44 bytes: a header alone
     missing = [u for u in utterances if f"{u.id}.wav" not in there]
-    bar = tqdm(total=len(utterances), initial=len(utterances) - len(missing), desc="corpus", unit=" utterances",
-               disable=not progress, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = tqdm(
+        total=len(utterances),
+        initial=len(utterances) - len(missing),
+        desc="corpus",
+        unit=" utterances",
+        disable=not progress,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
     with bar:
         _speak_all(wavs, missing, workers, bar)
     manifest = [
-        {"id": u.id, "wav": f"wav/{u.id}.wav", "text": u.text, **({"answer": u.answer} if u.answer else {}),
-         "speaker": u.speaker, "seconds": soundfile.info(wavs / f"{u.id}.wav").frames / audio.RATE,
-         "kind": u.kind, "split": u.split, "family": u.family}
+        {
+            "id": u.id,
+            "wav": f"wav/{u.id}.wav",
+            "text": u.text,
+            **({"answer": u.answer} if u.answer else {}),
+            "speaker": u.speaker,
+            "seconds": soundfile.info(wavs / f"{u.id}.wav").frames / audio.RATE,
+            "kind": u.kind,
+            "split": u.split,
+            "family": u.family,
+        }
         for u in utterances
     ]
     _write_lines(out / "dialogues.jsonl", rows)
@@ -258,7 +298,9 @@ def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) ->
         for done in as_completed([pool.submit(_speak, wavs, batch) for batch in batches]):
             bar.update(done.result())
     except BrokenProcessPool:
-        raise OSError("a worker died (out of memory?); what is done is kept: try again with --workers 1") from None
+        raise OSError(
+            "a worker died (out of memory?); what is done is kept: try again with --workers 1"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -276,10 +318,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the corpus of the tiny spoken world.")
     parser.error = refuse  # one line, as for every other mistake
     parser.add_argument("out", type=Path, help="folder to make, or to complete")
-    parser.add_argument("--sentences", type=int, default=3000, help="about how many different sentences to hear")
+    parser.add_argument(
+        "--sentences", type=int, default=3000, help="about how many different sentences to hear"
+    )
     parser.add_argument("--renditions", type=int, default=2, help="how often each is spoken, at least")
-    parser.add_argument("--readings", type=int, default=0, help="further sentences that the own voice reads aloud once")
-    parser.add_argument("--seed", type=int, default=0, help="of speakers, pace and noise; the splits have none")
+    parser.add_argument(
+        "--readings", type=int, default=0, help="further sentences that the own voice reads aloud once"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of speakers, pace and noise; the splits have none"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = vars(parser.parse_args())
     prepare(**options)

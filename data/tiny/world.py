@@ -26,15 +26,33 @@ from itertools import combinations, count, pairwise, product
 HELD_OUT = 0.1
 BY_ANSWER = {"plus", "minus", "compare", "count", "place", "sum", "echo"}
 
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-           "seventeen eighteen nineteen twenty").split()
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+).split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "England": "London", "Germany": "Berlin",
-    "Greece": "Athens", "Japan": "Tokyo", "China": "Beijing", "Russia": "Moscow", "Egypt": "Cairo",
-    "Poland": "Warsaw", "Austria": "Vienna", "Ireland": "Dublin", "Norway": "Oslo", "Sweden": "Stockholm",
-    "Canada": "Ottawa", "Cuba": "Havana", "Portugal": "Lisbon", "Turkey": "Ankara", "Peru": "Lima",
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "England": "London",
+    "Germany": "Berlin",
+    "Greece": "Athens",
+    "Japan": "Tokyo",
+    "China": "Beijing",
+    "Russia": "Moscow",
+    "Egypt": "Cairo",
+    "Poland": "Warsaw",
+    "Austria": "Vienna",
+    "Ireland": "Dublin",
+    "Norway": "Oslo",
+    "Sweden": "Stockholm",
+    "Canada": "Ottawa",
+    "Cuba": "Havana",
+    "Portugal": "Lisbon",
+    "Turkey": "Ankara",
+    "Peru": "Lima",
 }
 OPPOSITES = (
     "hot cold, big small, fast slow, happy sad, old young, high low, long short, light dark, open closed, full empty, "
@@ -42,19 +60,43 @@ OPPOSITES = (
     "left right, wide narrow, sweet bitter, up down, first last"
 )
 COLORS = {
-    "the grass": "green", "the sky": "blue", "the snow": "white", "a lemon": "yellow", "the night": "black",
-    "a tomato": "red", "an orange": "orange", "chocolate": "brown", "a frog": "green", "milk": "white",
-    "the sun": "yellow", "a strawberry": "red", "a pig": "pink", "the ocean": "blue", "a carrot": "orange",
+    "the grass": "green",
+    "the sky": "blue",
+    "the snow": "white",
+    "a lemon": "yellow",
+    "the night": "black",
+    "a tomato": "red",
+    "an orange": "orange",
+    "chocolate": "brown",
+    "a frog": "green",
+    "milk": "white",
+    "the sun": "yellow",
+    "a strawberry": "red",
+    "a pig": "pink",
+    "the ocean": "blue",
+    "a carrot": "orange",
     "a banana": "yellow",
 }
 ANIMALS = {  # legs, where it lives, what it does (if it is a word that one understands without seeing it)
-    "dog": ("four", "a house", "barks"), "cow": ("four", "a field", ""), "lion": ("four", "the grass", "roars"),
-    "bird": ("two", "a tree", "sings"), "snake": ("no", "the sand", "hisses"), "fish": ("no", "the water", ""),
-    "bee": ("six", "a flower", ""), "wolf": ("four", "the forest", ""), "duck": ("two", "a lake", "quacks"),
-    "spider": ("eight", "a web", ""), "bear": ("four", "a cave", "growls"), "camel": ("four", "the desert", ""),
-    "monkey": ("two", "a forest", ""), "horse": ("four", "a barn", ""), "chicken": ("two", "a farm", ""),
+    "dog": ("four", "a house", "barks"),
+    "cow": ("four", "a field", ""),
+    "lion": ("four", "the grass", "roars"),
+    "bird": ("two", "a tree", "sings"),
+    "snake": ("no", "the sand", "hisses"),
+    "fish": ("no", "the water", ""),
+    "bee": ("six", "a flower", ""),
+    "wolf": ("four", "the forest", ""),
+    "duck": ("two", "a lake", "quacks"),
+    "spider": ("eight", "a web", ""),
+    "bear": ("four", "a cave", "growls"),
+    "camel": ("four", "the desert", ""),
+    "monkey": ("two", "a forest", ""),
+    "horse": ("four", "a barn", ""),
+    "chicken": ("two", "a farm", ""),
 }
-NAMES = "Tom Mary Peter Lucy David Jack Sarah Paul George Frank Alice Henry Linda Robert Susan Michael".split()
+NAMES = (
+    "Tom Mary Peter Lucy David Jack Sarah Paul George Frank Alice Henry Linda Robert Susan Michael".split()
+)
 PLACES = "garden kitchen park school office forest station market library hotel".split()
 THINGS = "ball letter box lamp chair clock phone bottle hat key".split()
 GOODS = "apples lemons carrots coins pencils flowers".split()
@@ -69,13 +111,23 @@ TALK = {
     "You are welcome.": ("Thank you!", "Thank you very much!", "Thank you for your help."),
     "I can listen and speak.": ("What can you do?", "Tell me what you can do.", "How can you help me?"),
     "I live in your computer.": ("Where do you live?", "Where are you?", "Tell me where you live."),
-    "I like numbers and words.": ("What do you like?", "Tell me what you like.", "Please tell me what you like."),
+    "I like numbers and words.": (
+        "What do you like?",
+        "Tell me what you like.",
+        "Please tell me what you like.",
+    ),
     "I speak English.": ("Which language do you speak?", "What do you speak?", "Tell me your language."),
     "I am very young.": ("How old are you?", "Are you old or young?", "Tell me how old you are."),
-    "There are seven days in a week.": ("How many days are in a week?", "How many days does a week have?",
-                                        "Tell me how many days are in a week."),
-    "There are twelve months in a year.": ("How many months are in a year?", "How many months does a year have?",
-                                           "Tell me how many months are in a year."),
+    "There are seven days in a week.": (
+        "How many days are in a week?",
+        "How many days does a week have?",
+        "Tell me how many days are in a week.",
+    ),
+    "There are twelve months in a year.": (
+        "How many months are in a year?",
+        "How many months does a year have?",
+        "Tell me how many months are in a year.",
+    ),
 }
 
 
@@ -95,70 +147,159 @@ def dialogues(echoes: int = 150) -> dict[str, dict[str, list[str]]]:
             ask("minus", *subtraction(a, b))
     for a, b in combinations(NUMBERS[:13], 2):
         for x, y in ((a, b), (b, a)):
-            ask("compare", f"{b} is bigger than {a}.",
-                f"Which is bigger, {x} or {y}?", f"Which number is bigger, {x} or {y}?")
-            ask("compare", f"{a} is smaller than {b}.",
-                f"Which is smaller, {x} or {y}?", f"Which number is smaller, {x} or {y}?")
+            ask(
+                "compare",
+                f"{b} is bigger than {a}.",
+                f"Which is bigger, {x} or {y}?",
+                f"Which number is bigger, {x} or {y}?",
+            )
+            ask(
+                "compare",
+                f"{a} is smaller than {b}.",
+                f"Which is smaller, {x} or {y}?",
+                f"Which number is smaller, {x} or {y}?",
+            )
     for a, b in product(range(13), repeat=2):
         if 2 <= abs(a - b) <= 5:
             x, y = NUMBERS[a], NUMBERS[b]
-            ask("count", counting(a, b),
-                f"Count from {x} to {y}.", f"Please count from {x} to {y}.", f"Can you count from {x} to {y}?")
+            ask(
+                "count",
+                counting(a, b),
+                f"Count from {x} to {y}.",
+                f"Please count from {x} to {y}.",
+                f"Can you count from {x} to {y}?",
+            )
 
     # facts
     for a, b in pairwise(NUMBERS):
-        ask("next", f"{b} comes after {a}.",
-            f"What number comes after {a}?", f"Which number is after {a}?", f"Tell me the number after {a}.")
-        ask("next", f"{a} comes before {b}.",
-            f"What number comes before {b}?", f"Which number is before {b}?", f"Tell me the number before {b}.")
+        ask(
+            "next",
+            f"{b} comes after {a}.",
+            f"What number comes after {a}?",
+            f"Which number is after {a}?",
+            f"Tell me the number after {a}.",
+        )
+        ask(
+            "next",
+            f"{a} comes before {b}.",
+            f"What number comes before {b}?",
+            f"Which number is before {b}?",
+            f"Tell me the number before {b}.",
+        )
     for i, day in enumerate(DAYS):
         for shift, when in ((1, "after"), (-1, "before")):
-            ask("days", f"{DAYS[(i + shift) % 7]} comes {when} {day}.",
-                f"What day comes {when} {day}?", f"Which day is {when} {day}?", f"Tell me the day {when} {day}.")
-            ask("days", f"{DAYS[(i + 2 * shift) % 7]} is two days {when} {day}.", f"What day is two days {when} {day}?",
-                f"Which day comes two days {when} {day}?", f"Tell me the day two days {when} {day}.")
+            ask(
+                "days",
+                f"{DAYS[(i + shift) % 7]} comes {when} {day}.",
+                f"What day comes {when} {day}?",
+                f"Which day is {when} {day}?",
+                f"Tell me the day {when} {day}.",
+            )
+            ask(
+                "days",
+                f"{DAYS[(i + 2 * shift) % 7]} is two days {when} {day}.",
+                f"What day is two days {when} {day}?",
+                f"Which day comes two days {when} {day}?",
+                f"Tell me the day two days {when} {day}.",
+            )
     for i, month in enumerate(MONTHS):
         for shift, when in ((1, "after"), (-1, "before")):
-            ask("months", f"{MONTHS[(i + shift) % 12]} comes {when} {month}.", f"What month comes {when} {month}?",
-                f"Which month is {when} {month}?", f"Tell me the month {when} {month}.")
+            ask(
+                "months",
+                f"{MONTHS[(i + shift) % 12]} comes {when} {month}.",
+                f"What month comes {when} {month}?",
+                f"Which month is {when} {month}?",
+                f"Tell me the month {when} {month}.",
+            )
     for country, city in CAPITALS.items():
-        ask("capitals", f"The capital of {country} is {city}.", f"What is the capital of {country}?",
-            f"Which city is the capital of {country}?", f"Tell me the capital of {country}.")
-        ask("capitals", f"{city} is the capital of {country}.", f"Which country has the capital {city}?",
-            f"{city} is the capital of which country?", f"In which country is {city} the capital?")
+        ask(
+            "capitals",
+            f"The capital of {country} is {city}.",
+            f"What is the capital of {country}?",
+            f"Which city is the capital of {country}?",
+            f"Tell me the capital of {country}.",
+        )
+        ask(
+            "capitals",
+            f"{city} is the capital of {country}.",
+            f"Which country has the capital {city}?",
+            f"{city} is the capital of which country?",
+            f"In which country is {city} the capital?",
+        )
     for pair in OPPOSITES.split(", "):
         for a, b in (pair.split(), pair.split()[::-1]):
-            ask("opposites", f"The opposite of {a} is {b}.", f"What is the opposite of {a}?",
-                f"Tell me the opposite of {a}.", f"Which word is the opposite of {a}?")
+            ask(
+                "opposites",
+                f"The opposite of {a} is {b}.",
+                f"What is the opposite of {a}?",
+                f"Tell me the opposite of {a}.",
+                f"Which word is the opposite of {a}?",
+            )
     for thing, color in COLORS.items():
-        ask("colors", f"{thing} is {color}.",
-            f"What color is {thing}?", f"What is the color of {thing}?", f"Tell me the color of {thing}.")
+        ask(
+            "colors",
+            f"{thing} is {color}.",
+            f"What color is {thing}?",
+            f"What is the color of {thing}?",
+            f"Tell me the color of {thing}.",
+        )
     for animal, (legs, home, sound) in ANIMALS.items():
-        ask("animals", f"A {animal} has {legs} legs.", f"How many legs does a {animal} have?",
-            f"How many legs has a {animal}?", f"Tell me how many legs a {animal} has.")
-        ask("animals", f"A {animal} lives in {home}.", f"Where does a {animal} live?",
-            f"Tell me where a {animal} lives.", f"Where is the home of a {animal}?")
+        ask(
+            "animals",
+            f"A {animal} has {legs} legs.",
+            f"How many legs does a {animal} have?",
+            f"How many legs has a {animal}?",
+            f"Tell me how many legs a {animal} has.",
+        )
+        ask(
+            "animals",
+            f"A {animal} lives in {home}.",
+            f"Where does a {animal} live?",
+            f"Tell me where a {animal} lives.",
+            f"Where is the home of a {animal}?",
+        )
         if sound:
-            ask("animals", f"A {animal} {sound}.", f"What sound does a {animal} make?",
-                f"How does a {animal} sound?", f"Tell me the sound of a {animal}.")
+            ask(
+                "animals",
+                f"A {animal} {sound}.",
+                f"What sound does a {animal} make?",
+                f"How does a {animal} sound?",
+                f"Tell me the sound of a {animal}.",
+            )
     for answer, questions in TALK.items():
         ask("talk", answer, *questions)
 
     # what the question itself says
     for name in NAMES:
-        ask("names", f"Your name is {name}.", f"My name is {name}. What is my name?", f"I am {name}. Who am I?",
-            f"Hello, I am {name}. What is my name?")
+        ask(
+            "names",
+            f"Your name is {name}.",
+            f"My name is {name}. What is my name?",
+            f"I am {name}. Who am I?",
+            f"Hello, I am {name}. What is my name?",
+        )
     for name, place in product(NAMES[:12], PLACES):
         fact = f"{name} is in the {place}."
-        ask("place", fact,
-            f"{fact} Where is {name}?", f"{fact} Where can I find {name}?", f"{fact} Tell me where {name} is.")
+        ask(
+            "place",
+            fact,
+            f"{fact} Where is {name}?",
+            f"{fact} Where can I find {name}?",
+            f"{fact} Tell me where {name} is.",
+        )
     for name, goods, total in product(NAMES[:8], GOODS, range(2, 11)):
         gains = [(a, "gets", total - a, "more") for a in range(2, total - 1)]
         losses = [(total + b, "loses", b, "of them") for b in range(2, 11 - total)]
-        for a, verb, b, more in sorted(gains + losses, key=lambda story: chance("sum", name, goods, story))[:2]:
+        for a, verb, b, more in sorted(gains + losses, key=lambda story: chance("sum", name, goods, story))[
+            :2
+        ]:
             story = f"{name} has {NUMBERS[a]} {goods} and {verb} {NUMBERS[b]}"
-            ask("sum", f"{name} has {NUMBERS[total]} {goods}.",
-                f"{story}. How many {goods} now?", f"{story} {more}. How many {goods} are there?")
+            ask(
+                "sum",
+                f"{name} has {NUMBERS[total]} {goods}.",
+                f"{story}. How many {goods} now?",
+                f"{story} {more}. How many {goods} are there?",
+            )
     for sentence in statements(echoes, "echo"):
         ask("echo", sentence, *[f"{please} {sentence}" for please in ECHOES])
     return world
@@ -202,8 +343,12 @@ def beyond() -> dict[str, dict[str, list[str]]]:
     pairs = [(a, b) for a, b in product(range(21), repeat=2) if max(a, b) > 10]
     plus = [addition(a, b) for a, b in pairs if a + b <= 20]
     minus = [subtraction(a, b) for a, b in pairs if b <= a and (a > 12 or b > 10)]
-    return {family: {capital(answer): [capital(question) for question in questions] for answer, *questions in sums}
-            for family, sums in (("plus", plus), ("minus", minus))}
+    return {
+        family: {
+            capital(answer): [capital(question) for question in questions] for answer, *questions in sums
+        }
+        for family, sums in (("plus", plus), ("minus", minus))
+    }
 
 
 def unasked() -> list[str]:
@@ -221,23 +366,35 @@ def unasked() -> list[str]:
             found.append(counting(a, b))
     found += [answer for sums in beyond().values() for answer in sums]
     found += [f"{name} is in the {place}." for name, place in product(NAMES[12:], PLACES)]
-    found += [f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[8:], GOODS, range(2, 21))]
-    found += [f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[:8], GOODS, range(11, 21))]
+    found += [
+        f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[8:], GOODS, range(2, 21))
+    ]
+    found += [
+        f"{name} has {NUMBERS[n]} {goods}." for name, goods, n in product(NAMES[:8], GOODS, range(11, 21))
+    ]
     return [capital(sentence) for sentence in found]
 
 
 def addition(a: int, b: int) -> tuple[str, ...]:
     """(answer, questions)"""
     x, y = NUMBERS[a], NUMBERS[b]
-    return (f"{x} plus {y} is {NUMBERS[a + b]}.",
-            f"What is {x} plus {y}?", f"How much is {x} plus {y}?", f"Please add {x} and {y}.")
+    return (
+        f"{x} plus {y} is {NUMBERS[a + b]}.",
+        f"What is {x} plus {y}?",
+        f"How much is {x} plus {y}?",
+        f"Please add {x} and {y}.",
+    )
 
 
 def subtraction(a: int, b: int) -> tuple[str, ...]:
     """(answer, questions)"""
     x, y = NUMBERS[a], NUMBERS[b]
-    return (f"{x} minus {y} is {NUMBERS[a - b]}.",
-            f"What is {x} minus {y}?", f"How much is {x} minus {y}?", f"Please take {y} from {x}.")
+    return (
+        f"{x} minus {y} is {NUMBERS[a - b]}.",
+        f"What is {x} minus {y}?",
+        f"How much is {x} minus {y}?",
+        f"Please take {y} from {x}.",
+    )
 
 
 def counting(a: int, b: int) -> str:
@@ -264,7 +421,9 @@ def split(family: str, asked: dict[str, list[str]]) -> dict[str, str]:
     if family == "echo":  # the sentences of an endless list, shared with the statements
         chosen = {question for answer in asked if held_out(answer) for question in asked[answer]}
     elif family in BY_ANSWER:
-        chosen = {question for answer in by_chance[: round(HELD_OUT * len(asked))] for question in asked[answer]}
+        chosen = {
+            question for answer in by_chance[: round(HELD_OUT * len(asked))] for question in asked[answer]
+        }
     else:  # a fact: at most one wording is held out, for the answer must be learnable from the others
         facts = by_chance[: round(HELD_OUT * sum(map(len, asked.values())))]
         chosen = {asked[answer][int(chance("wording", answer) * len(asked[answer]))] for answer in facts}

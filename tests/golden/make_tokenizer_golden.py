@@ -46,10 +46,25 @@ def corpus() -> list[str]:
 def train_llama_like(path: Path) -> None:
     """LLaMA's own trainer settings at a smaller size, with no symbol of ours in it."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_prefix=str(path.with_suffix("")), model_type="bpe", vocab_size=1000,
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=True,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, character_coverage=0.99995,
-        max_sentence_length=1 << 20, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(corpus()),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=1000,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        character_coverage=0.99995,
+        max_sentence_length=1 << 20,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     path.with_suffix(".vocab").unlink()
 
 
@@ -57,11 +72,21 @@ def folder_as_released(folder: Path, end: str) -> None:
     """A tokenizer folder as transformers 4.29 wrote it for the released model."""
     table = {f"<{u}>": 1000 + u for u in range(1000)}
     table |= {t: 2000 + i for i, t in enumerate(("<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>", end))}
-    special = {name: {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-               for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))}
-    config = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
-              "model_max_length": 512, "pad_token": None, "padding_side": "right", "sp_model_kwargs": {},
-              "tokenizer_class": "LlamaTokenizer", "use_fast": False}
+    special = {
+        name: {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
+    }
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
+        "pad_token": None,
+        "padding_side": "right",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        "use_fast": False,
+    }
     config |= {name: {"__type": "AddedToken", **value} for name, value in special.items()}
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((HERE / "llama.model").read_bytes())
@@ -72,49 +97,294 @@ def folder_as_released(folder: Path, end: str) -> None:
 
 def template_texts() -> list[str]:
     """Every template in every style: the whole dialogue, and the prompt with the space at its end."""
-    speech, slots = "<sosp><661><2><99><0><eosp>", {"text_i": "What is two plus two?", "text_r": "It is four."}
-    pairs = [ours.cross_modal(d, *what, style=style) for style in ("paper", "released")
-             for d in (ours.ASR_INSTRUCTIONS[0], ours.TTS_INSTRUCTIONS[-1])
-             for what in ((speech, "today is a sunny day."), ("Today is a sunny day.", speech))]
+    speech, slots = (
+        "<sosp><661><2><99><0><eosp>",
+        {"text_i": "What is two plus two?", "text_r": "It is four."},
+    )
+    pairs = [
+        ours.cross_modal(d, *what, style=style)
+        for style in ("paper", "released")
+        for d in (ours.ASR_INSTRUCTIONS[0], ours.TTS_INSTRUCTIONS[-1])
+        for what in ((speech, "today is a sunny day."), ("Today is a sunny day.", speech))
+    ]
     for mode in ("s2s", "s2t", "t2s", "t2t"):
-        pairs += [ours.chain_of_modality(mode, speech_i=speech, speech_r=speech, **slots, style=style)
-                  for style in ("paper", "released")]
+        pairs += [
+            ours.chain_of_modality(mode, speech_i=speech, speech_r=speech, **slots, style=style)
+            for style in ("paper", "released")
+        ]
         pairs.append(ours.standard(mode, speech_i=speech, speech_r=speech, **slots))
-    pairs += [ours.plain("Who is Lebron James? ", "He is a player.", style=style) for style in ("paper", "released")]
+    pairs += [
+        ours.plain("Who is Lebron James? ", "He is a player.", style=style) for style in ("paper", "released")
+    ]
     pairs.append(ours.plain(f"Recognize this speech, this is input: {speech} ", "today", style="released"))
     return [text for prompt, answer in pairs for text in (prompt + answer, prompt)]
 
 
 AWKWARD = [
-    "", " ", "  ", "\n", "\t", " \n ", "▁", "▁▁", " ▁", "a", " a", "a ", "  a  ", "a  b", "a   b    c", "\ta\tb\t",
-    "a\nb", "a\r\nb", "\n\na", "a\n", "a\u00a0b", "\u00a0a", "\u3000a\u3000", "\u2028a\u2029", "\u200ba\u200b",
-    "\x85a\x85", "\x1ca\x1f", "\x0ba\x0c", "\ufeffa", "\x00", "a\x00b", "\x00<1>\x00", "\x7f", "e\u0301 vs é",
-    "ﬁ ligature", "Ⅻ ² ½", "ａｂｃ", "😀", "👩‍👩‍👧‍👦", "🇫🇷 flag", "中文 和 日本語", "한국어", "ไทย", "हिन्दी", "עברית",
-    "\U0010ffff", "\ufffd", "zalgo z̷̢a̶l̴", "naïve café", "ΑΒΓ", "0", "00", "1234567890", "3.14159", "1,000,000",
-    "-1", "2+2=4", "10 000", "x86_64", "０１２", "٣٤", "<", ">", "<>", "<<", "<1", "1>", "<12", "<1 >", "< 1>", "<1><2",
-    "<1><2>", "<1> <2>", "<1>  <2>", "<1>\n<2>", "<1>a<2>", "<1> a <2>", "<1>\ta\t<2>", " <1> ", "\n<1>\n", "a<1>",
-    "a <1>", "a  <1>", "<1>a", "<1> a", "<1>  a", "<<1>", "<<1>>", "<1>>", "<999>", "<1000>", "<999><1000>", "<00>",
-    "<01>", "<007>", "<-1>", "<1.0>", "<+1>", "<１>", "<٣>", "<1\n>", "<99999999999999999>", "<sosp", "sosp>",
-    "<sosp>", "<sosp><eosp>", "<sosp> <eosp>", "<sosp>a<eosp>", "<sosp><1><eosp>", "<sosp><1><12<eosp>", "<SOSP>",
-    "<sosp><sosp>", "<so<sosp>sp>", "<eo<eoa>a>", "<eosp><eoa>.", "<eosp><eoa> .", "<eoa>", "<eos>", "<eoh>",
-    "<eoa><eos>", "<eoa>.", "<eos>.", "a<eoa>b", "a <eoa> b", "a<eos>b", "a <eos> b", "<eoh>.",
-    "<eoh>. [SpeechGPT]: ", " <eoh>. ", "<eoh", "eoh>", "<e<eoh>oh>", "[Human]", "[Human]:", "[Human]: ",
-    "[Human]:[Human]", "[Human][Human]", "[Human] [Human]", "[[Human]]", "[ Human ]", "[human]", "[HUMAN]", "[Human",
-    "Human]", "[Hum[Human]an]", "[SpeechGPT]", "[SpeechGPT]:", "[SpeechGPT]: ", "[SpeechGPT]:  ", "[SpeechGPT] :",
-    "[SpeechGPT]: [ta] ", "[SpeechGPT]:\n", "[Speech", "[SpeechGPT", "[Human]\n:", "\n[Human]: x", "x\n\n[Human]: x",
-    "[tq]", "[ta]", "[ua]", "[tq] a; [ta] b; [ua] <sosp><5><eosp>", "[ta][ua]", "x[tq]y", " [tq] ", "; [ta]", ";[ta]",
-    "[ta] [ta]", "[TA]", "[t", "[tq", "tq]", "▁[tq]", "<s>", "</s>", "<unk>", "<pad>", "a<s>b", "a <s> b", "a </s> b",
-    "</s>", " </s> ", "  </s>  a", "</s></s>", "<s><s>", "<s> <1> </s>", "<1> </s> <2>", "<1></s> a", "a </s><1>",
-    "<unk> a <unk>", "a <unk>", "<s", "/s>", "< /s>", "<S>", "</s>.", "<s>\n", "\n<s>", "<s> [Human] </s>", "<0x41>",
-    "<0x0A>", "<0xE2>", "a<0x41>b", "\\n", "\"quoted\"", "'", "``", "it's", "I'M", "UPPER lower", "snake_case",
-    "camelCase", "a-b", "a/b", "a.b", "...", "…", "!!!", "?!", "#hash", "@at", "%d", "{TextI}", "{", "}", "{}", "{0}",
-    "$5", "100%", "http://a.b/c?d=e", "a@b.c", "(a)", "[a]", "{a}", "a;b", "a; b", "; ", ";", ":", ": ", ".", ". ",
-    " .", " :", "This is a speech instruction:",
-    ": This is a speech instruction: <sosp><1><eosp>. And your response should be speech <eoh>.", "This is input:",
-    "This is input: <sosp><1><eosp>", "this is input: Today", "This is inpu", "And your response should be text.",
-    "This is a text instruction: This is a text instruction: x", "You can do it step by step.", ours.META,
-    ours.META + "[Human]", "a" * 300, " " * 100, "<5>" * 300, "<5> " * 100, "What is two plus two? " * 60, "\n" * 50,
-    "😀" * 40, "[Human]: " * 40, "<" * 99, "<sosp>" + "".join(f"<{u}>" for u in range(1000)) + "<eosp>",
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    " \n ",
+    "▁",
+    "▁▁",
+    " ▁",
+    "a",
+    " a",
+    "a ",
+    "  a  ",
+    "a  b",
+    "a   b    c",
+    "\ta\tb\t",
+    "a\nb",
+    "a\r\nb",
+    "\n\na",
+    "a\n",
+    "a\u00a0b",
+    "\u00a0a",
+    "\u3000a\u3000",
+    "\u2028a\u2029",
+    "\u200ba\u200b",
+    "\x85a\x85",
+    "\x1ca\x1f",
+    "\x0ba\x0c",
+    "\ufeffa",
+    "\x00",
+    "a\x00b",
+    "\x00<1>\x00",
+    "\x7f",
+    "e\u0301 vs é",
+    "ﬁ ligature",
+    "Ⅻ ² ½",
+    "ａｂｃ",
+    "😀",
+    "👩‍👩‍👧‍👦",
+    "🇫🇷 flag",
+    "中文 和 日本語",
+    "한국어",
+    "ไทย",
+    "हिन्दी",
+    "עברית",
+    "\U0010ffff",
+    "\ufffd",
+    "zalgo z̷̢a̶l̴",
+    "naïve café",
+    "ΑΒΓ",
+    "0",
+    "00",
+    "1234567890",
+    "3.14159",
+    "1,000,000",
+    "-1",
+    "2+2=4",
+    "10 000",
+    "x86_64",
+    "０１２",
+    "٣٤",
+    "<",
+    ">",
+    "<>",
+    "<<",
+    "<1",
+    "1>",
+    "<12",
+    "<1 >",
+    "< 1>",
+    "<1><2",
+    "<1><2>",
+    "<1> <2>",
+    "<1>  <2>",
+    "<1>\n<2>",
+    "<1>a<2>",
+    "<1> a <2>",
+    "<1>\ta\t<2>",
+    " <1> ",
+    "\n<1>\n",
+    "a<1>",
+    "a <1>",
+    "a  <1>",
+    "<1>a",
+    "<1> a",
+    "<1>  a",
+    "<<1>",
+    "<<1>>",
+    "<1>>",
+    "<999>",
+    "<1000>",
+    "<999><1000>",
+    "<00>",
+    "<01>",
+    "<007>",
+    "<-1>",
+    "<1.0>",
+    "<+1>",
+    "<１>",
+    "<٣>",
+    "<1\n>",
+    "<99999999999999999>",
+    "<sosp",
+    "sosp>",
+    "<sosp>",
+    "<sosp><eosp>",
+    "<sosp> <eosp>",
+    "<sosp>a<eosp>",
+    "<sosp><1><eosp>",
+    "<sosp><1><12<eosp>",
+    "<SOSP>",
+    "<sosp><sosp>",
+    "<so<sosp>sp>",
+    "<eo<eoa>a>",
+    "<eosp><eoa>.",
+    "<eosp><eoa> .",
+    "<eoa>",
+    "<eos>",
+    "<eoh>",
+    "<eoa><eos>",
+    "<eoa>.",
+    "<eos>.",
+    "a<eoa>b",
+    "a <eoa> b",
+    "a<eos>b",
+    "a <eos> b",
+    "<eoh>.",
+    "<eoh>. [SpeechGPT]: ",
+    " <eoh>. ",
+    "<eoh",
+    "eoh>",
+    "<e<eoh>oh>",
+    "[Human]",
+    "[Human]:",
+    "[Human]: ",
+    "[Human]:[Human]",
+    "[Human][Human]",
+    "[Human] [Human]",
+    "[[Human]]",
+    "[ Human ]",
+    "[human]",
+    "[HUMAN]",
+    "[Human",
+    "Human]",
+    "[Hum[Human]an]",
+    "[SpeechGPT]",
+    "[SpeechGPT]:",
+    "[SpeechGPT]: ",
+    "[SpeechGPT]:  ",
+    "[SpeechGPT] :",
+    "[SpeechGPT]: [ta] ",
+    "[SpeechGPT]:\n",
+    "[Speech",
+    "[SpeechGPT",
+    "[Human]\n:",
+    "\n[Human]: x",
+    "x\n\n[Human]: x",
+    "[tq]",
+    "[ta]",
+    "[ua]",
+    "[tq] a; [ta] b; [ua] <sosp><5><eosp>",
+    "[ta][ua]",
+    "x[tq]y",
+    " [tq] ",
+    "; [ta]",
+    ";[ta]",
+    "[ta] [ta]",
+    "[TA]",
+    "[t",
+    "[tq",
+    "tq]",
+    "▁[tq]",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "a<s>b",
+    "a <s> b",
+    "a </s> b",
+    "</s>",
+    " </s> ",
+    "  </s>  a",
+    "</s></s>",
+    "<s><s>",
+    "<s> <1> </s>",
+    "<1> </s> <2>",
+    "<1></s> a",
+    "a </s><1>",
+    "<unk> a <unk>",
+    "a <unk>",
+    "<s",
+    "/s>",
+    "< /s>",
+    "<S>",
+    "</s>.",
+    "<s>\n",
+    "\n<s>",
+    "<s> [Human] </s>",
+    "<0x41>",
+    "<0x0A>",
+    "<0xE2>",
+    "a<0x41>b",
+    "\\n",
+    '"quoted"',
+    "'",
+    "``",
+    "it's",
+    "I'M",
+    "UPPER lower",
+    "snake_case",
+    "camelCase",
+    "a-b",
+    "a/b",
+    "a.b",
+    "...",
+    "…",
+    "!!!",
+    "?!",
+    "#hash",
+    "@at",
+    "%d",
+    "{TextI}",
+    "{",
+    "}",
+    "{}",
+    "{0}",
+    "$5",
+    "100%",
+    "http://a.b/c?d=e",
+    "a@b.c",
+    "(a)",
+    "[a]",
+    "{a}",
+    "a;b",
+    "a; b",
+    "; ",
+    ";",
+    ":",
+    ": ",
+    ".",
+    ". ",
+    " .",
+    " :",
+    "This is a speech instruction:",
+    ": This is a speech instruction: <sosp><1><eosp>. And your response should be speech <eoh>.",
+    "This is input:",
+    "This is input: <sosp><1><eosp>",
+    "this is input: Today",
+    "This is inpu",
+    "And your response should be text.",
+    "This is a text instruction: This is a text instruction: x",
+    "You can do it step by step.",
+    ours.META,
+    ours.META + "[Human]",
+    "a" * 300,
+    " " * 100,
+    "<5>" * 300,
+    "<5> " * 100,
+    "What is two plus two? " * 60,
+    "\n" * 50,
+    "😀" * 40,
+    "[Human]: " * 40,
+    "<" * 99,
+    "<sosp>" + "".join(f"<{u}>" for u in range(1000)) + "<eosp>",
 ]
 
 
@@ -140,21 +410,31 @@ def main() -> None:
             folder_as_released(folders[name], f"<{name}>")
         ours.Tokenizer.train(corpus(), folders["tiny"], vocab_size=700, n_units=100)
         (HERE / "tiny.model").write_bytes((folders["tiny"] / "tokenizer.model").read_bytes())
-        theirs = {name: transformers.LlamaTokenizer.from_pretrained(str(f), legacy=True) for name, f in folders.items()}
+        theirs = {
+            name: transformers.LlamaTokenizer.from_pretrained(str(f), legacy=True)
+            for name, f in folders.items()
+        }
         texts = list(dict.fromkeys([*AWKWARD, *template_texts(), *random_texts(120)]))
         encoded, decoded = [], []
         for text in texts:
             row = {name: tok(text).input_ids for name, tok in theirs.items()}
             differ = {name: ids for name, ids in row.items() if name != "eoa" or ids != row["eos"]}
             encoded.append({"text": text, **differ})
-            decoded += [{"by": name, "ids": ids, "text": theirs[name].decode(ids)}
-                        for name, ids in differ.items() if len(ids) < 40]
+            decoded += [
+                {"by": name, "ids": ids, "text": theirs[name].decode(ids)}
+                for name, ids in differ.items()
+                if len(ids) < 40
+            ]
         for name, tok in theirs.items():
-            decoded += [{"by": name, "ids": ids, "text": tok.decode(ids)}
-                        for ids in random_ids(tok.vocab_size, len(tok), 150)]
+            decoded += [
+                {"by": name, "ids": ids, "text": tok.decode(ids)}
+                for ids in random_ids(tok.vocab_size, len(tok), 150)
+            ]
     made = f"transformers {transformers.__version__} slow LlamaTokenizer, sentencepiece {sentencepiece.__version__}"
-    lists = [f'"{key}": [\n' + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]"
-             for key, rows in (("encode", encoded), ("decode", decoded))]
+    lists = [
+        f'"{key}": [\n' + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]"
+        for key, rows in (("encode", encoded), ("decode", decoded))
+    ]
     header = f'"made by": "tests/golden/make_tokenizer_golden.py with {made}"'
     (HERE / "tokenizer.json").write_text("{\n" + ",\n".join([header, *lists]) + "\n}\n", encoding="utf-8")
     print(f"{len(encoded)} texts, {len(decoded)} decodings, by {made}")
