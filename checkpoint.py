@@ -35,7 +35,7 @@ import stat
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -807,3 +807,25 @@ def _one_line(path: str | Path):
         why = " ".join(str(e).split())[:300]
         what = why if type(e) is ValueError else f"damaged or not what it claims ({type(e).__name__}: {why})"
         raise ValueError(f"{path}: {what}") from None
+
+
+def read_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> list[dict]:
+    """The rows of a JSON-lines file, each with the `needed` keys; a bad line is a ValueError with its number."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; run the stage that writes it first")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not all(key in row for key in needed):
+                raise ValueError(f"needs the keys {', '.join(needed)}")
+        except ValueError as problem:
+            raise ValueError(f"{path}, line {number}: {problem}") from None
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]):
+    """One JSON object a line; atomic."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

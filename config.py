@@ -12,6 +12,7 @@ and on the command line the same names, dotted:  python train.py configs/tiny.to
 Nothing in a config file is executed. An unknown key, a value of the wrong type or beyond its limits: one readable line.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -40,11 +41,11 @@ Amount = Annotated[float, Limits(0, 1e9)]
 Positive = Annotated[float, Limits(0.001, 1000)]
 
 
-def fit(value, hint, where: str):
+def coerce(value, hint, where: str):
     """`value` as type `hint` says (ints serve as floats, lists as tuples), else ValueError naming the place."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        value, (least, most) = fit(value, arguments[0], where), arguments[1]
+        value, (least, most) = coerce(value, arguments[0], where), arguments[1]
         if not least <= value <= most:  # NaN neither
             limits = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
             raise ValueError(f"{where}: must be {limits}, found {value!r}")
@@ -55,13 +56,13 @@ def fit(value, hint, where: str):
         *others, last = (choice for choice in arguments if choice is not types.NoneType)
         for choice in others:
             with contextlib.suppress(ValueError):
-                return fit(value, choice, where)
-        return fit(value, last, where)
+                return coerce(value, choice, where)
+        return coerce(value, last, where)
     if origin in (list, tuple) and isinstance(value, list | tuple):
         inner = arguments if origin is tuple and ... not in arguments else arguments[:1] * len(value)
         if len(inner) != len(value):
             raise ValueError(f"{where}: expected {len(inner)} values, found {value!r}")
-        return origin(fit(item, of, where) for item, of in zip(value, inner))
+        return origin(coerce(item, of, where) for item, of in zip(value, inner))
     if hint is dict and isinstance(value, dict):
         return value
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
@@ -90,7 +91,7 @@ def load(cls, table: dict, where: str):
     }
     if missing := sorted(required - table.keys()):
         raise ValueError(f"{where}: key '{missing[0]}' is missing; give it a value")
-    return cls(**{key: fit(value, hints[key], f"{where}, key '{key}'") for key, value in table.items()})
+    return cls(**{key: coerce(value, hints[key], f"{where}, key '{key}'") for key, value in table.items()})
 
 
 def read(path: str | Path, schema: type, flags: list[str] = ()):
@@ -135,6 +136,16 @@ def toml_value(text: str):
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags, spelled out; a mistake in them is a ValueError, hence one line (`command_line`)."""
+
+    def __init__(self, description: str, **options):
+        super().__init__(description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def command_line(main: Callable[[], None]):

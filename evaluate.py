@@ -42,12 +42,13 @@ import torch
 
 import checkpoint
 import run
+from checkpoint import read_jsonl
 from config import command_line
 from data import audio
-from data.units import read_jsonl
-from judge import Recogniser, errors, need_extra, normalise, same
+from evaluation.judge import Recognizer, errors, need_extra, normalize_text, same
+from generate import one_thread
 from llama import Llama
-from sample import Reply, SpeechGPT, one_thread
+from sample import Reply, SpeechGPT
 from tokenizer import units_to_text
 
 # ---- What is measured ------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ class Memory:
     """What can be answered without understanding: the train dialogues by heart."""
 
     def __init__(self, dialogues: list[dict]):
-        self.dialogues = [(set(normalise(d["question"]).split()), d["answer"]) for d in dialogues]
+        self.dialogues = [(set(normalize_text(d["question"]).split()), d["answer"]) for d in dialogues]
         self.answers = {"": Counter(d["answer"] for d in dialogues)}  # of each family, and of all
         for d in dialogues:
             self.answers.setdefault(d["family"], Counter())[d["answer"]] += 1
@@ -192,7 +193,7 @@ class Memory:
     def nearest(self, question: str) -> str:
         """The answer to the train question that shares most of its words (Jaccard)."""
         if question not in self.asked:
-            words = set(normalise(question).split())
+            words = set(normalize_text(question).split())
             found = max(
                 self.dialogues, key=lambda d: len(d[0] & words) / len(d[0] | words), default=(None, "")
             )
@@ -274,7 +275,7 @@ def ask(model: SpeechGPT, prompts: list, mode: str, bar, **options) -> list[Repl
 def measure(
     model: SpeechGPT,
     before: SpeechGPT | None,
-    recogniser: Recogniser,
+    recogniser: Recognizer,
     corpus: Path,
     items: int,
     seed: int,
@@ -361,7 +362,8 @@ def measure(
             note("spoken.text", split, rows, answers, [reply.text for reply in replies])
             heard = note("spoken.answer", split, rows, answers, [reply.wav for reply in replies])
             own = [
-                reply.text if normalise(reply.text) else row["answer"] for row, reply in zip(rows, replies)
+                reply.text if normalize_text(reply.text) else row["answer"]
+                for row, reply in zip(rows, replies)
             ]
             found.append(("spoken", split, rows, own, heard))
             talks.append((rows, replies, heard))
@@ -508,7 +510,7 @@ def write_report(
     )
     text += (
         "Speech is scored by its word error rate, answers by the share that is exactly right; both after "
-        "`judge.normalise`.\nEvery item: items.jsonl.\n\n## By speaker\n\nWord error rates.\n\n"
+        "`judge.normalize_text`.\nEvery item: items.jsonl.\n\n## By speaker\n\nWord error rates.\n\n"
     )
     text += by_group(
         items,
@@ -620,7 +622,7 @@ def evaluate(
         before = SpeechGPT(Llama.from_pretrained(folder / "llama", device=device), model.tok, model.extractor)
         before.hear = model.hear
     with one_thread(model.llama):  # the judge has the others
-        found, speech, examples = measure(model, before, Recogniser(), corpus, items, seed, out, takes)
+        found, speech, examples = measure(model, before, Recognizer(), corpus, items, seed, out, takes)
     rows = score_all(found, Memory([d for d in dialogues if d["split"] == "train"]))
     train = train_units(model.extractor, audio.read_manifest(corpus), corpus, 400)
     bits = {"bits": ("bits per unit of held-out speech", model)}

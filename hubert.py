@@ -30,8 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-
-RATE, WINDOW, HOP = 16000, 400, 320  # in samples: one second, one frame, from frame to frame
+from data.audio import HOP, RATE, WINDOW, n_frames
 
 
 @dataclass
@@ -86,11 +85,6 @@ class HuBERTConfig:
             raise ValueError(
                 f"the convolutions see {width} samples every {hop}; it must be {WINDOW} every {HOP}"
             )
-
-
-def n_frames(n_samples: int) -> int:
-    """How many frames there are in `n_samples` (>= 400) at 16 kHz. Takes tensors too."""
-    return (n_samples - WINDOW) // HOP + 1
 
 
 # ---- The encoder -----------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def device(name: str = "auto") -> torch.device:
     return torch.device(cuda if name == "cuda" else name)
 
 
-def half(where: torch.device, wanted: bool = True) -> torch.autocast:
+def autocast(where: torch.device, wanted: bool = True) -> torch.autocast:
     """Matrix products in bfloat16, where the machine is faster at them: CUDA, and CPUs with AVX512-BF16."""
     able = (
         where.type == "cuda"
@@ -51,7 +51,7 @@ def half(where: torch.device, wanted: bool = True) -> torch.autocast:
     return torch.autocast(where.type if able else "cpu", torch.bfloat16, enabled=able and wanted)
 
 
-def start(where: torch.device):
+def init_distributed(where: torch.device):
     """Joins the other ranks, if there are any."""
     if world_size() > 1 and not dist.is_initialized():
         if where.type == "cuda":
@@ -59,18 +59,18 @@ def start(where: torch.device):
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
 
 
-def wait():
+def barrier():
     """Returns when all ranks are here: what rank 0 wrote before, the others may read after."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def finish():
+def destroy():
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def mean(numbers: dict[str, float]) -> dict[str, float]:
+def all_reduce_mean(numbers: dict[str, float]) -> dict[str, float]:
     """The average of each number over the ranks."""
     if not dist.is_initialized():
         return numbers

@@ -53,17 +53,17 @@ import config
 import llama
 import lora
 import run
-import sample
 import train_vocoder
 from config import Amount, Count, Limits, Positive, Share, Whole
-from data import batches, instruct
+from data import batches, documents
 from data import units as unit_files
 from data.tiny import prepare
+from evaluation.judge import need_extra
+from generate import generate
 from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask, without_layers_above
-from judge import need_extra
 from llama import Llama, LlamaConfig
-from muon import Muon
 from tokenizer import Tokenizer
+from training.muon import Muon
 from vocoder import UnitVocoder, VocoderConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Language(Optimisation):
     max_len: Count = 1024  # tokens in a packed row
     mix: dict = field(
         default_factory=lambda: {"text": 1.0}
-    )  # kinds of documents (data/instruct.py), their shares
+    )  # kinds of documents (data/documents.py), their shares
     unit_weight: Positive = 1.0  # of a unit in the mean of the losses, where a piece of text has 1
     noise: Share = (
         0.0  # share of the units of speech to listen to that are lost, and as many that are misheard
@@ -310,18 +310,18 @@ def optimise(
         for i, batch in enumerate(micro_batches):
             # gradients are exchanged once a step, with the last micro-batch
             alone = run.world_size() > 1 and i + 1 < len(micro_batches)
-            with objective.no_sync() if alone else contextlib.nullcontext(), run.half(device, o.bf16):
+            with objective.no_sync() if alone else contextlib.nullcontext(), run.autocast(device, o.bf16):
                 value, tokens, logged = objective([t.to(device, non_blocking=True) for t in batch])
                 (value / len(micro_batches)).backward()
             numbers["tokens"] += tokens
             for key, number in ({"loss": value} | logged).items():
                 numbers[key] = numbers.get(key, 0.0) + number.item() / len(micro_batches)
         norm = nn.utils.clip_grad_norm_(trained.values(), o.clip)
-        with run.half(device, o.bf16):  # Muon's matrix products
+        with run.autocast(device, o.bf16):  # Muon's matrix products
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        numbers = run.mean(numbers)
+        numbers = run.all_reduce_mean(numbers)
         speed = numbers.pop("tokens") * run.world_size() / (time.perf_counter() - began)
         began = time.perf_counter()
         bar.update()
@@ -401,7 +401,7 @@ def corpus_folder(c: Config) -> Path:
 def make_corpus(c: Config, folder: Path, device: torch.device):
     if c.corpus.name == "tiny" and run.rank() == 0:
         prepare.prepare(corpus_folder(c), seed=c.seed, **c.corpus.options)
-    run.wait()
+    run.barrier()
     unit_files.read_manifest(corpus_folder(c))  # whoever made it, it must be readable
 
 
@@ -456,7 +456,7 @@ def hubert_round(
                 corpus, rows, lambda wav: kmeans.predict(teacher(wav)), device, f"labels of round {number}"
             )
             save_labels(labels_file, [label.short().cpu().numpy() for label in labels])
-        run.wait()
+        run.barrier()
         batch_at = batches.crops(
             [corpus / row["wav"] for row in rows],
             load_labels(labels_file),
@@ -479,7 +479,7 @@ def hubert_round(
         if run.rank() == 0:
             checkpoint.save_tensors(weights, model.state_dict())
             (folder / f"round{number}/state.safetensors").unlink(missing_ok=True)
-        run.wait()
+        run.barrier()
     checkpoint.assign(model, checkpoint.read_tensors(weights), str(weights))
     return model.to(device).eval()
 
@@ -528,14 +528,14 @@ def make_units(c: Config, folder: Path, device: torch.device):
             corpus, rows, features, c.units.clusters, c.units.cluster_frames, c.seed, device
         )
         UnitExtractor(model, kmeans, c.units.layer, c.units.smooth).save_pretrained(folder / "found")
-    run.wait()
+    run.barrier()
     extractor = UnitExtractor.from_pretrained(folder / "found").to(device)
     if c.normalize.steps:
         normalize(c, folder, extractor, device)
     if run.rank() == 0:
         unit_files.extract(corpus, extractor, device, folder, c.units.perturb)
         extractor.save_pretrained(Path(c.out) / "model/hubert")
-    run.wait()
+    run.barrier()
 
 
 def normalize(c: Config, folder: Path, extractor: UnitExtractor, device: torch.device):
@@ -548,7 +548,7 @@ def normalize(c: Config, folder: Path, extractor: UnitExtractor, device: torch.d
         save_labels(
             target_file, [t.units for t in found], ids=[t.id for t in found], apart=[t.apart for t in found]
         )
-    run.wait()
+    run.barrier()
     with np.load(target_file) as stored:
         ids, apart = stored["ids"].tolist(), stored["apart"]
     if not rows.keys() >= set(ids):
@@ -724,9 +724,9 @@ def make_tokenizer(c: Config) -> Tokenizer:
             Tokenizer.extend(first_llama(c), folder, c.units.clusters, anew=knows_other_units(c))
         else:
             Tokenizer.train(
-                instruct.sentences(corpus_folder(c), "train"), folder, c.vocab_size, c.units.clusters
+                documents.sentences(corpus_folder(c), "train"), folder, c.vocab_size, c.units.clusters
             )
-    run.wait()
+    run.barrier()
     return Tokenizer.from_pretrained(folder)
 
 
@@ -738,8 +738,8 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
     model = stage.begin(c, tok).to(device)
 
     batch_at = batches.documents(
-        partial(instruct.render, tok, noise=o.noise),
-        instruct.examples(corpus_folder(c), "train", o.mix),
+        partial(documents.render, tok, noise=o.noise),
+        documents.examples(corpus_folder(c), "train", o.mix),
         c.seed,
         o.batch_size,
         o.max_len,
@@ -757,9 +757,9 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
         ids, mask, positions, docs = batch
         return llama.next_token_loss(model, ids, mask, positions, docs, weight), (docs >= 0).sum().item(), {}
 
-    held_out = instruct.examples(corpus_folder(c), "heldout", o.mix)
+    held_out = documents.examples(corpus_folder(c), "heldout", o.mix)
     held_out = random.Random(c.seed).sample(held_out, min(64, len(held_out)))
-    shown = [instruct.render(tok, example, random.Random(i)) for i, example in enumerate(held_out)]
+    shown = [documents.render(tok, example, random.Random(i)) for i, example in enumerate(held_out)]
 
     @torch.no_grad()
     def probe() -> tuple[dict, str]:
@@ -770,7 +770,7 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
         said = ""
         for ids, mask in shown[:3]:
             given = mask.index(True) if not mask[1] else len(ids) // 2  # the prompt, or half of what has none
-            reply = sample.generate(model, [ids[:given]], tok, max_new=len(ids))[0]
+            reply = generate(model, [ids[:given]], tok, max_new=len(ids))[0]
             texts = {"given": ids[:given], "says": reply, "expected": ids[given:]}
             said += "".join(f"\n  {key:8} {tok.decode(value)}" for key, value in texts.items())
         return numbers, said
@@ -778,7 +778,7 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
     optimise(f"stage{name}" if name.isdigit() else name, folder, model, loss, batch_at, o, c, probe)
     if run.rank() == 0:
         stage.save(c, model, tok)
-    run.wait()
+    run.barrier()
 
 
 def known_vocoder(c: Config) -> UnitVocoder | None:
@@ -896,7 +896,7 @@ def run_stage(name: str, c: Config, device: torch.device):
     if run.rank() == 0:
         checkpoint.write_json(done, {"finished": time.time(), "seconds": time.perf_counter() - began})
         (folder / "state.safetensors").unlink(missing_ok=True)
-    run.wait()
+    run.barrier()
 
 
 # Matrices this small hardly profit from a second core (LOG.md). HuBERT needs no text and the text stage no units; and
@@ -1018,14 +1018,14 @@ def main():
     if known.stage in (None, "evaluate"):
         need_extra()  # said now, and not after half an hour
     device = run.device(c.device)
-    run.start(device)
+    run.init_distributed(device)
     try:
         if known.stage:
             run_stage(known.stage, c, device)
         else:
             run_all(c, device)
     finally:
-        run.finish()
+        run.destroy()
 
 
 if __name__ == "__main__":

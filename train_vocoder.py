@@ -32,9 +32,9 @@ import checkpoint
 import config
 import run
 import vocoder as v
+from checkpoint import read_jsonl
 from config import Amount, Count, Share, Whole
 from data import audio
-from data.units import read_jsonl
 from hubert import KMeans
 from vocoder import UnitVocoder, VocoderConfig
 
@@ -227,7 +227,7 @@ def train(
     state = work / "state.safetensors"
     first = load_state(state, parts, begun_with) if resume and state.exists() else 0
     metrics = run.Metrics(work / "metrics.jsonl", first)
-    half = run.half(device, stage.bf16)
+    half = run.autocast(device, stage.bf16)
     total = stage.frame_steps + stage.steps
     bar = run.progress(total, first, "vocoder")
 
@@ -252,7 +252,7 @@ def train(
             losses, numbers = wave_losses(generator, judges, optimizer_d, batch, stage, step, half)
             norm = update(optimizer_g, lr, sum(losses.values()), stage.clip)
 
-        numbers = run.mean(numbers | {name: loss.item() for name, loss in losses.items()})
+        numbers = run.all_reduce_mean(numbers | {name: loss.item() for name, loss in losses.items()})
         if done % stage.eval_every == 0 or done in (stage.frame_steps, total):
             if step < 0 and held_out.rows:
                 batch = [t.to(device) for t in held_out.recordings(np.arange(min(16, len(held_out.rows))))]
@@ -272,7 +272,7 @@ def train(
     bar.close()
     if run.rank() == 0:
         generator.requires_grad_(True).save_pretrained(out)
-    run.wait()
+    run.barrier()
 
 
 def frame_losses(
@@ -444,7 +444,7 @@ def main():
         raise ValueError("usage: python train_vocoder.py CONFIG.toml [--vocoder.steps 100 ...]")
     c = config.read(sys.argv[1], Config, sys.argv[2:])
     device = run.device(c.device)
-    run.start(device)
+    run.init_distributed(device)
     corpus = Path(c.corpus)
     train(
         c.vocoder,
@@ -455,7 +455,7 @@ def main():
         device,
         kmeans=KMeans.from_pretrained(c.kmeans) if c.kmeans else None,
     )
-    run.finish()
+    run.destroy()
 
 
 if __name__ == "__main__":

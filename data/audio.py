@@ -26,10 +26,16 @@ import numpy as np
 import soundfile
 import soxr
 
-RATE = 16000
-MIN_SAMPLES = 400  # 25 ms: HuBERT's receptive field, one frame
+RATE = 16000  # samples a second
+WINDOW = 400  # samples that a frame of HuBERT sees: 25 ms
+HOP = 320  # samples from frame to frame: 20 ms
 MAX_SECONDS = 4 * 3600  # decoded audio is held in memory: 4 hours are 0.9 GB
 SILENCE = 1e-3  # -60 dB of full scale
+
+
+def n_frames(n_samples: int) -> int:
+    """How many frames of HuBERT there are in `n_samples` (>= WINDOW) at 16 kHz. Takes tensors too."""
+    return (n_samples - WINDOW) // HOP + 1
 
 
 def load(path: str | Path, rate: int = RATE) -> np.ndarray:
@@ -54,7 +60,7 @@ def load(path: str | Path, rate: int = RATE) -> np.ndarray:
         raise ValueError(f"{path} contains samples that are not numbers (NaN or infinity): export it again")
     if found_rate != rate:
         wav = soxr.resample(wav, found_rate, rate)
-    if len(wav) * RATE < MIN_SAMPLES * rate:
+    if len(wav) * RATE < WINDOW * rate:
         raise ValueError(f"{path} holds {1000 * len(wav) / rate:.1f} ms of sound: at least 25 ms are needed")
     return np.ascontiguousarray(wav, dtype=np.float32)
 
@@ -117,7 +123,7 @@ def _check_end(path: Path) -> None:
 
 def check_speech(wav: np.ndarray, name: str = "the recording") -> None:
     """Raises ValueError when there is nothing to hear in wav (N,): no 25 ms of it reach -60 dB."""
-    frames = np.asarray(wav[: len(wav) // MIN_SAMPLES * MIN_SAMPLES], np.float32).reshape(-1, MIN_SAMPLES)
+    frames = np.asarray(wav[: len(wav) // WINDOW * WINDOW], np.float32).reshape(-1, WINDOW)
     if np.sqrt((frames**2).mean(axis=1)).max(initial=0.0) < SILENCE:
         raise ValueError(
             f"{name} is silent (nothing louder than -60 dB): check the microphone and record again"

@@ -23,26 +23,10 @@ import torch
 
 import checkpoint
 import run
+from checkpoint import read_jsonl
 from data import audio
 
 OWN_VOICE = 0  # the speaker in whose voice the model answers
-
-
-def read_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> list[dict]:
-    """The rows of a JSON-lines file, each with the `needed` keys; a bad line is a ValueError with its number."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; run the stage that writes it first")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not all(key in row for key in needed):
-                raise ValueError(f"needs the keys {', '.join(needed)}")
-        except ValueError as problem:
-            raise ValueError(f"{path}, line {number}: {problem}") from None
-        rows.append(row)
-    return rows
 
 
 def read_manifest(corpus: str | Path) -> list[dict]:
@@ -80,7 +64,7 @@ def map_speech(
         if "pitch" in row:
             wav = audio.play(wav, row["rate"], row["pitch"])
             wav = np.pad(
-                wav, (0, max(0, audio.MIN_SAMPLES - len(wav)))
+                wav, (0, max(0, audio.WINDOW - len(wav)))
             )  # a faster one may leave less than a frame
         with torch.inference_mode():
             return function(torch.from_numpy(wav).to(device))

@@ -3,9 +3,10 @@
     python tests/compare_with.py REVISION         for example HEAD~3; exit code 1 and the differences, if there are any
 
 Checks REVISION out beside this tree, runs `python train.py configs/ci.toml` in both from empty folders on this
-machine, and compares every tensor, metric and report number; then the ids and the waveforms that weights/tiny gives to ten fixed
-prompts (four modes, recognition, synthesis, continuation). Bits differ from one processor to another, so nothing is
-compared with a stored hash. What the other revision gave is kept in the temporary folder, to compare with it again.
+machine, and compares every tensor, metric and report number; then the ids and the waveforms that weights/tiny gives
+to ten fixed prompts (four modes, recognition, synthesis, continuation). Bits differ from one processor to another, so
+nothing is compared with a stored hash. What the other revision gave is kept in the temporary folder, to compare with
+it again.
 """
 
 import argparse

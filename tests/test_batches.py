@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import audio, batches, instruct, units
+from data import audio, batches, documents, units
 from llama import Llama, LlamaConfig, next_token_loss
 from tokenizer import Tokenizer, units_to_text
 
@@ -29,7 +29,7 @@ def test_epochs_and_seeds_differ():
     assert epoch(0, 0) != epoch(1, 0) and epoch(0, 0) != epoch(0, 1)
 
 
-documents = st.lists(
+document_lists = st.lists(
     st.integers(2, 30).flatmap(
         lambda n: st.tuples(
             st.lists(st.integers(3, 99), min_size=n, max_size=n),
@@ -41,7 +41,7 @@ documents = st.lists(
 )
 
 
-@given(documents)
+@given(document_lists)
 def test_packing_keeps_every_document_whole(docs):
     packed = batches.pack(docs, 30)
     found = []
@@ -55,7 +55,7 @@ def test_packing_keeps_every_document_whole(docs):
 
 
 @settings(deadline=None, max_examples=10)
-@given(documents)
+@given(document_lists)
 def test_packed_loss_equals_padded_loss(docs):
     torch.manual_seed(0)
     model = Llama(LlamaConfig(vocab_size=100, dim=16, n_layers=2, n_heads=2, hidden_dim=32)).double()
@@ -173,31 +173,31 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tok(corpus, tmp_path_factory):
-    return Tokenizer.train(instruct.sentences(corpus, "train"), tmp_path_factory.mktemp("tok"), 700, 10)
+    return Tokenizer.train(documents.sentences(corpus, "train"), tmp_path_factory.mktemp("tok"), 700, 10)
 
 
 def test_nothing_held_out_is_in_training_examples(corpus):
-    everything = dict.fromkeys(instruct.KINDS, 1.0)
-    seen = repr([instruct.examples(corpus, "train", everything), instruct.exchanges(corpus, "rendition")])
+    everything = dict.fromkeys(documents.KINDS, 1.0)
+    seen = repr([documents.examples(corpus, "train", everything), documents.exchanges(corpus, "rendition")])
     assert "two plus two" not in seen.lower() and "cow" not in seen
     assert "Add one and one" in seen
 
 
 def test_exchanges_pair_a_heard_question_with_the_models_own_voice(corpus):
-    e, unspoken = instruct.exchanges(corpus, "train")
+    e, unspoken = documents.exchanges(corpus, "train")
     assert (len(e.question_units), len(e.answer_units)) == (2, 1)
     assert (len(unspoken.question_units), len(unspoken.answer_units)) == (0, 1)
-    r, _ = instruct.exchanges(corpus, "rendition")
+    r, _ = documents.exchanges(corpus, "rendition")
     assert r.question == e.question and r.question_units != e.question_units
-    (h,) = instruct.exchanges(corpus, "heldout")
+    (h,) = documents.exchanges(corpus, "heldout")
     assert h.answer == "Two plus two is four." and h.answer_units == []
 
 
 def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
-    e, _ = instruct.exchanges(corpus, "train")
+    e, _ = documents.exchanges(corpus, "train")
     for k in range(40):
-        ids, mask = instruct.render(
-            tok, instruct.Example(("chain", "standard")[k % 2], e), random.Random(k), 0.1
+        ids, mask = documents.render(
+            tok, documents.Example(("chain", "standard")[k % 2], e), random.Random(k), 0.1
         )
         first = mask.index(True)
         assert all(mask[first:]) and tok.human not in ids[first:] and tok.speechgpt == ids[first - 2]
@@ -207,11 +207,11 @@ def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
 
 
 def test_only_the_own_voice_is_learned_to_speak(corpus, tok):
-    found = instruct.examples(corpus, "train", {"asr": 0.5, "tts": 0.5})
+    found = documents.examples(corpus, "train", {"asr": 0.5, "tts": 0.5})
     assert {e.of.speaker for e in found if e.kind == "asr"} == {0, 1}
-    assert {e.of.speaker for e in found if e.kind == "tts"} == {instruct.OWN_VOICE}
+    assert {e.of.speaker for e in found if e.kind == "tts"} == {documents.OWN_VOICE}
     for example in found:
-        ids, mask = instruct.render(tok, example, random.Random(0))
+        ids, mask = documents.render(tok, example, random.Random(0))
         answer = [i for i, m in zip(ids, mask) if m]
         assert (tok.sosp in answer) == (example.kind == "tts")
         assert tok.parse(answer).ta == example.of.text or tok.parse(answer).ua == example.of.units
@@ -338,23 +338,23 @@ def test_the_own_voice_at_another_rate_is_only_listened_to(corpus, tmp_path):
     rows = [
         row | {"units": [9, 8], "durations": [3, 3], "rate": 1.1, "pitch": 0.9}
         for row in units.read_units(corpus)
-        if row["split"] == "train" and row["speaker"] == instruct.OWN_VOICE
+        if row["split"] == "train" and row["speaker"] == documents.OWN_VOICE
     ]
     keys = ("id", "units", "durations", "rate", "pitch")
     (tmp_path / "perturbed.jsonl").write_text(
         "".join(json.dumps({k: row[k] for k in keys}) + "\n" for row in rows)
     )
     assert units.read_perturbed(tmp_path) == rows and len(rows) == 2
-    perturbed = [instruct.Pair([9, 8], row["text"], instruct.SOMEBODY) for row in rows]
+    perturbed = [documents.Pair([9, 8], row["text"], documents.SOMEBODY) for row in rows]
     for kind, times in (("asr", 1), ("tts", 0)):
-        found = [e.of for e in instruct.examples(tmp_path, "train", {kind: 1.0})]
+        found = [e.of for e in documents.examples(tmp_path, "train", {kind: 1.0})]
         assert all(found.count(pair) == times for pair in perturbed)
-    e, _ = instruct.exchanges(tmp_path, "train")
-    before, _ = instruct.exchanges(corpus, "train")
+    e, _ = documents.exchanges(tmp_path, "train")
+    before, _ = documents.exchanges(corpus, "train")
     assert e.question_units == [*before.question_units, [9, 8]] and e.answer_units == before.answer_units
     for split in ("rendition", "heldout"):
-        assert instruct.exchanges(tmp_path, split) == instruct.exchanges(corpus, split)
-        assert instruct.pairs(tmp_path, split) == instruct.pairs(corpus, split)
+        assert documents.exchanges(tmp_path, split) == documents.exchanges(corpus, split)
+        assert documents.pairs(tmp_path, split) == documents.pairs(corpus, split)
 
 
 def test_what_is_there_to_be_read_aloud_is_not_answered_in_text(corpus, tmp_path):
@@ -364,13 +364,13 @@ def test_what_is_there_to_be_read_aloud_is_not_answered_in_text(corpus, tmp_path
         "question": "Please say: One plus one is two.",
         "answer": "One plus one is two.",
         "split": "train",
-        "family": instruct.READING,
+        "family": documents.READING,
     }
     (tmp_path / "dialogues.jsonl").write_text(
         (corpus / "dialogues.jsonl").read_text() + json.dumps(row) + "\n"
     )
     reads = {
-        kind: row["question"] in {e.of.question for e in instruct.examples(tmp_path, "train", {kind: 1.0})}
+        kind: row["question"] in {e.of.question for e in documents.examples(tmp_path, "train", {kind: 1.0})}
         for kind in ("t2t", "t2s", "t2t/reading")
     }
     assert reads == {"t2t": False, "t2s": True, "t2t/reading": True}
@@ -378,17 +378,17 @@ def test_what_is_there_to_be_read_aloud_is_not_answered_in_text(corpus, tmp_path
 
 def test_every_kind_has_its_share_and_every_example_its_turn(corpus):
     mix = {"asr": 0.6, "tts": 0.1, "s2t": 0.2, "text": 0.1}
-    found = instruct.examples(corpus, "train", mix)
+    found = documents.examples(corpus, "train", mix)
     for kind, share in mix.items():
         assert abs(sum(e.kind == kind for e in found) - share * len(found)) < 1
-    alone = {kind: instruct.examples(corpus, "train", {kind: 1.0}) for kind in mix}
+    alone = {kind: documents.examples(corpus, "train", {kind: 1.0}) for kind in mix}
     for kind, examples in alone.items():
         assert all(e in found for e in examples) and {e.kind for e in examples} == {kind}
 
 
 def test_a_question_is_heard_only_where_it_was_spoken(corpus):
     asked = {
-        kind: {e.of.question for e in instruct.examples(corpus, "train", {kind: 1.0})}
+        kind: {e.of.question for e in documents.examples(corpus, "train", {kind: 1.0})}
         for kind in ("s2s", "s2t", "t2s", "t2t", "chain", "standard")
     }
     spoken = {"What is one plus one?"}
@@ -398,12 +398,12 @@ def test_a_question_is_heard_only_where_it_was_spoken(corpus):
 
 
 def test_a_family_may_have_a_share_of_its_own(corpus):
-    found = instruct.examples(corpus, "train", {"t2t": 0.5, "t2t/plus": 0.5})
+    found = documents.examples(corpus, "train", {"t2t": 0.5, "t2t/plus": 0.5})
     assert {e.kind for e in found} == {"t2t"}
     assert sum(e.of.family == "plus" for e in found) == 3 * sum(e.of.family == "more" for e in found) > 0
     for kind in ("t2t/minus", "asr/plus", "text/plus", "tts/plus", "speech/plus"):
         with pytest.raises(ValueError, match=f"nothing of kind '{kind}'"):
-            instruct.examples(corpus, "train", {kind: 1.0})
+            documents.examples(corpus, "train", {kind: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_a_family_may_have_a_share_of_its_own(corpus):
 )
 def test_a_mix_that_cannot_be_is_one_line(corpus, mix):
     with pytest.raises(ValueError, match="mix: "):
-        instruct.examples(corpus, "train", mix)
+        documents.examples(corpus, "train", mix)
 
 
 def test_a_kind_without_examples_is_refused_in_train_and_left_out_elsewhere(corpus, tmp_path):
@@ -430,13 +430,13 @@ def test_a_kind_without_examples_is_refused_in_train_and_left_out_elsewhere(corp
         (tmp_path / f"{name}.jsonl").write_text("\n".join(keep))
     (tmp_path / "dialogues.jsonl").write_text((corpus / "dialogues.jsonl").read_text())
     with pytest.raises(ValueError, match="nothing of kind 's2s'"):
-        instruct.examples(tmp_path, "train", {"s2s": 1.0})
-    assert {e.kind for e in instruct.examples(tmp_path, "heldout", {"s2s": 0.5, "s2t": 0.5})} == {"s2t"}
+        documents.examples(tmp_path, "train", {"s2s": 1.0})
+    assert {e.kind for e in documents.examples(tmp_path, "heldout", {"s2s": 0.5, "s2t": 0.5})} == {"s2t"}
 
 
 def test_speech_documents_train_every_token(corpus, tok):
-    (example, *_) = instruct.examples(corpus, "train", {"speech": 1.0})
-    ids, mask = instruct.render(
+    (example, *_) = documents.examples(corpus, "train", {"speech": 1.0})
+    ids, mask = documents.render(
         tok, example, random.Random(0), noise=0.5
     )  # what is spoken is never disturbed
     assert tok.decode(ids[1:]).replace(" ", "") == units_to_text(example.of.units) and all(mask)
@@ -444,11 +444,11 @@ def test_speech_documents_train_every_token(corpus, tok):
 
 def test_misheard_units_are_as_many_as_asked_for_and_stay_reduced():
     units_ = [i % 10 for i in range(10_000)]
-    heard = instruct.mishear(units_, 0.1, 1000, random.Random(0))
+    heard = documents.mishear(units_, 0.1, 1000, random.Random(0))
     assert 0.88 < len(heard) / len(units_) < 0.92 and all(a != b for a, b in zip(heard, heard[1:]))
     assert 0.08 < sum(u >= 10 for u in heard) / len(units_) < 0.12
-    assert instruct.mishear(units_, 0.0, 1000, random.Random(0)) == units_
-    assert instruct.mishear([5], 1.0, 1000, random.Random(0)) == [5]  # never silence
+    assert documents.mishear(units_, 0.0, 1000, random.Random(0)) == units_
+    assert documents.mishear([5], 1.0, 1000, random.Random(0)) == [5]  # never silence
 
 
 @pytest.mark.parametrize(

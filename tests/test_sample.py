@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import generate
 import hubert
 import llama
 import lora
@@ -152,7 +153,7 @@ def test_grammar_holds_for_thousands_of_tokens(gpt, wild, seed):
         [tok.bos, tok.eosp],
     ] * 2
     hot = Sampling(temperature=20.0)  # nearly uniform: markers and units all have a chance
-    out = sample.generate(
+    out = generate.generate(
         wild, prompts, tok, hot, hot, max_new=400, generator=torch.Generator().manual_seed(seed)
     )
     assert sum(map(len, out)) > 400
@@ -167,7 +168,7 @@ def test_grammar_holds_for_thousands_of_tokens(gpt, wild, seed):
 
 def test_free_generation_breaks_the_grammar(gpt, wild):
     tok, hot = gpt.tok, Sampling(temperature=20.0)
-    (new,) = sample.generate(
+    (new,) = generate.generate(
         wild,
         [[tok.bos, 300]],
         tok,
@@ -196,8 +197,8 @@ def test_batched_greedy_equals_one_by_one_equals_slow(gpt, wild):
     tok = gpt.tok
     prompts = [[tok.bos, *range(300, 300 + n)] for n in (1, 7, 30)]
     prompts += [[tok.bos, tok.sosp], [tok.bos, tok.sosp, tok.unit_id(4)]]
-    batch = sample.generate(wild, prompts, tok, GREEDY, GREEDY, max_new=40)
-    assert batch == [sample.generate(wild, [p], tok, GREEDY, GREEDY, max_new=40)[0] for p in prompts]
+    batch = generate.generate(wild, prompts, tok, GREEDY, GREEDY, max_new=40)
+    assert batch == [generate.generate(wild, [p], tok, GREEDY, GREEDY, max_new=40)[0] for p in prompts]
     assert batch == [slow_greedy(wild, tok, p, 40) for p in prompts]
     assert len({tuple(new) for new in batch}) > 1
 
@@ -205,16 +206,16 @@ def test_batched_greedy_equals_one_by_one_equals_slow(gpt, wild):
 def test_batch_draws_what_single_prompts_would_draw_in_turn(gpt, wild):
     tok, how = gpt.tok, Sampling(2.0, 30, 0.9)
     prompts = [[tok.bos, tok.sosp], [tok.bos, 300, 301, 302], [tok.bos, tok.sosp, tok.unit_id(4)]]
-    batch = sample.generate(wild, prompts, tok, how, how, 40, torch.Generator().manual_seed(3))
+    batch = generate.generate(wild, prompts, tok, how, how, 40, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
-    assert batch == [sample.generate(wild, [p], tok, how, how, 40, generator)[0] for p in prompts]
-    assert batch != sample.generate(wild, prompts, tok, how, how, 40, torch.Generator().manual_seed(4))
+    assert batch == [generate.generate(wild, [p], tok, how, how, 40, generator)[0] for p in prompts]
+    assert batch != generate.generate(wild, prompts, tok, how, how, 40, torch.Generator().manual_seed(4))
 
 
 def test_text_is_greedy_and_speech_is_drawn(gpt, wild):
     tok, drawn = gpt.tok, Sampling(5.0)
     outs = [
-        sample.generate(
+        generate.generate(
             wild, [[tok.bos, tok.sosp]], tok, GREEDY, drawn, 100, torch.Generator().manual_seed(s)
         )[0]
         for s in range(6)
@@ -233,16 +234,16 @@ def test_text_is_greedy_and_speech_is_drawn(gpt, wild):
 def test_the_context_is_the_limit(gpt, wild):
     tok = gpt.tok
     prompt = [tok.bos] + [300] * 500
-    (new,) = sample.generate(wild, [prompt], tok, GREEDY, max_new=1000)
+    (new,) = generate.generate(wild, [prompt], tok, GREEDY, max_new=1000)
     assert len(new) <= wild.config.max_len - len(prompt)
     with pytest.raises(AssertionError, match="511"):
-        sample.generate(wild, [[300] * 512], tok)
+        generate.generate(wild, [[300] * 512], tok)
 
 
 def test_a_model_of_text_alone_generates(gpt, wild):
     text = llama.Llama(replace(wild.config, vocab_size=gpt.tok.n_text)).eval()
     hot = Sampling(20.0)
-    (new,) = sample.generate(text, [[1, 300]], gpt.tok, hot, hot, 50, torch.Generator().manual_seed(0))
+    (new,) = generate.generate(text, [[1, 300]], gpt.tok, hot, hot, 50, torch.Generator().manual_seed(0))
     assert 0 < len(new) <= 50 and max(new) < gpt.tok.n_text and gpt.tok.bos not in new
 
 
@@ -250,7 +251,7 @@ def test_nan_weights_are_one_line(gpt, wild):
     broken = llama.Llama(wild.config)
     broken.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="float32"):
-        sample.generate(broken, [[1, 300]], gpt.tok)
+        generate.generate(broken, [[1, 300]], gpt.tok)
 
 
 def reference(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
@@ -276,7 +277,7 @@ def test_sample_token_has_the_right_distribution(seed, temperature, top_k, top_p
     how = Sampling(temperature, top_k, top_p)
     logits = 3 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
     grid = (torch.arange(4000) + 0.5) / 4000  # every draw once: frequencies are the distribution up to 1/4000
-    tokens = sample.sample_token(logits.expand(4000, -1), how, grid)
+    tokens = generate.sample_token(logits.expand(4000, -1), how, grid)
     found = torch.bincount(tokens, minlength=30) / 4000
     expected = reference(logits, how)
     if (found - expected).abs().max() > 2 / 4000:
@@ -286,7 +287,7 @@ def test_sample_token_has_the_right_distribution(seed, temperature, top_k, top_p
 
 
 @pytest.mark.parametrize(
-    "how", [PAPER, sample.OFFICIAL, Sampling(1.0), Sampling(0.5, top_p=0.3), Sampling(2.0, 3)]
+    "how", [PAPER, generate.OFFICIAL, Sampling(1.0), Sampling(0.5, top_p=0.3), Sampling(2.0, 3)]
 )
 def test_sample_token_agrees_with_transformers(how):
     warpers = pytest.importorskip("transformers.generation.logits_process")
@@ -299,7 +300,7 @@ def test_sample_token_agrees_with_transformers(how):
         warped = warper(None, warped)
     kept = warped.isfinite()
     grid = torch.linspace(0, 1 - 1e-7, 500)
-    tokens = sample.sample_token(logits.repeat_interleave(500, 0), how, grid.repeat(50)).view(50, 500)
+    tokens = generate.sample_token(logits.repeat_interleave(500, 0), how, grid.repeat(50)).view(50, 500)
     drawn = torch.zeros_like(kept).scatter_(1, tokens, True)
     assert not (drawn & ~kept).any()
     assert drawn[warped.softmax(-1) > 4e-3].all()
@@ -310,7 +311,7 @@ def test_what_is_forbidden_is_never_drawn_whatever_the_chance():
     logits[0, [3, 4, 5]] = torch.tensor([1.0, 0.0, -30.0])
     for how in (Sampling(1.0), Sampling(1.0, top_k=20), Sampling(0.1, 20, 1.0), PAPER):
         for u in (0.0, 0.5, 1 - 2**-24):
-            assert sample.sample_token(logits, how, torch.tensor([u])).item() in (3, 4, 5)
+            assert generate.sample_token(logits, how, torch.tensor([u])).item() in (3, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_greedy_continuation_is_that_of_transformers(gpt, wild, tmp_path):
     theirs = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=[tok.eos, tok.eoa]
     )
-    assert sample.generate(wild, [prompt], tok, GREEDY, GREEDY, 64, free=True)[0] == theirs[0, 4:].tolist()
+    assert generate.generate(wild, [prompt], tok, GREEDY, GREEDY, 64, free=True)[0] == theirs[0, 4:].tolist()
 
 
 # ---- loading

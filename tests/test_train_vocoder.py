@@ -352,7 +352,7 @@ import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch, run, train_vocoder, hashlib
 from pathlib import Path
 from test_train_vocoder import STAGE, MODEL, VocoderStage, VocoderConfig
-run.start(torch.device("cpu"))
+run.init_distributed(torch.device("cpu"))
 kept = {{}}
 make = train_vocoder.UnitVocoder
 train_vocoder.UnitVocoder = lambda c: kept.setdefault("model", make(c))
@@ -360,7 +360,7 @@ train_vocoder.train(VocoderStage(**STAGE), VocoderConfig(**MODEL), Path({str(cor
                     Path({str(corpus / "units.jsonl")!r}), Path({str(tmp_path / "out")!r}), torch.device("cpu"))
 total = b"".join(p.detach().numpy().tobytes() for p in kept["model"].parameters())
 Path({str(tmp_path)!r}, f"rank{{run.rank()}}").write_text(hashlib.sha256(total).hexdigest())
-run.finish()
+run.destroy()
 """
     (tmp_path / "two.py").write_text(script)
     subprocess.run(

@@ -26,7 +26,6 @@ a run that was killed, or that is repeated with another size, makes only the fil
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import signal
@@ -46,6 +45,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a script: let it find `data`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import checkpoint
 from data import audio
 from data.tiny import world
 from data.tiny.world import chance
@@ -278,10 +278,10 @@ def prepare(
         }
         for u in utterances
     ]
-    _write_lines(out / "dialogues.jsonl", rows)
+    checkpoint.write_jsonl(out / "dialogues.jsonl", rows)
     for half in (out / "wav").glob("*.part"):  # what a killed run was writing
         half.unlink(missing_ok=True)
-    _write_lines(out / "manifest.jsonl", manifest)  # last: a folder with a manifest is complete
+    checkpoint.write_jsonl(out / "manifest.jsonl", manifest)  # last: a folder with a manifest is complete
 
 
 def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) -> None:
@@ -303,12 +303,6 @@ def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) ->
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _write_lines(path: Path, rows: list[dict]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(part, path)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The judge: a recogniser that no part of the model has met, and the rules by which two texts are the same.
 
-    judge.Recogniser().hear([wav]) -> ["What is three plus four?"]
-    judge.normalise("It's 10:30, isn't it?") -> "its ten thirty is not it"
+    judge.Recognizer().hear([wav]) -> ["What is three plus four?"]
+    judge.normalize_text("It's 10:30, isn't it?") -> "its ten thirty is not it"
     judge.errors("three plus four", "free plus four") -> (1, 3)         edits, words of the reference
 
 The paper (§5.3) transcribes spoken answers with an off-the-shelf recogniser before they are scored; here that is
@@ -90,7 +90,7 @@ def clock(hours: int, minutes: int) -> str:
     return f" {spell(hours)} {'oh ' if 0 < minutes < 10 else ''}{spell(minutes) if minutes else ''} "
 
 
-def normalise(text: str) -> str:
+def normalize_text(text: str) -> str:
     """What is compared: words that sound the same are spelled the same, and no word is forgiven.
 
     Lower case without punctuation; digits, ordinals, times and + x = as words ("4+3" -> "four plus three", "10:30" ->
@@ -110,10 +110,10 @@ def normalise(text: str) -> str:
 
 
 def errors(reference: str, heard: str) -> tuple[int, int]:
-    """(edits, words of the reference): substitutions, deletions and insertions after `normalise`."""
+    """(edits, words of the reference): substitutions, deletions and insertions after `normalize_text`."""
     import jiwer
 
-    reference, heard = normalise(reference), normalise(heard)
+    reference, heard = normalize_text(reference), normalize_text(heard)
     if not reference:
         return len(heard.split()), 0
     out = jiwer.process_words(reference, heard)
@@ -121,7 +121,7 @@ def errors(reference: str, heard: str) -> tuple[int, int]:
 
 
 def same(a: str, b: str) -> bool:
-    return normalise(a) == normalise(b)
+    return normalize_text(a) == normalize_text(b)
 
 
 # ---- The recogniser ------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def need_extra():
         raise ValueError(f"the evaluation needs {', '.join(missing)}: pip install 'speechgpt[eval]'")
 
 
-class Recogniser:
+class Recognizer:
     """Whisper tiny.en, int8, on the CPU. What it may do was fixed once, by its word error rate on SOURCE audio alone.
 
     It writes no digits (those tokens are barred), so "seven six five" cannot become "765". Beam 5, no timestamps, no
@@ -211,7 +211,7 @@ class Recogniser:
 
 def repeats(text: str) -> bool:
     """Is there a phrase of two words or more that is said twice in a row?"""
-    words = normalise(text).split()
+    words = normalize_text(text).split()
     return any(
         words[i : i + k] == words[i + k : i + 2 * k]
         for k in range(2, len(words) // 2 + 1)

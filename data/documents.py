@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizer
-from data.units import OWN_VOICE, read_jsonl, read_perturbed, read_units
+from checkpoint import read_jsonl
+from data.units import OWN_VOICE, read_perturbed, read_units
 
 Document = tuple[list[int], list[bool]]
 SOMEBODY = -1  # a speaker without a number, who never talks for the model
