@@ -807,21 +807,18 @@ def known_vocoder(c: Config) -> UnitVocoder | None:
 
 def make_vocoder(c: Config, folder: Path, device: torch.device):
     kmeans = KMeans.from_pretrained(Path(c.out) / "model/hubert") if c.units.embed_centers else None
-    begin = None if (folder / "state.safetensors").exists() else known_vocoder(c)
+    initial = None if (folder / "state.safetensors").exists() else known_vocoder(c)
     train_vocoder.train(
         c.vocoder,
         c.vocoder_model,
         corpus_folder(c),
-        corpus_folder(c) / "units.jsonl",
-        Path(c.out) / "model/vocoder",
-        device,
+        out=Path(c.out) / "model/vocoder",
         work=folder,
+        metrics=Path(c.out) / "metrics/vocoder.jsonl",
+        device=device,
         kmeans=kmeans,
-        begin=begin,
+        initial=initial,
     )
-    if run.rank() == 0:
-        (Path(c.out) / "metrics").mkdir(exist_ok=True)
-        shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")
 
 
 def judge(c: Config, folder: Path, device: torch.device):
