@@ -21,6 +21,7 @@ Here are the stages of the language model (paper §4.2), the table of all stages
 they share is training/loop.py; what is skipped, resumed and run in parallel, training/stages.py.
 """
 
+import contextlib
 import random
 import shutil
 from collections.abc import Callable
@@ -458,22 +459,26 @@ def run_some(names: tuple[str, ...], run: Run, config: Config):
         run_stage(STAGES, name, run, config)
 
 
+def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextlib.AbstractContextManager:
+    """Context: on a CPU with cores to share, `names` run in a second process meanwhile, else they have run before.
+    What it yields raises ValueError, when called, if they have failed."""
+    work = partial(run_some, names, run, config)
+    able = run.device.type == "cpu" and world_size() == 1 and torch.get_num_threads() > 1
+    if able and config.parallel_stages and not finished(STAGES, names[-1], run, config):
+        return in_parallel(work, f"stage {' and '.join(names)}", run.state(names[-1]) / "log.txt")
+    work()
+    return contextlib.nullcontext(lambda: None)
+
+
 def run_all(run: Run, config: Config):
-    """Every stage; on a CPU in pairs: HuBERT needs no text, and the vocoder nothing of the language model."""
-    pairs = (("hubert", "units"), ("text",)), (("vocoder",), ("stage1", "stage2", "stage3"))
+    """Every stage. HuBERT and its units need no text, and the vocoder needs nothing of the language model."""
     run_some(("corpus",), run, config)
-    for background, foreground in pairs:
-        cores = torch.get_num_threads()
-        able = config.parallel_stages and run.device.type == "cpu" and world_size() == 1 and cores > 1
-        if not able or finished(STAGES, background[-1], run, config):
-            run_some(background + foreground, run, config)
-            continue
-        log = run.state(background[-1]) / "log.txt"
-        work = partial(run_some, background, run, config)
-        with in_parallel(work, f"stage {' and '.join(background)}", log) as check:
-            for name in foreground:
-                run_some((name,), run, config)
-                check()
+    with in_background(("hubert", "units"), run, config):
+        run_some(("text",), run, config)
+    with in_background(("vocoder",), run, config) as check:
+        for name in ("stage1", "stage2", "stage3"):
+            run_some((name,), run, config)
+            check()
     run_some(("evaluate",), run, config)
 
 
