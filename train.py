@@ -59,6 +59,7 @@ from data import batches, documents
 from data import units as unit_files
 from data.tiny import prepare
 from evaluation.judge import need_extra
+from evaluation.measures import check_targets
 from generate import generate
 from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask, without_layers_above
 from llama import Llama, LlamaConfig
@@ -193,6 +194,10 @@ class LoraSection:
 class EvaluateSection:
     items: Whole = 120  # in a row of the report; 0: all there are
     takes: Count | None = None  # of what is spoken, at most; None: as sample.py does
+    targets: dict = field(default_factory=dict)  # row's key -> what it should reach, as in configs/tiny.toml
+
+    def __post_init__(self):
+        check_targets(self.targets)
 
 
 @dataclass
@@ -824,8 +829,8 @@ def make_vocoder(c: Config, folder: Path, device: torch.device):
         shutil.copyfile(folder / "metrics.jsonl", Path(c.out) / "metrics/vocoder.jsonl")
 
 
-def judge(c: Config, folder: Path, device: torch.device):
-    import evaluate  # its judges are an optional extra
+def evaluate_stage(c: Config, folder: Path, device: torch.device):
+    import evaluate  # its recognizer is an optional extra
 
     if run.rank() == 0:
         evaluate.evaluate(
@@ -836,6 +841,7 @@ def judge(c: Config, folder: Path, device: torch.device):
             seed=c.seed,
             device=device,
             takes=c.evaluate.takes,
+            targets=c.evaluate.targets,
         )
 
 
@@ -861,7 +867,7 @@ STAGES = {
     "2": Stage(partial(train_language, "2"), ("1",), ("stage2",)),
     "3": Stage(partial(train_language, "3"), ("2",), ("stage3", "lora")),
     "vocoder": Stage(make_vocoder, ("units",), ("vocoder", "vocoder_model", "pretrained")),
-    "evaluate": Stage(judge, ("3", "vocoder"), ("evaluate",)),
+    "evaluate": Stage(evaluate_stage, ("3", "vocoder"), ("evaluate",)),
 }
 HARMLESS = {"eval_every", "save_every"}  # keys that may change while a stage is interrupted
 
