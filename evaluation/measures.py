@@ -1,10 +1,11 @@
 """The measures: what each row of the report counts, with its interval, its baselines and its target.
 
-A word error rate is the edits of all items divided by the words of all their references: where there is no speech or
-no text, every word is wrong. An answer is right if it is the same text as its reference (`judge.same`). Intervals are
-95 %: by bootstrap over items for rates, Wilson's for shares. A row has the baselines without which its number says
-little: the recognizer's errors on the same recordings, the same questions asked otherwise, answers looked up in the
-training dialogues, n-grams for bits. A target is a number in a config's section [evaluate.targets], by the row's key:
+A word error rate is the edits of all items divided by the words of all their references: where there is no
+speech or no text, every word is wrong. An answer is right if it is the same text as its reference
+(`judge.same`). Intervals are 95 %: by bootstrap over items for rates, Wilson's for shares. A row has the
+baselines without which its number says little: the recognizer's errors on the same recordings, the same
+questions asked otherwise, answers looked up in the training dialogues, n-grams for bits. A target is a number
+in a config's section [evaluate.targets], by the row's key:
 
     [evaluate.targets]
     "asr.heldout" = 0.10            # a word error rate of at most 10 %
@@ -155,7 +156,7 @@ class Row:
 
 
 def ratio(counts: list[tuple[float, float]]) -> Interval:
-    """(numerator, denominator) of each item -> sum of numerators / sum of denominators, by bootstrap over items."""
+    """(numerator, denominator) of each item -> ratio of their sums; interval by bootstrap over items."""
     table = np.array(counts, float).reshape(-1, 2)
     over, under = table.sum(0).tolist()
     if not under:
@@ -183,7 +184,7 @@ def wilson(right: list[bool], z: float = 1.96) -> Interval:
 
 
 class LookupBaselines:
-    """Answers looked up in the training dialogues: the most frequent one, and that of the nearest question."""
+    """Answers looked up in the training dialogues: the most frequent, and the nearest question's."""
 
     def __init__(self, dialogues: list[dict]):
         self.questions = [(words_of(row["question"]), row["answer"]) for row in dialogues]
@@ -198,7 +199,7 @@ class LookupBaselines:
         return most_common[0][0] if most_common else ""
 
     def nearest(self, question: str) -> str:
-        """The answer to the training question with the most words in common (Jaccard index); "" if there is none."""
+        """The answer to the training question with the highest Jaccard index of words, or ""."""
         if question not in self.found:
             words = words_of(question)
 
@@ -262,7 +263,7 @@ def select(items: list[Item], measure: str, split: str) -> list[Item]:
 
 
 def unit_bits(model, speech: list[list[int]]) -> list[tuple[float, int]]:
-    """(bits, units) of each: the sum of -log2 p of every unit, given <s> <sosp> and the units before it (eq. 3).
+    """(bits, units) of each: the sum of -log2 p(unit | <s> <sosp> and the units before it), eq. 3.
 
     model: a `sample.SpeechGPT`, or whatever has its `tok` and `logits`."""
     counts = []
@@ -278,7 +279,7 @@ def unit_bits(model, speech: list[list[int]]) -> list[tuple[float, int]]:
 
 
 def train_units(extractor, manifest: list[dict], corpus: Path, limit: int) -> list[list[int]]:
-    """The training split as units: those in units.jsonl if this extractor wrote it, else of `limit` recordings."""
+    """The training split as units: from units.jsonl if `extractor` wrote it, else of `limit` recordings."""
 
     def encode(row: dict) -> list[int]:
         return extractor(audio.load(row["path"]))[0]
@@ -321,7 +322,7 @@ def bits_rows(models: dict, speech: list[list[int]], train: list[list[int]]) -> 
 
 
 def first_reply(folder: Path, wav: Path, device: str) -> tuple[float, float | None]:
-    """Seconds of `python sample.py WAV` in a new process, the slower of two; and the same per second of speech."""
+    """Seconds of `python sample.py WAV` in a new process, the slower of two; and per second of speech."""
     worst = (0.0, None)
     for _ in range(2):
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,6 @@
 """The report: rows, items and examples of an evaluation as files.
 
-    report.md          tables: all rows; word error rates by speaker, answers by family; examples; training curves
+    report.md          tables of all rows, by speaker, by family, and of examples; training curves
     report.json        rows, examples, and with what the numbers were made, for programs
     items.jsonl        every scored output with its reference: enough to compute rates and shares again
     examples/          the spoken questions and replies that report.md links to
@@ -191,7 +191,7 @@ Curves = dict[str, list[tuple[float, float]]]  # name of a number -> (step, valu
 
 
 def read_curves(path: Path) -> Curves:
-    """The numbers of one metrics file. Lines that are no JSON, as a killed run leaves them, are passed over."""
+    """The numbers of one metrics file. Lines that are no JSON, as a killed run leaves them, are skipped."""
     curves: Curves = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

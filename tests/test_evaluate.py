@@ -68,8 +68,8 @@ class NoAdapter:
 
 
 class KnownModel(OnlyLogits):
-    """Transcribes and reads aloud without errors. Answers held-out questions wrongly if they are spoken, and all
-    questions without the chain. Never speaks about the sky."""
+    """Transcribes and reads aloud without errors. Answers held-out questions wrongly if they are spoken, and
+    all questions without the chain. Never speaks about the sky."""
 
     n_speakers, takes = 1, 3
 
@@ -178,7 +178,8 @@ def test_known_answers_give_known_numbers(reported):
     }
     for key, value in expected.items():
         assert numbers[key] == pytest.approx(value), key
-    # "wrong answer", twice 2 words of 2 right; "wrong answer", silent: 2 of 2; "Yes.", silent: 1 of 1; "Two", "Three"
+    # 3 of 9 words: the 2 of a silent "wrong answer" and the 1 of a silent "Yes."; "Two.", "Three." and two
+    # more "wrong answer" are spoken as they are written
     assert numbers["spoken"] == pytest.approx(3 / 9)
     assert numbers["resynthesis"] > 0.8  # the vocoder gives "Tom is here", whatever the units are
 

@@ -1,4 +1,4 @@
-"""The comparison of texts must overlook spelling, and nothing else; the recognizer must recognize speech only."""
+"""Comparing texts must overlook spelling and nothing else; the recognizer must recognize speech only."""
 
 import numpy as np
 import pytest
@@ -113,7 +113,7 @@ SENTENCES = (
 
 
 def test_it_recognizes_speech_and_nothing_else(recognizer):
-    """Error near 0 % on clear speech; at least 90 % on noise, on silence, on the wrong sentence, and on backwards."""
+    """Error near 0 % on clear speech; at least 90 % on noise, silence, the wrong sentence, and backwards."""
     soxr, hibari = pytest.importorskip("soxr"), pytest.importorskip("hibari")
     voice, draw = hibari.Hibari(), np.random.default_rng(0)
     wavs = [soxr.resample(voice(s, seed=0), voice.sample_rate, 16000).astype(np.float32) for s in SENTENCES]
@@ -135,7 +135,7 @@ def test_it_recognizes_speech_and_nothing_else(recognizer):
     assert sum(counted) == len(wavs)
 
 
-def test_what_came_out_twice_is_heard_again_in_full(recognizer, monkeypatch):
+def test_a_repeated_phrase_is_transcribed_again_in_the_full_window(recognizer, monkeypatch):
     windows = []
 
     def transcribe_batch(wavs, window):
