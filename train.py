@@ -41,6 +41,7 @@ from data import batches, documents
 from data import units as unit_files
 from data.tiny import prepare
 from evaluation.judge import need_extra
+from evaluation.measures import check_targets
 from generate import generate
 from hubert import KMeans
 from llama import Llama, LlamaConfig
@@ -109,6 +110,10 @@ class CorpusSection:
 class EvaluateSection:
     items: Whole = 120  # in a row of the report; 0: all there are
     takes: Count | None = None  # spoken answers drawn at most; None: as sample.py does
+    targets: dict = field(default_factory=dict)  # a row's key: what it should reach, as in configs/tiny.toml
+
+    def __post_init__(self):
+        check_targets(self.targets)
 
 
 @dataclass
@@ -349,6 +354,7 @@ def evaluate_stage(run: Run, config: Config):
             seed=run.seed,
             device=run.device,
             takes=config.evaluate.takes,
+            targets=config.evaluate.targets,
         )
 
 
