@@ -40,12 +40,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import checkpoint
 import run
-from checkpoint import read_jsonl
 from config import command_line
 from data import audio
 from evaluation.judge import Recognizer, errors, need_extra, normalize_text, same
+from files import read_jsonl, write_atomic, write_json
 from generate import one_thread
 from llama import Llama
 from sample import Reply, SpeechGPT
@@ -547,13 +546,11 @@ def write_report(
         ],
     )
     text += "## Training\n\n" + "".join(f"![{curve}]({curve})\n" for curve in curves)
-    checkpoint.write_atomic(out / "report.md", text.encode())
-    checkpoint.write_json(
+    write_atomic(out / "report.md", text.encode())
+    write_json(
         out / "report.json", {"about": facts, "rows": [asdict(row) for row in rows], "examples": examples}
     )
-    checkpoint.write_atomic(
-        out / "items.jsonl", "".join(json.dumps(i._asdict()) + "\n" for i in items).encode()
-    )
+    write_atomic(out / "items.jsonl", "".join(json.dumps(i._asdict()) + "\n" for i in items).encode())
 
 
 def plot_curves(metrics: Path, out: Path) -> list[str]:

@@ -59,6 +59,7 @@ from data import batches, documents
 from data import units as unit_files
 from data.tiny import prepare
 from evaluation.judge import need_extra
+from files import read_json, write_json
 from generate import generate
 from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask, without_layers_above
 from llama import Llama, LlamaConfig
@@ -883,9 +884,9 @@ def run_stage(name: str, c: Config, device: torch.device):
                 f"stage {name} needs stage {before}, which is not finished; run --stage {before} first"
             )
     if record.exists():
-        compare(name, folder, checkpoint.read_json(record), now)
+        compare(name, folder, read_json(record), now)
     elif run.rank() == 0:
-        checkpoint.write_json(record, now)
+        write_json(record, now)
     if done.exists():
         print(f"stage {name}: finished before, {folder} says so") if run.rank() == 0 else None
         return
@@ -894,7 +895,7 @@ def run_stage(name: str, c: Config, device: torch.device):
     began = time.perf_counter()
     stage.work(c, folder, device)
     if run.rank() == 0:
-        checkpoint.write_json(done, {"finished": time.time(), "seconds": time.perf_counter() - began})
+        write_json(done, {"finished": time.time(), "seconds": time.perf_counter() - began})
         (folder / "state.safetensors").unlink(missing_ok=True)
     run.barrier()
 
@@ -965,7 +966,7 @@ def finished(c: Config, name: str) -> float | None:
     done = Path(c.out) / "state" / name / "done.json"
     if name == "text" and c.pretrained:
         return 0.0
-    return checkpoint.read_json(done)["finished"] if done.exists() else None
+    return read_json(done)["finished"] if done.exists() else None
 
 
 def compare(name: str, folder: Path, before: dict, now: dict):
