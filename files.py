@@ -105,8 +105,10 @@ def read_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> list[dict]:
         lines = file.readlines()
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         with one_line(f"{path}, line {number}"):
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\n"))
             if not isinstance(row, dict) or not all(key in row for key in needed):
                 raise ValueError(f"needs the keys {', '.join(needed)}")
         rows.append(row)
