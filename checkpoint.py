@@ -85,7 +85,7 @@ def save_tensors(
 ) -> None:
     """Writes a safetensors file, atomically and one tensor at a time. Tensors may be on any device.
 
-    dtype: what float32 tensors become on disk (None: they stay). A whole folder in half precision:
+    dtype: what float32 tensors become on disk (None: they stay). To halve a folder of weights:
 
         for file in Path("model").rglob("*.safetensors"):
             save_tensors(file, read_tensors(file), dtype=torch.float16)"""
@@ -305,7 +305,7 @@ def _weights(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     seen = set()
     for part, module in modules.items():
-        assert "." not in part and part not in optimizers, f"the name {part} is ambiguous"
+        assert "." not in part and part not in optimizers, f"module {part}: no dot, no optimizer of that name"
         table = module.state_dict(keep_vars=True) if isinstance(module, nn.Module) else module
         for name, weight in table.items():
             if id(weight) not in seen:

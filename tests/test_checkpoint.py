@@ -173,7 +173,7 @@ def run_of(seed: int):
             fused=True,
         ),
         "muon": Muon([model[2].weight], lr=1e-2, weight_decay=0.1),
-        "critic": torch.optim.AdamW(critic.parameters(), 1e-2, fused=True),
+        "critic_adamw": torch.optim.AdamW(critic.parameters(), 1e-2, fused=True),
     }
     trained = {name: p for name, p in critic.named_parameters()}
     return model, {"model": model, "critic": trained}, optimizers
@@ -302,7 +302,7 @@ DAMAGED_STATES = {
     "a weight in double precision": (put_in("critic.bias", torch.zeros(1).double()), "critic.bias"),
     "a buffer of floats": (put_in("model.1.num_batches_tracked", torch.tensor(2.0)), "num_batches_tracked"),
     "no first moment": (take_out(FIRST), f"{FIRST} is missing"),
-    "no step": (take_out("critic.step.critic.bias"), "critic.step.critic.bias is missing"),
+    "no step": (take_out("critic_adamw.step.critic.bias"), "critic_adamw.step.critic.bias is missing"),
     "no weight": (take_out("model.0.weight"), "model.0.weight is missing"),
     "no buffer": (take_out("model.1.running_mean"), "running_mean is missing"),
     "no moments, uncounted": (lambda t, m: [t.pop(n) for n in list(t) if n.startswith("muon.")], "tensors"),
