@@ -33,12 +33,12 @@ import torch
 from tqdm import tqdm
 
 import run
-from checkpoint import read_jsonl
 from config import Parser, command_line
 from data import audio
 from evaluation import measures, report
 from evaluation.judge import Recognizer, need_extra, normalize_text
 from evaluation.measures import SPLITS, Item, LookupBaselines, Row
+from files import read_jsonl
 from generate import one_thread
 from llama import Llama
 from sample import Reply, SpeechGPT

@@ -31,9 +31,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from checkpoint import read_jsonl
 from data import audio
 from evaluation.judge import errors, normalize_text, same
+from files import read_jsonl
 from tokenizer import units_to_text
 
 # ---- What is measured --------------------------------------------------------------------------------------

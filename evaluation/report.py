@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from data import audio
 from evaluation.measures import MEASURES, Item, Row, score, select
+from files import write_atomic, write_json, write_jsonl
 from sample import Reply
 
 # ---- Files -------------------------------------------------------------------------------------------------
@@ -179,9 +179,9 @@ def write_report(
     """report.md, report.json and items.jsonl in `out`."""
     text = markdown(facts, rows, items, examples, curves)
     table_rows = [asdict(row) | {"reached": row.reached} for row in rows]
-    checkpoint.write_atomic(out / "report.md", text.encode())
-    checkpoint.write_json(out / "report.json", {"about": facts, "rows": table_rows, "examples": examples})
-    checkpoint.write_jsonl(out / "items.jsonl", [item._asdict() for item in items])
+    write_atomic(out / "report.md", text.encode())
+    write_json(out / "report.json", {"about": facts, "rows": table_rows, "examples": examples})
+    write_jsonl(out / "items.jsonl", [item._asdict() for item in items])
 
 
 # ---- Training curves ---------------------------------------------------------------------------------------
