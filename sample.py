@@ -37,12 +37,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import checkpoint
 import lora
 import run
 import tokenizer
 from config import command_line
 from data import audio
+from files import write_json
 from generate import GREEDY, OFFICIAL, PAPER, SMALL, Sampling, generate, one_thread, weight_bytes
 from hubert import UnitExtractor
 from llama import Llama
@@ -489,7 +489,7 @@ def answer(model: SpeechGPT, prompts: list[str], paths: list[Path], **options) -
             audio.save(path, reply.wav)
             lines["spoken"] = f"{path} ({len(reply.wav) / audio.RATE:.1f} s)"
         wav = path.name if reply.wav is not None else None
-        checkpoint.write_json(path.with_suffix(".json"), {"prompt": prompt, **asdict(reply), "wav": wav})
+        write_json(path.with_suffix(".json"), {"prompt": prompt, **asdict(reply), "wav": wav})
         print(f"\n{prompt}", *(f"  {title:7} {line}" for title, line in lines.items() if line), sep="\n")
     s, weight = replies[0].stats, model.llama.lm_head.weight
     factor = f"real-time factor {s['real_time_factor']:.2f}, " if s["real_time_factor"] else ""

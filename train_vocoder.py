@@ -19,7 +19,6 @@ All random numbers of a step come from its number, so that an interrupted run co
 
 import dataclasses
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 import checkpoint
 import config
@@ -40,6 +39,7 @@ from data import audio
 from data.audio import HOP
 from data.codes import Batch, CodeDataset
 from hubert import KMeans
+from training.loop import MAY_CHANGE
 from vocoder import FrameSpectrum, UnitVocoder, VocoderConfig
 
 
@@ -76,9 +76,6 @@ class VocoderStage:
     eval_every: Count = 1000
     save_every: Count = 5000
     seed: Whole = 0
-
-
-MAY_CHANGE = {"eval_every", "save_every"}  # settings that may change while a run is interrupted
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -139,8 +136,8 @@ def train(
             shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
             bar.write(f"vocoder, step {step + 1}: {shown}")
         log.write(step=step, lr=lr, grad_norm=norm.item(), **numbers)
-        if (step + 1) % stage.save_every == 0 or step + 1 == total:
-            save_training(state, modules, optimizers, settings | {"step": step + 1})
+        if ((step + 1) % stage.save_every == 0 or step + 1 == total) and run.rank() == 0:
+            checkpoint.save_training(state, modules, optimizers, settings | {"step": step + 1})
         bar.set_postfix(numbers, refresh=False)
         bar.update()
 
@@ -334,43 +331,7 @@ def resume(path: Path, modules: dict, optimizers: dict, settings: dict) -> int:
                     f"{path}: was begun with {key} = {old}, now it is {value}; "
                     f"set it back, or delete {path.parent} to start again"
                 )
-    return load_training(path, modules, optimizers)["step"]
-
-
-def save_training(
-    path: Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], meta: dict
-) -> None:
-    """All of a training state as one file, written by rank 0 (`checkpoint.save_state` is atomic)."""
-    if run.rank() > 0:
-        return
-    tensors = {}
-    for name, module in modules.items():
-        for key, tensor in module.state_dict().items():
-            tensors[f"{name}.{key}"] = tensor
-    for name, optimizer in optimizers.items():
-        for i, moments in optimizer.state_dict()["state"].items():
-            for key, tensor in moments.items():
-                tensors[f"{name}.{i}.{key}"] = tensor
-    checkpoint.save_state(path, tensors, meta)
-
-
-def load_training(path: Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> dict:
-    """Puts back what `save_training` wrote; returns its meta."""
-    tensors, meta = checkpoint.load_state(path)
-    tables = defaultdict(dict)
-    for name, tensor in tensors.items():
-        owner, key = name.split(".", 1)
-        tables[owner][key] = tensor
-    for name, module in modules.items():
-        checkpoint.assign(module, tables[name], str(path))
-    for name, optimizer in optimizers.items():
-        moments = defaultdict(dict)
-        for key, tensor in tables[name].items():
-            i, slot = key.split(".")
-            moments[int(i)][slot] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
-    return meta
+    return checkpoint.load_training(path, modules, optimizers)["step"]
 
 
 @dataclass

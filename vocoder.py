@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import checkpoint
+from files import read_json, write_json
 
 SLOPE = 0.1  # of every leaky ReLU except the generator's last
 DURATION_PREDICTOR = {
@@ -299,7 +300,7 @@ class UnitVocoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.state_dict().items()}
         checkpoint.save_tensors(folder / "generator.safetensors", tensors)
-        checkpoint.write_json(folder / "config.json", dataclasses.asdict(self.config))
+        write_json(folder / "config.json", dataclasses.asdict(self.config))
 
 
 # ---- Discriminators ----------------------------------------------------------------------------------------
@@ -477,7 +478,7 @@ def read_folder(folder: Path) -> tuple[VocoderConfig, dict[str, Tensor], str]:
 
 def read_config(path: Path) -> VocoderConfig:
     """Keys about training (batch_size, mel settings, data) are ignored."""
-    table = checkpoint.read_json(path)
+    table = read_json(path)
     if not isinstance(table, dict):
         raise ValueError(f"{path}: not a vocoder config (a JSON object of settings)")
     if table.get("multistyle") or table.get("f0_quant_num_bin"):

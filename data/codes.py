@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import read_jsonl
 from data import audio
 from data.audio import HOP
+from files import read_jsonl
 from vocoder import FrameSpectrum
 
 

@@ -142,10 +142,10 @@ def test_there_are_discriminators_only_where_some_step_trains_them(corpus, tmp_p
 
 def test_metrics_go_where_they_are_wanted_while_it_runs(corpus, tmp_path, monkeypatch):
     written = []
-    save = train_vocoder.save_training
+    save = checkpoint.save_training
     metrics = tmp_path / "metrics/vocoder.jsonl"
     monkeypatch.setattr(
-        train_vocoder,
+        checkpoint,
         "save_training",
         lambda *arguments: (written.append(len(metrics.read_text().splitlines())), save(*arguments)),
     )
