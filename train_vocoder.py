@@ -1,7 +1,7 @@
 """train_vocoder.py - GAN training of the unit vocoder (paper §4.1, "Unit Vocoder").
 
     python train_vocoder.py CONFIG.toml [--vocoder.steps 100 ...]     alone; train.py calls `train` below
-    torchrun --nproc_per_node 8 train_vocoder.py CONFIG.toml          each rank takes its part of the batch
+    torchrun --nproc_per_node 8 train_vocoder.py CONFIG.toml          the same on 8 GPUs
 
 reads of CONFIG.toml the keys `corpus` (a folder with manifest.jsonl and units.jsonl), `kmeans` (optional: a
 folder with the clusters of these units, to initialize their embeddings), `out`, `device`, and the sections
@@ -14,7 +14,9 @@ released vocoder (HiFi-GAN V1 on units: Polyak et al. 2021, arXiv:2104.00355). T
 by default: with minutes on a CPU instead of days on GPUs, the frame-rate half of the generator first learns
 alone, at a seventh of the cost for each second of speech. See configs/tiny.toml.
 
-All random numbers of a step come from its number, so that an interrupted run continues to the last bit.
+All random numbers of a step come from its number, so that an interrupted run continues to the last bit. On
+several ranks each computes some rows of the same batch: its loss is a sum over these, divided by the count of
+the whole step, and gradients are summed, so that one process and many learn the same.
 """
 
 import dataclasses
@@ -37,7 +39,7 @@ import vocoder
 from config import Amount, Count, Share, Whole
 from data import audio
 from data.audio import HOP
-from data.codes import Batch, CodeDataset
+from data.codes import CodeDataset, rows_of_rank
 from hubert import KMeans
 from training.loop import MAY_CHANGE
 from vocoder import FrameSpectrum, UnitVocoder, VocoderConfig
@@ -144,24 +146,26 @@ def train(
     # Ours: the frame-rate half alone learns the log-mels of whole recordings.
     for step in range(done, stage.frame_steps):
         rng = random_numbers(stage.seed, step)
-        batch = dataset.recordings(dataset.similar_lengths(rng, stage.frame_batch // run.world_size()))
-        batch = batch.to(device)
+        chosen = dataset.similar_lengths(rng, stage.frame_batch)
+        part = rows_of_rank(len(chosen), run.rank(), run.world_size())
+        batch = dataset.recordings(chosen, part).to(device)
         lr = run.cosine(step, stage.warmup, stage.frame_steps, stage.frame_lr, stage.floor)
         optimizer_f.param_groups[0]["lr"] = lr
 
         with autocast:
-            features = generator.frame_features(batch.codes, batch.speakers)
+            features = generator.frame_features(batch.codes, batch.speakers, batch.n_units)
+        duration = generator.duration_loss(batch.units, batch.durations, batch.total_units)
         losses = {
-            "frames": spectrum.loss(features, batch.target, batch.lengths),
-            "duration": duration_loss(generator, batch) * stage.duration_weight,
+            "frames": spectrum.loss(features, batch.target, batch.lengths, batch.total_frames),
+            "duration": duration * stage.duration_weight,
         }
         optimizer_f.zero_grad()
         sum(losses.values()).backward()
-        average_gradients(frame_half)
+        sum_gradients(frame_half)
         norm = clip_grad_norm_(frame_half.parameters(), stage.clip)
         optimizer_f.step()
 
-        numbers = run.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
+        numbers = sum_over_ranks(losses)
         if is_evaluated(step):
             numbers |= evaluate_frames(generator, spectrum, held_out, autocast)
         finish_step(step, lr, norm, numbers)
@@ -172,8 +176,8 @@ def train(
     # HiFi-GAN: the generator learns the waveforms of crops.
     for step in range(max(done, stage.frame_steps), total):
         rng = random_numbers(stage.seed, step)
-        batch = dataset.crops(rng, stage.batch_size // run.world_size(), stage.segment, stage.margin)
-        batch = batch.to(device)
+        part = rows_of_rank(stage.batch_size, run.rank(), run.world_size())
+        batch = dataset.crops(rng, stage.batch_size, stage.segment, stage.margin, part).to(device)
         gan_step = step - stage.frame_steps
         adversarial = gan_step >= stage.adversarial_start
         lr = run.cosine(gan_step, stage.warmup, stage.steps, stage.lr, stage.floor)
@@ -181,8 +185,7 @@ def train(
 
         real = batch.target
         with autocast:
-            fake = generator.generate(batch.codes, batch.speakers, stage.margin).float()
-        numbers = {}
+            fake = generator.generate(batch.codes, batch.speakers, stage.margin, batch.n_units).float()
 
         if adversarial:
             disc_lr = stage.lr if stage.disc_lr is None else stage.disc_lr
@@ -192,34 +195,36 @@ def train(
             with autocast:
                 real_scored = discriminate(discriminators, real)
                 fake_scored = discriminate(discriminators, fake.detach())
-                loss_d = vocoder.discriminator_loss(real_scored, fake_scored)
+                loss_d = vocoder.discriminator_loss(real_scored, fake_scored) * batch.share
             optimizer_d.zero_grad()
             loss_d.backward()
-            average_gradients(discriminators)
+            sum_gradients(discriminators)
             optimizer_d.step()
-            numbers["discriminator"] = loss_d.item()
 
-        losses = {"duration": duration_loss(generator, batch) * stage.duration_weight}
+        duration = generator.duration_loss(batch.units, batch.durations, batch.total_units)
+        losses = {"duration": duration * stage.duration_weight}
         if stage.mel_weight:
-            losses["mel"] = vocoder.mel_loss(fake, real) * stage.mel_weight
+            losses["mel"] = vocoder.mel_loss(fake, real) * stage.mel_weight * batch.share
         if stage.spectral_weight:
             spectral = vocoder.spectral_loss(fake, real, stage.spectral_sizes)
-            losses["spectral"] = spectral * stage.spectral_weight
+            losses["spectral"] = spectral * stage.spectral_weight * batch.share
         if adversarial:
             discriminators.requires_grad_(False)  # gradients pass through them and are not collected
             with autocast:
                 real_scored = discriminate(discriminators, real)
                 fake_scored = discriminate(discriminators, fake)
-                losses["adversarial"] = vocoder.adversarial_loss(fake_scored) * stage.adversarial_weight
-                losses["feature"] = vocoder.feature_loss(real_scored, fake_scored) * stage.feature_weight
+                fooled = vocoder.adversarial_loss(fake_scored)
+                matched = vocoder.feature_loss(real_scored, fake_scored)
+            losses["adversarial"] = fooled * stage.adversarial_weight * batch.share
+            losses["feature"] = matched * stage.feature_weight * batch.share
         loss_g = sum(losses.values())
         optimizer_g.zero_grad()
         loss_g.backward()
-        average_gradients(generator)
+        sum_gradients(generator)
         norm = clip_grad_norm_(generator.parameters(), stage.clip)
         optimizer_g.step()
 
-        numbers = run.all_reduce_mean(numbers | {name: loss.item() for name, loss in losses.items()})
+        numbers = sum_over_ranks(losses | ({"discriminator": loss_d} if adversarial else {}))
         if is_evaluated(step):
             numbers |= evaluate(generator, held_out, work / f"step-{step + 1:06d}.wav")
         finish_step(step, lr, norm, numbers)
@@ -231,9 +236,9 @@ def train(
 
 
 def random_numbers(seed: int, step: int) -> np.random.Generator:
-    """For the data of a step; seeds torch's (dropout) too."""
-    rng = np.random.default_rng([seed, step, run.rank()])
-    torch.manual_seed(int(rng.integers(2**62)))
+    """For the data of a step, the same on all ranks; seeds torch's (dropout) too, on each rank otherwise."""
+    rng = np.random.default_rng([seed, step, 0])
+    torch.manual_seed(int(rng.integers(2**62)) + run.rank())
     return rng
 
 
@@ -244,21 +249,25 @@ def initialize_units(generator: UnitVocoder, kmeans: KMeans):
     generator.dict.weight.data[:k] = kmeans.embeddings(generator.config.embedding_dim)
 
 
-def duration_loss(generator: UnitVocoder, batch: Batch) -> Tensor:
-    return generator.duration_loss(batch.units, batch.durations, batch.durations > 0)
-
-
 def discriminate(discriminators: nn.ModuleList, wav: Tensor) -> vocoder.Scored:
     return [result for discriminator in discriminators for result in discriminator(wav)]
 
 
-def average_gradients(module: nn.Module):
-    """Over the ranks, as DistributedDataParallel does it."""
+def sum_gradients(module: nn.Module):
+    """Over the ranks: the loss of each is its part of the loss of the step."""
     if dist.is_initialized():
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         flat = parameters_to_vector(gradients)
         dist.all_reduce(flat)
-        vector_to_parameters(flat / run.world_size(), gradients)
+        vector_to_parameters(flat, gradients)
+
+
+def sum_over_ranks(losses: dict[str, Tensor]) -> dict[str, float]:
+    """The losses of the step as numbers."""
+    values = torch.stack([loss.detach().float() for loss in losses.values()])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return dict(zip(losses, values.tolist()))
 
 
 # ---- Evaluation on up to 16 held-out recordings ------------------------------------------------------------
@@ -273,7 +282,7 @@ def evaluate_frames(
         return {}
     batch = held_out.recordings(np.arange(min(16, len(held_out.rows)))).to(spectrum.proj.weight.device)
     with autocast:
-        features = generator.frame_features(batch.codes, batch.speakers)
+        features = generator.frame_features(batch.codes, batch.speakers, batch.n_units)
     return {"held_out_frames": spectrum.loss(features, batch.target, batch.lengths).item()}
 
 
@@ -310,10 +319,13 @@ def check(model: VocoderConfig, stage: VocoderStage, dataset: CodeDataset):
             f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "
             f"vocoder_model.num_speakers to at least {speaker + 1}"
         )
-    for key in ("batch_size", "frame_batch") if stage.frame_steps else ("batch_size",):
-        size = getattr(stage, key)
-        if size % run.world_size():
-            raise ValueError(f"vocoder.{key} {size} does not divide among {run.world_size()} processes")
+    if stage.batch_size < run.world_size():
+        raise ValueError(f"vocoder.batch_size {stage.batch_size} is less than {run.world_size()} processes")
+    if stage.frame_steps and min(stage.frame_batch, len(dataset.rows)) < run.world_size():
+        raise ValueError(
+            f"vocoder.frame_batch {stage.frame_batch} of {len(dataset.rows)} recordings is less than "
+            f"{run.world_size()} processes"
+        )
     if stage.segment * HOP <= max(stage.spectral_sizes):
         raise ValueError(
             f"vocoder.segment {stage.segment} is shorter than a window of vocoder.spectral_sizes"

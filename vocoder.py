@@ -15,7 +15,7 @@ Two kinds of discriminators train it: multi-period (every p-th sample) and multi
 and lower rates). The losses are functions; `train_vocoder.py` puts them together.
 
 A vocoder on disk is a folder: `config.json` and one file of weights, ours (`generator.safetensors`) or the
-released one (`g_00500000`, often renamed `vocoder.pt`). Both use the same names of tensors.
+released one (`g_00500000`, often renamed `vocoder.pt`), with the same names of tensors.
 
 References: Kong et al. 2020 (HiFi-GAN, arXiv:2010.05646); Polyak et al. 2021 (speech from discrete units,
 arXiv:2104.00355); Ren et al. 2021 (FastSpeech 2: durations, arXiv:2006.04558); Mao et al. 2017 (LSGAN).
@@ -81,6 +81,7 @@ class VocoderConfig:
         hop = math.prod(rates)
         blocks = len(self.resblock_kernel_sizes)
         dilations = (*self.unit_dilations, *self.context_dilations)
+        possible = all(type(d) is int and 1 <= d <= 1000 for d in dilations)
         inputs = self.embedding_dim * (2 if self.speakers else 1)
         predictor = self.dur_predictor_params or {}
         require(not self.f0, "f0 is true, but this vocoder reads units (and a speaker) only")
@@ -95,8 +96,7 @@ class VocoderConfig:
             len(self.resblock_dilation_sizes) == blocks, f"resblock_dilation_sizes must be {blocks} lists"
         )
         require(
-            all(type(d) is int and 1 <= d <= 1000 for d in dilations),
-            f"unit_dilations and context_dilations must be whole numbers of 1 to 1000, found {dilations}",
+            possible, f"dilations of units and context must be whole numbers of 1 to 1000, not {dilations}"
         )
         require(
             self.model_in_dim == inputs,
@@ -143,8 +143,7 @@ class ResBlock(nn.Module):
                 x = x + conv(F.leaky_relu(x, SLOPE))
         else:
             for conv1, conv2 in zip(self.convs1, self.convs2):
-                y = conv1(F.leaky_relu(x, SLOPE))
-                x = x + conv2(F.leaky_relu(y, SLOPE))
+                x = x + conv2(F.leaky_relu(conv1(F.leaky_relu(x, SLOPE)), SLOPE))
         return x
 
 
@@ -187,10 +186,10 @@ class UnitVocoder(nn.Module):
         add_context(self)  # ours, see the last section; nothing in the released vocoder
 
         self.ups = nn.ModuleList()
-        self.resblocks = nn.ModuleList()
         for i, (rate, kernel) in enumerate(zip(config.upsample_rates, config.upsample_kernel_sizes)):
             padding = (kernel - rate) // 2  # T -> exactly T * rate
             self.ups.append(nn.ConvTranspose1d(widths[i], widths[i + 1], kernel, rate, padding))
+        self.resblocks = nn.ModuleList()
         for channels in widths[1:]:
             for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes):
                 self.resblocks.append(ResBlock(config.resblock, channels, kernel, dilations))
@@ -208,21 +207,21 @@ class UnitVocoder(nn.Module):
             x = torch.cat([x, embedding.expand(-1, -1, x.shape[2])], 1)
         return x
 
-    def frame_features(self, codes: Tensor, speaker: Tensor | None = None) -> Tensor:
-        """The half before upsampling: codes (B, T), speakers (B,) -> (B, C, T)."""
+    def frame_features(self, codes: Tensor, speaker: Tensor | None = None, n_units=None) -> Tensor:
+        """The half before upsampling: codes (B, T), speakers (B,) -> (B, C, T). n_units: of `deduplicate`."""
         if self.config.unit_dilations:
-            x = expand_units(self, codes, speaker)  # ours
+            x = expand_units(self, codes, speaker, n_units)  # ours
         else:
             x = self.conv_pre(self.embed(codes, speaker))
         if self.config.context_dilations:
             x = self.context(x)  # ours
         return x
 
-    def generate(self, codes: Tensor, speaker: Tensor | None = None, margin: int = 0) -> Tensor:
+    def generate(self, codes: Tensor, speaker: Tensor | None = None, margin: int = 0, n_units=None) -> Tensor:
         """Codes (B, T), one every 20 ms, and speakers (B,) -> waveforms (B, T * 320) in [-1, 1].
 
         The first and last `margin` frames are context and produce no samples: (B, (T - 2 * margin) * 320)."""
-        x = self.frame_features(codes, speaker)
+        x = self.frame_features(codes, speaker, n_units)
         x = x[..., margin : x.shape[2] - margin]
         n = len(self.config.resblock_kernel_sizes)
         for i, up in enumerate(self.ups):
@@ -232,10 +231,14 @@ class UnitVocoder(nn.Module):
         x = F.leaky_relu(x, 0.01)  # not SLOPE: the released weights were trained so
         return torch.tanh(self.conv_post(x)).squeeze(1)  # (B, 1, T * 320) -> (B, T * 320)
 
-    def duration_loss(self, units: Tensor, durations: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error of log(frames + 1) over the units (B, U) where `mask` is True."""
+    def duration_loss(self, units: Tensor, durations: Tensor, total: int | None = None) -> Tensor:
+        """Mean squared error of log(frames + 1) over the units (B, U) whose duration is not 0 (padding).
+
+        With `total` the sum divided by that, the number of such units in all processes."""
+        mask = durations > 0
         predicted = self.dur_predictor(self.dict(units))
-        return F.mse_loss(predicted[mask], torch.log(durations[mask] + 1.0))
+        errors = (predicted - torch.log(durations + 1.0)).square()
+        return (errors * mask).sum() / (total or mask.sum())
 
     @torch.no_grad()
     def durations(self, units: Tensor) -> Tensor:
@@ -440,11 +443,8 @@ def adversarial_loss(fake: Scored) -> Tensor:
 
 def feature_loss(real: Scored, fake: Scored) -> Tensor:
     """Feature matching (eq. 4): L1 between the feature maps of real and of generated speech."""
-    total = 0
-    for (_, real_maps), (_, fake_maps) in zip(real, fake):
-        for r, f in zip(real_maps, fake_maps):
-            total = total + F.l1_loss(f, r.detach())
-    return total
+    pairs = [pair for (_, reals), (_, fakes) in zip(real, fake) for pair in zip(reals, fakes)]
+    return sum(F.l1_loss(f, r.detach()) for r, f in pairs)
 
 
 # ---- Weight files ------------------------------------------------------------------------------------------
@@ -511,13 +511,11 @@ def fold_weight_norm(tensors: dict[str, Tensor], source: str) -> dict[str, Tenso
                 raise ValueError(f"{source}: {name} has no partner {stem + direction}")
             g = folded.pop(name).float()
             v = folded.pop(stem + direction).float()
-            norm = v.norm(dim=tuple(range(1, v.ndim)), keepdim=True)
-            folded[stem + ".weight"] = g * v / norm
+            folded[stem + ".weight"] = g * v / v.norm(dim=tuple(range(1, v.ndim)), keepdim=True)
     return folded
 
 
 # ---- Ours, for small models --------------------------------------------------------------------------------
-#
 # A small vocoder with minutes to learn does better in two halves. The half at the frame rate, where width is
 # cheap, sees more context, and learns alone, from spectra (`FrameSpectrum`). Then the upsampling learns.
 
@@ -538,11 +536,10 @@ def add_context(vocoder: UnitVocoder):
         vocoder.context = ResBlock("2", width, 3, config.context_dilations)
 
 
-def expand_units(vocoder: UnitVocoder, codes: Tensor, speaker: Tensor | None) -> Tensor:
-    """Codes (B, T), speakers (B,) -> (B, C, T): convolutions over the reduced units, expanded to frames.
-
-    The context of a unit thus does not depend on durations: predicted ones are never quite the real ones."""
-    units, index, since, until = deduplicate(codes)
+def expand_units(vocoder: UnitVocoder, codes: Tensor, speaker: Tensor | None, n_units: int | None) -> Tensor:
+    """Codes (B, T), speakers (B,) -> (B, C, T): convolutions over the reduced units, expanded to frames. The
+    context of a unit so does not depend on durations: predicted ones are never quite the real ones."""
+    units, index, since, until = deduplicate(codes, n_units)
     x = vocoder.unit_context(vocoder.conv_pre(vocoder.embed(units, speaker)))  # (B, C, U)
     x = x.gather(2, index[:, None].expand(-1, x.shape[1], -1))  # (B, C, U) -> (B, C, T)
     since = vocoder.since(since.clamp(max=MAX_POSITION - 1))  # (B, T, C)
@@ -550,15 +547,17 @@ def expand_units(vocoder: UnitVocoder, codes: Tensor, speaker: Tensor | None) ->
     return x + (since + until).transpose(1, 2)
 
 
-def deduplicate(codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def deduplicate(codes: Tensor, n_units: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes (B, T) -> the reduced units (B, U), rows with fewer padded with their last; and for each frame,
     (B, T), the index of its unit, the number of frames since that began, and the number until it ends.
 
-    [7, 7, 3, 9, 9, 9] -> [7, 3, 9], [0, 0, 1, 2, 2, 2], [0, 1, 0, 0, 1, 2], [1, 0, 0, 2, 1, 0]"""
+    [7, 7, 3, 9, 9, 9] -> [7, 3, 9], [0, 0, 1, 2, 2, 2], [0, 1, 0, 0, 1, 2], [1, 0, 0, 2, 1, 0]
+
+    U is the longest row's, or n_units: that of the larger batch, if these are some of its rows."""
     begins = torch.ones_like(codes)
     begins[:, 1:] = codes[:, 1:] != codes[:, :-1]
     index = begins.cumsum(1) - 1
-    units = codes[:, -1:].repeat(1, int(index.max()) + 1).scatter(1, index, codes)
+    units = codes[:, -1:].repeat(1, n_units or int(index.max()) + 1).scatter(1, index, codes)
     lengths = torch.zeros_like(units).scatter_add(1, index, torch.ones_like(codes))
     first = lengths.cumsum(1) - lengths  # (B, U), the first frame of each unit
     since = torch.arange(codes.shape[1], device=codes.device) - first.gather(1, index)
@@ -567,9 +566,8 @@ def deduplicate(codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def round_keeping_sum(frames: Tensor) -> Tensor:
-    """Durations (U,) as whole numbers of at least 1 whose running sum is that of `frames`, rounded.
-
-    Rounded one by one, many units of 1.4 frames would make hurried speech."""
+    """Durations (U,) as whole numbers of at least 1 whose running sum is that of `frames`, rounded. Each alone,
+    many units of 1.4 frames would be rounded to hurried speech."""
     rounded = []
     used = 0
     for end in frames.cumsum(0).tolist():  # what one unit is rounded off, the next ones get
@@ -608,15 +606,15 @@ class FrameSpectrum(nn.Module):
         """Target log-mel of waveforms (B, T * 320): (B, 80, 2 T)."""
         return log_mel(wav, cls.N_FFT, cls.N_MELS)
 
-    def loss(self, x: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
-        """Mean absolute error over the first `lengths` (B,) frames of each row."""
+    def loss(self, x: Tensor, target: Tensor, lengths: Tensor, total: int | None = None) -> Tensor:
+        """Mean absolute error over the first `lengths` (B,) frames of each row; `total` as for durations."""
         inside = torch.arange(target.shape[2], device=target.device) < 2 * lengths[:, None]  # (B, 2 T)
-        return (self(x) - target).abs().mean(1)[inside].mean()
+        errors = (self(x) - target).abs().mean(1)  # (B, 80, 2 T) -> (B, 2 T)
+        return (errors * inside).sum() / (2 * (total or lengths.sum()))
 
 
 def spectral_loss(fake: Tensor, real: Tensor, sizes: tuple[int, ...] = (2048, 1024, 512, 256, 128)) -> Tensor:
-    """The mel loss averaged over several windows: long ones resolve harmonics, short ones onsets.
-
-    HiFi-GAN has one window only. A small generator with minutes to learn gains from several."""
+    """The mel loss averaged over several windows, where HiFi-GAN has one: long ones resolve harmonics, short
+    ones onsets. A small generator with minutes to learn gains from them."""
     losses = [mel_loss(fake, real, size, min(80, size * 5 // 32)) for size in sizes]
     return sum(losses) / len(sizes)

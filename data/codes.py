@@ -24,7 +24,8 @@ from vocoder import FrameSpectrum
 
 
 class Batch(NamedTuple):
-    """B crops or whole recordings; and, for the duration predictor, the units of the whole recordings."""
+    """B crops or whole recordings: the rows of a step that this process computes. With them, for the duration
+    predictor, the units of the whole recordings. All are padded as in the batch of the whole step."""
 
     codes: Tensor  # (B, T) the unit of each frame
     target: Tensor  # of crops waveforms (B, N), of whole recordings log-mels (B, 80, 2 T)
@@ -32,9 +33,19 @@ class Batch(NamedTuple):
     speakers: Tensor  # (B,)
     units: Tensor  # (B, U) reduced units, padded with 0
     durations: Tensor  # (B, U) frames of each unit; 0: padding
+    # of the whole step, over all processes, so that losses are the same on one and on many
+    share: float  # fraction of the rows that are in this batch
+    total_frames: int  # sum of all lengths
+    total_units: int  # number of units without padding
+    n_units: int  # reduced units in the longest row of codes
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+
+
+def rows_of_rank(size: int, rank: int, world_size: int) -> slice:
+    """The rows of a batch that one process computes; numbers of rows differ by at most one."""
+    return slice(rank * size // world_size, (rank + 1) * size // world_size)
 
 
 class CodeDataset:
@@ -79,40 +90,48 @@ class CodeDataset:
         first = rng.integers(len(self.rows) - near + 1)
         return self.by_length[first + rng.choice(near, min(size, near), replace=False)]
 
-    def recordings(self, chosen: np.ndarray) -> Batch:
-        """Whole recordings. Codes are padded with the last one; padding is excluded from the loss."""
-        lengths = torch.from_numpy(self.n_frames[chosen])
-        codes = torch.zeros(len(chosen), lengths.max(), dtype=torch.long)
-        mels = torch.zeros(len(chosen), FrameSpectrum.N_MELS, 2 * lengths.max())
-        for b, i in enumerate(chosen):
-            n = self.n_frames[i]
-            codes[b] = self.rows[i]["units"][-1]
-            codes[b, :n] = torch.from_numpy(self.codes(i))
-            mels[b, :, : 2 * n] = self.mel(int(i))
-        return Batch(codes, mels, lengths, *self.speakers_and_units(chosen))
+    def recordings(self, chosen: np.ndarray, part: slice = slice(None)) -> Batch:
+        """Whole recordings, those of `chosen[part]`. Codes are padded with the last one; padding is excluded
+        from the loss."""
+        lengths = self.n_frames[chosen]
+        longest = lengths.max()
+        codes = []
+        for i in chosen:
+            codes.append(np.pad(self.codes(i), (0, longest - self.n_frames[i]), "edge"))
+        here = chosen[part]
+        mels = torch.zeros(len(here), FrameSpectrum.N_MELS, 2 * longest)
+        for b, i in enumerate(here):
+            mels[b, :, : 2 * self.n_frames[i]] = self.mel(int(i))
+        return self.batch(chosen, part, np.stack(codes), mels, lengths)
 
-    def crops(self, rng: np.random.Generator, size: int, n_frames: int, margin: int = 0) -> Batch:
-        """Random crops; codes with `margin` frames of context on either side: (size, margin + T + margin).
+    def crops(
+        self,
+        rng: np.random.Generator,
+        size: int,
+        n_frames: int,
+        margin: int = 0,
+        part: slice = slice(None),
+    ) -> Batch:
+        """The crops `part` of `size` random ones of T = n_frames; codes with `margin` frames of context on
+        either side: (B, margin + T + margin).
 
         Beyond the ends of a recording its first and last codes go on, and its waveform is silent."""
         chosen = rng.choice(len(self.rows), size, p=self.probabilities)
         codes = []
-        wavs = []
+        starts = []
         for i in chosen:
             start = rng.integers(max(1, self.n_frames[i] - n_frames + 1))
             places = np.arange(start - margin, start + n_frames + margin)
             codes.append(self.codes(i)[places.clip(0, self.n_frames[i] - 1)])
-            wavs.append(self.samples(i, start, n_frames))
-        lengths = torch.full((size,), n_frames)
-        return Batch(
-            torch.tensor(np.stack(codes)),
-            torch.tensor(np.stack(wavs)),
-            lengths,
-            *self.speakers_and_units(chosen),
-        )
+            starts.append(start)
+        wavs = [self.samples(i, start, n_frames) for i, start in zip(chosen[part], starts[part])]
+        lengths = np.full(size, n_frames)
+        return self.batch(chosen, part, np.stack(codes), torch.from_numpy(np.stack(wavs)), lengths)
 
-    def speakers_and_units(self, chosen: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """The last three tensors of a Batch."""
+    def batch(
+        self, chosen: np.ndarray, part: slice, codes: np.ndarray, target: Tensor, lengths: np.ndarray
+    ) -> Batch:
+        """`target` holds the rows `part`; `chosen`, `codes` and `lengths` those of the whole step."""
         rows = [self.rows[i] for i in chosen]
         width = max(len(row["units"]) for row in rows)
         units = torch.zeros(len(rows), width, dtype=torch.long)
@@ -120,4 +139,16 @@ class CodeDataset:
         for b, row in enumerate(rows):
             units[b, : len(row["units"])] = torch.tensor(row["units"])
             durations[b, : len(row["units"])] = torch.tensor(row["durations"])
-        return torch.tensor([row["speaker"] for row in rows]), units, durations
+        changes = codes[:, 1:] != codes[:, :-1]
+        return Batch(
+            torch.from_numpy(codes)[part],
+            target,
+            torch.from_numpy(lengths)[part],
+            torch.tensor([row["speaker"] for row in rows])[part],
+            units[part],
+            durations[part],
+            share=len(target) / len(rows),
+            total_frames=int(lengths.sum()),
+            total_units=int((durations > 0).sum()),
+            n_units=1 + int(changes.sum(1).max()),
+        )

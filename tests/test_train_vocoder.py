@@ -1,6 +1,7 @@
 """Training the vocoder: it learns, an interrupted run continues to the last bit, mistakes are one line."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import checkpoint
+import run
 import train_vocoder
 from data import audio
 from hubert import KMeans
@@ -319,53 +321,72 @@ def test_a_mistake_on_the_command_line_is_one_line(corpus, tmp_path):
         assert result.stderr.count("\n") == 1
 
 
-def test_two_processes_learn_the_same_model_as_each_other(corpus, tmp_path):
-    """torchrun: gradients are averaged, so that both ranks hold the same weights; rank 0 writes."""
-    script = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch, run, train_vocoder, hashlib
-from pathlib import Path
-from test_train_vocoder import STAGE, MODEL, VocoderStage, VocoderConfig
-run.init_distributed(torch.device("cpu"))
-kept = {{}}
-make = train_vocoder.UnitVocoder
-train_vocoder.UnitVocoder = lambda c: kept.setdefault("model", make(c))
-train_vocoder.train(VocoderStage(**STAGE), VocoderConfig(**MODEL), Path({str(corpus)!r}),
-    Path({str(tmp_path / "out")!r}), Path({str(tmp_path / "out.training")!r}),
-    Path({str(tmp_path / "out.training/metrics.jsonl")!r}), torch.device("cpu"))
-total = b"".join(p.detach().numpy().tobytes() for p in kept["model"].parameters())
-Path({str(tmp_path)!r}, f"rank{{run.rank()}}").write_text(hashlib.sha256(total).hexdigest())
-run.destroy()
-"""
-    (tmp_path / "two.py").write_text(script)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            tmp_path / "two.py",
-        ],
-        check=True,
-        capture_output=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
-    assert len(lines(tmp_path / "out")) == 6 and (tmp_path / "out/config.json").exists()
+def train_on_ranks(rank: int, world_size: int, corpus: Path, out: Path):
+    """Twenty steps of each loop, as one of `world_size` processes."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    if world_size > 1:
+        store = (out.parent / f"{out.name}.store").as_uri()
+        torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world_size)
+    model = dict(unit_dilations=(1, 2), context_dilations=(1,))
+    model["dur_predictor_params"] = MODEL["dur_predictor_params"] | {"var_pred_dropout": 0.0}
+    stage = dict(eval_every=100, save_every=100, clip=1.0, lr=2e-5, frame_lr=1e-3)
+    learn(corpus, out / "frames", stage | dict(frame_steps=20, frame_batch=6, steps=0), model)
+    gan = dict(steps=20, batch_size=6, segment=4, margin=2, adversarial_start=0)  # on four: 1, 2, 1, 2
+    learn(corpus, out / "gan", stage | gan | dict(mpd_periods=(2,), msd_scales=1), model)
+    run.destroy()
 
 
-def test_gradients_are_averaged_over_the_ranks(monkeypatch):
+def test_one_process_and_many_learn_the_same(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus", 12)
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["train_vocoder"])  # torch is imported once, not seven times
+    runs = [
+        context.Process(target=train_on_ranks, args=(rank, world_size, corpus, tmp_path / str(world_size)))
+        for world_size in (1, 2, 4)
+        for rank in range(world_size)
+    ]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join()
+        assert process.exitcode == 0
+    for name in ("frames", "gan"):
+        one, *others = (tmp_path / str(world_size) / name for world_size in (1, 2, 4))
+        expected = checkpoint.load_state(Path(f"{one}.training/state.safetensors"))[0]
+        for many in others:
+            found = checkpoint.load_state(Path(f"{many}.training/state.safetensors"))[0]
+            assert found.keys() == expected.keys()
+            for key in expected:
+                if not key.startswith("optimizer"):
+                    assert (found[key] - expected[key]).abs().max() < 1e-6, (many, key)
+            for row, same in zip(lines(one), lines(many), strict=True):
+                assert row == pytest.approx(same, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "stage, message",
+    [
+        ({"batch_size": 3}, "batch_size 3 is less than 4 processes"),
+        ({"frame_steps": 1, "frame_batch": 3}, "frame_batch 3 of 5 recordings is less than 4"),
+    ],
+)
+def test_fewer_rows_than_processes_are_refused(corpus, tmp_path, monkeypatch, stage, message):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=message):
+        learn(corpus, tmp_path / "out", stage)
+
+
+def test_gradients_are_summed_over_the_ranks(monkeypatch):
     p = torch.nn.Parameter(torch.zeros(2, 2))
     q = torch.nn.Parameter(torch.zeros(3))
     unused = torch.nn.Parameter(torch.zeros(1))
     monkeypatch.setattr(train_vocoder.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train_vocoder.dist, "all_reduce", lambda flat: flat.add_(torch.arange(7.0)))
-    monkeypatch.setattr(train_vocoder.run, "world_size", lambda: 2)
     (2 * p.sum() + q.sum()).backward()
-    train_vocoder.average_gradients(torch.nn.ParameterList([p, unused, q]))
-    assert torch.equal(p.grad, torch.tensor([[2.0, 3.0], [4.0, 5.0]]) / 2)
-    assert torch.equal(q.grad, torch.tensor([5.0, 6.0, 7.0]) / 2)
+    train_vocoder.sum_gradients(torch.nn.ParameterList([p, unused, q]))
+    assert torch.equal(p.grad, torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
+    assert torch.equal(q.grad, torch.tensor([5.0, 6.0, 7.0]))
     assert unused.grad is None
