@@ -40,7 +40,11 @@ def test_the_blocks_of_the_walkthrough_give_what_they_show(monkeypatch):
 
 @pytest.mark.parametrize(
     "block, problem",
-    [("1 + 1  # -> 3", "1 \\+ 1"), ("x = 2  # -> 2", "only an expression"), ("[1, 2, 3]  # -> [1, 3 ...", "1, 2, 3")],
+    [
+        ("1 + 1  # -> 3", "1 \\+ 1"),
+        ("x = 2  # -> 2", "only an expression"),
+        ("[1, 2, 3]  # -> [1, 3 ...", "1, 2, 3"),
+    ],
 )
 def test_a_wrong_value_is_found(block, problem):
     with pytest.raises(AssertionError, match=problem):
