@@ -616,11 +616,11 @@ def evaluate(
             )
     dialogues = read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "family", "split"))
     out.mkdir(parents=True, exist_ok=True)
-    model.hear = functools.cache(model.hear)  # one recording is asked about in several ways: encode it once
+    model.to_units = functools.cache(model.to_units)  # one recording is asked about in several ways: encode it once
     before = None
     if (folder / "lora").is_dir():
         before = SpeechGPT(Llama.from_pretrained(folder / "llama", device=device), model.tok, model.extractor)
-        before.hear = model.hear
+        before.to_units = model.to_units
     with one_thread(model.llama):  # the judge has the others
         found, speech, examples = measure(model, before, Recognizer(), corpus, items, seed, out, takes)
     rows = score_all(found, Memory([d for d in dialogues if d["split"] == "train"]))

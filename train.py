@@ -59,7 +59,7 @@ from data import batches, documents
 from data import units as unit_files
 from data.tiny import prepare
 from evaluation.judge import need_extra
-from generate import generate
+from generate import Decoding, generate
 from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask, without_layers_above
 from llama import Llama, LlamaConfig
 from tokenizer import Tokenizer
@@ -770,7 +770,7 @@ def train_language(name: str, c: Config, folder: Path, device: torch.device):
         said = ""
         for ids, mask in shown[:3]:
             given = mask.index(True) if not mask[1] else len(ids) // 2  # the prompt, or half of what has none
-            reply = generate(model, [ids[:given]], tok, max_new=len(ids))[0]
+            reply = generate(model, [ids[:given]], tok, Decoding(max_new=len(ids)))[0]
             texts = {"given": ids[:given], "says": reply, "expected": ids[given:]}
             said += "".join(f"\n  {key:8} {tok.decode(value)}" for key, value in texts.items())
         return numbers, said

@@ -192,8 +192,8 @@ class KnownModel(OnlyLogits):
 
     n_speakers, takes = 1, 3
 
-    def hear(self, prompt):
-        raise AssertionError("reply_batch hears")
+    def to_units(self, prompt):
+        raise AssertionError("reply_batch encodes")
 
     def extractor(self, wav):
         return [SENTENCES.index(text_of(wav)) % 8, 7 - SENTENCES.index(text_of(wav)) % 8], [2, 3]
