@@ -616,7 +616,7 @@ def evaluate(
             )
     dialogues = read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "family", "split"))
     out.mkdir(parents=True, exist_ok=True)
-    model.to_units = functools.cache(model.to_units)  # one recording is asked about in several ways: encode it once
+    model.to_units = functools.cache(model.to_units)  # each recording is asked about several times
     before = None
     if (folder / "lora").is_dir():
         before = SpeechGPT(Llama.from_pretrained(folder / "llama", device=device), model.tok, model.extractor)
