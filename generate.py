@@ -84,7 +84,7 @@ class Grammar:
         repeat = torch.zeros(size).masked_fill(is_unit, -torch.inf)
 
         self.free = free
-        self.in_speech = after_speech[:vocab_size].to(device)  # (V,) is the token after this one speech?
+        self.in_speech = after_speech[:vocab_size].to(device)  # (V,) are we inside speech after this token?
         self.bias = torch.stack([outside, inside])[:, :vocab_size].to(device)  # (2, V)
         self.repeat = repeat[:vocab_size].to(device)  # (V,) added to the last token's own logit
 

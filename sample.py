@@ -83,7 +83,7 @@ class Request:
         if self.takes is not None and self.takes < 1:
             raise ValueError(f"takes is {self.takes}; speech is drawn at least once")
         if self.takes is not None and self.takes > 1 and not self.speaks_text:
-            raise ValueError("takes need a text to compare with: not asr, continue or standard prompting")
+            raise ValueError("takes > 1 need a text to compare with: not asr, continue, standard prompting")
 
     @property
     def speaks_text(self) -> bool:
@@ -184,6 +184,11 @@ class SpeechGPT:
     def n_speakers(self) -> int:
         embedding = getattr(self.vocoder, "spkr", None)
         return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 1
+
+    @property
+    def takes(self) -> int:
+        """Default maximum number of takes (`redraw_speech`)."""
+        return TAKES if is_small(self.llama) else 1
 
     # -- single steps
 
@@ -369,11 +374,6 @@ class SpeechGPT:
             notes.append("the model gave no text" + (", only speech" if parts.ua else ""))
         transcript = parts.ta if request.task == "asr" else parts.tq
         return Reply(transcript, parts.ta, parts.ua, wav, "; ".join(notes))
-
-    @property
-    def takes(self) -> int:
-        """Default maximum number of takes."""
-        return TAKES if is_small(self.llama) else 1
 
 
 def choose_dtype(dtype: str | torch.dtype, llama: Path, device: torch.device) -> torch.dtype:

@@ -41,7 +41,7 @@ def wild(tok) -> llama.Llama:
 
 
 def allowed(tok, ids: list[int]) -> set[int]:
-    """What the grammar lets follow, said slowly: by walking through all that came before."""
+    """The tokens that the grammar lets follow, found by walking through all that came before."""
     speaking, last = False, None
     for i in ids:
         speaking = i == tok.sosp or (speaking and i != tok.eosp)
@@ -259,7 +259,7 @@ def test_between_two_steps_of_a_stream_the_caller_is_undisturbed(tok, wild):
         torch.set_num_threads(1)
 
 
-def test_an_answer_ends_where_it_is_told_to(tok, wild):
+def test_an_answer_ends_at_a_stop_token(tok, wild):
     hot = Sampling(20.0)
     prompt = [tok.bos, tok.sosp]
     endless = Decoding(hot, hot, 200)

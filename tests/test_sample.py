@@ -73,16 +73,17 @@ def folder(tmp_path_factory) -> Path:
         )
     ).save_pretrained(folder / "vocoder")
 
-    heard, said = tokenizer.units_to_text(extractor(chirp())[0]), tokenizer.units_to_text(SPOKEN)
-    quadruplet = {"speech_i": heard, "text_i": ASKED, "text_r": ANSWERED, "speech_r": said}
+    question = tokenizer.units_to_text(extractor(chirp())[0])
+    answer = tokenizer.units_to_text(SPOKEN)
+    quadruplet = {"speech_i": question, "text_i": ASKED, "text_r": ANSWERED, "speech_r": answer}
     dialogues = [
         form(mode, **quadruplet)
         for form in (tokenizer.chain_of_modality, tokenizer.standard)
         for mode in ("s2s", "s2t", "t2s", "t2t")
     ]
-    dialogues.append(tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], heard, ASKED))
-    dialogues.append(tokenizer.cross_modal(tokenizer.TTS_INSTRUCTIONS[0], ANSWERED, said))
-    documents = [tok.document(*dialogue)[0] for dialogue in dialogues] + [tok.encode(heard)]
+    dialogues.append(tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], question, ASKED))
+    dialogues.append(tokenizer.cross_modal(tokenizer.TTS_INSTRUCTIONS[0], ANSWERED, answer))
+    documents = [tok.document(*dialogue)[0] for dialogue in dialogues] + [tok.encode(question)]
     width = max(map(len, documents))
     ids = torch.tensor([d + [0] * (width - len(d)) for d in documents])
     mask = torch.tensor([[True] * len(d) + [False] * (width - len(d)) for d in documents])
@@ -133,7 +134,7 @@ def test_other_places_and_precisions_answer_alike(folder, how):
     assert [reply.text for reply in gpt.reply_batch([ASKED, chirp()], "*2t")] == [ANSWERED] * 2
 
 
-def test_adapter_is_merged_or_stays_beside_int8(folder, gpt, tmp_path):
+def test_adapter_is_merged_or_stays_separate_with_int8(folder, gpt, tmp_path):
     (tmp_path / "llama").symlink_to(folder / "llama")
     model = lora.apply(llama.Llama.from_pretrained(folder / "llama"), 4, 8, ["q_proj", "v_proj"])
     for p in lora.parameters(model):
@@ -169,6 +170,7 @@ def test_replies_in_four_directions(gpt, mode, chain):
 def test_tasks(gpt):
     assert gpt.transcribe(chirp()).text == gpt.transcribe(chirp()).transcript == ASKED
     assert gpt.speak(ANSWERED, speech=GREEDY).units == SPOKEN
+    assert gpt.answer([ASKED], Request("t2t"))[0].text == gpt.reply(ASKED, "t2t").text == ANSWERED
     units = gpt.units(chirp())
     assert len(units) > 4
     middle = gpt.ids(chirp(), task="continue")
@@ -400,8 +402,8 @@ def cli(folder, tmp_path, monkeypatch, capsys):
             command_line(sample.main)
         except SystemExit as stop:
             code = stop.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     return run
 
@@ -488,6 +490,9 @@ BAD_FILES = {
         (["q.wav", "--top-k", "x"], "top-k"),
         (["q.wav", "--top-p", "2"], "top_p"),
         (["q.wav", "--batch", "0"], "--batch"),
+        (["q.wav", "--max-new", "0"], "max_new is 0"),
+        (["q.wav", "--takes", "0"], "at least once"),
+        (["q.wav", "--takes", "2", "--task", "asr"], "text to compare"),
         (["q.wav", "--model", "nowhere"], "nowhere"),
         (["q.wav", "--dtype", "int4"], "int4"),
         (["q.wav", "--device", "abacus"], "abacus"),
