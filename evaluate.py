@@ -224,11 +224,11 @@ def load_models(folder: Path, device: torch.device) -> tuple[SpeechGPT, SpeechGP
     for part, name in (("extractor", "hubert"), ("vocoder", "vocoder")):
         if getattr(model, part) is None:
             raise ValueError(f"{folder} has no {name}/: train that stage first")
-    model.hear = functools.cache(model.hear)
+    model.to_units = functools.cache(model.to_units)
     if not (folder / "lora").is_dir():
         return model, None
     before = SpeechGPT(Llama.from_pretrained(folder / "llama", device=device), model.tok, model.extractor)
-    before.hear = model.hear
+    before.to_units = model.to_units
     return model, before
 
 

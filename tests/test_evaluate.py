@@ -73,7 +73,7 @@ class KnownModel(OnlyLogits):
 
     n_speakers, takes = 1, 3
 
-    def hear(self, prompt):
+    def to_units(self, prompt):
         raise AssertionError("reply_batch encodes")
 
     def extractor(self, wav):
