@@ -87,7 +87,7 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- peft's folder -------------------------------------------------------------------------------------------
+# ---- peft's folder -----------------------------------------------------------------------------------------
 
 
 def named(layers: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
