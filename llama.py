@@ -285,7 +285,7 @@ class Llama(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype | None = None, device=None, int8: bool = False
     ) -> "Llama":
-        """Reads a LLaMA folder in Hugging Face's layout (safetensors or .bin, one file or several) or in Meta's.
+        """Reads a LLaMA folder in Hugging Face's layout (safetensors or .bin, sharded or not) or in Meta's.
 
         dtype: None is float32, whatever the file has. device: a torch.device or its name; over a list of them
         the layers are spread, all else is on the first. int8: the layers' matrices take a byte per weight.
