@@ -239,7 +239,7 @@ class Llama(nn.Module):
             rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
             mask = None if docs is None else PackedAttention(docs)
         else:
-            assert positions is None and docs is None, "a cache keeps its own positions, and has no documents"
+            assert positions is None and docs is None, "a cache counts positions itself, and has no documents"
             rope = cache.rope(T)
             mask = cache.mask(T, ids.device)
         for i, layer in enumerate(self.model.layers):
@@ -461,7 +461,7 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Pieces]]:
     shards = [checkpoint.read_tensors(file) for file in files]
     try:
         config = LlamaConfig(
-            vocab_size=sum(len(shard["output.weight"]) for shard in shards),  # params.json says -1
+            vocab_size=sum(len(shard["output.weight"]) for shard in shards),  # -1 in params.json
             hidden_dim=sum(len(shard["layers.0.feed_forward.w1.weight"]) for shard in shards),
             n_kv_heads=params.get("n_kv_heads"),
             rope_theta=params.get("rope_theta", 1e4),
@@ -574,8 +574,8 @@ Mask = Tensor | PackedAttention | None  # what Attention takes; None: causal
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, each token over itself and those before it; q, k and v as above.
 
-    On a CPU it is written out: the gradient of torch's own takes six times as long in bfloat16 at 70 tokens,
-    and three times at 190 (torch 2.13)."""
+    On a CPU it is written out: the gradient of torch's function takes six times as long in bfloat16 at 70
+    tokens, three times at 190 (torch 2.13)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     heads, T = q.shape[1], q.shape[2]

@@ -231,16 +231,16 @@ class Tokenizer:
         self.eoa = added.get("<eoa>", added.get("<eos>"))  # the end of an answer, under either name
         # Leftmost-longest match of a token. Units are looked up after the match: 1000 alternatives are slow.
         self.tokens = {"<unk>": self.unk, "<s>": self.bos, "</s>": self.eos} | added
-        others = [token for token in self.tokens if not re.fullmatch("<[0-9]+>", token)]
-        others.sort(key=len, reverse=True)
-        self.pattern = re.compile("|".join(["<[0-9]+>", *map(re.escape, others)]))
+        words = [token for token in self.tokens if not re.fullmatch("<[0-9]+>", token)]
+        words.sort(key=len, reverse=True)
+        self.pattern = re.compile("|".join(["<[0-9]+>", *map(re.escape, words)]))
 
     def __len__(self) -> int:
         return self.n_text + len(self.added)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, <s> first unless bos=False; </s> only where the text spells it."""
-        text.encode()  # half a surrogate pair (of a command line, say) is a ValueError here, not deep in C++
+        text.encode()  # half a surrogate pair (from a command line) is a ValueError here, not deep in C++
         ids = [self.bos] if bos else []
         start = 0
         after_added = False
@@ -493,5 +493,5 @@ def _read(path: Path, limit: int) -> bytes:
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"{path} is over {limit >> 20} MiB, too large to be what its name says")
+        raise ValueError(f"{path} is over {limit >> 20} MiB, too large for such a file")
     return data

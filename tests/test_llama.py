@@ -615,7 +615,7 @@ def test_int8_error_is_at_most_half_a_step(dtype, tolerance):
     step = W.abs().amax(1) / 127
     back = layer.weight.float() * layer.scale[:, None]
     assert ((back - W).abs() <= step[:, None] * 0.501).all() and layer.weight.dtype == torch.int8
-    for x in (few, few.repeat(1, 9, 1)):  # few rows and many take different ways
+    for x in (few, few.repeat(1, 9, 1)):  # few rows and many take different branches
         y, exact = layer(x.to(dtype)), x.to(dtype).float() @ back.T
         assert y.dtype == dtype and y.shape == (*x.shape[:2], 32)
         assert ((y.float() - exact).abs() <= tolerance * exact.abs().amax((0, 1))).all()

@@ -191,11 +191,11 @@ def test_unknown_mode_or_style_is_a_programmer_error():
 # ---- Documents, masks, prompts -----------------------------------------------------------------------------
 
 UNITS = st.lists(st.integers(0, 99), min_size=1, max_size=20)
-# Text that people say: anything printable that spells no marker and no "▁" of sentencepiece.
-SAID = st.text(
+# Text of a dialogue: anything printable that spells no marker and no "▁" of sentencepiece.
+SENTENCES = st.text(
     st.characters(exclude_categories=("C", "Z"), exclude_characters="<>[]▁;") | st.just(" "), max_size=40
 )
-SAID = SAID.map(lambda t: " ".join(t.split())).filter(bool)
+SENTENCES = SENTENCES.map(lambda t: " ".join(t.split())).filter(bool)
 
 
 def pairs(tok, mode, text_i, text_r, units_i, units_r):
@@ -214,8 +214,8 @@ def pairs(tok, mode, text_i, text_r, units_i, units_r):
 @given(
     name=st.sampled_from(["eos", "eoa", "tiny"]),
     mode=st.sampled_from(MODES),
-    text_i=SAID,
-    text_r=SAID,
+    text_i=SENTENCES,
+    text_r=SENTENCES,
     units_i=UNITS,
     units_r=UNITS,
 )
@@ -538,7 +538,7 @@ def test_check_vocab(toks):
             toks["eos"].check_vocab(size, "the-folder")
 
 
-# ---- Files that are not what they say ----------------------------------------------------------------------
+# ---- Malformed files ---------------------------------------------------------------------------------------
 
 UNITS_ONLY = {"<0>": 1000, "<1>": 1001, "<sosp>": 1002, "<eosp>": 1003}
 BAD_TABLES = {
