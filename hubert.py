@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from data.audio import HOP, RATE, WINDOW, n_frames
+from files import read_json, write_json
 
 
 @dataclass
@@ -404,7 +405,7 @@ class HuBERT(nn.Module):
         tensors = {name: tensor for name, tensor in self.state_dict().items() if not re.match(HEAD, name)}
         Path(folder).mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
-        checkpoint.write_json(Path(folder) / "config.json", to_hugging_face(self.config))
+        write_json(Path(folder) / "config.json", to_hugging_face(self.config))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, n_layers: int | None = None) -> HuBERT:
@@ -648,7 +649,7 @@ class UnitExtractor(nn.Module):
     def save_pretrained(self, folder: str | Path):
         self.model.save_pretrained(folder)
         self.kmeans.save(folder)
-        checkpoint.write_json(Path(folder) / "units.json", {"layer": self.layer, "smooth": self.smooth})
+        write_json(Path(folder) / "units.json", {"layer": self.layer, "smooth": self.smooth})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, layer: int | None = None) -> UnitExtractor:
@@ -657,7 +658,7 @@ class UnitExtractor(nn.Module):
         `layer` None: what units.json says, else 11, the layer of the released mHuBERT units."""
         folder = Path(folder)
         said = folder / "units.json"
-        written = checkpoint.read_json(said) if said.exists() else {"layer": 11}
+        written = read_json(said) if said.exists() else {"layer": 11}
         found = (written.get("layer"), written.get("smooth", 1)) if isinstance(written, dict) else (None, 1)
         if not all(type(n) is int and n > 0 for n in found) or found[1] % 2 == 0:
             raise ValueError(f'{said}: must say {{"layer": number}}, and perhaps {{"smooth": odd number}}')
@@ -732,7 +733,7 @@ def to_hugging_face(cfg: HuBERTConfig) -> dict:
 
 
 def read_hugging_face(folder: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
-    table = checkpoint.read_json(folder / "config.json")
+    table = read_json(folder / "config.json")
     if not isinstance(table, dict):
         raise ValueError(f"{folder}/config.json: not a table of settings")
     for key, value in HF_FIXED.items():

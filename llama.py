@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
+from files import read_json, write_json
 
 
 @dataclass
@@ -368,7 +369,7 @@ class Llama(nn.Module):
                 )
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(folder / "model.safetensors", tensors)
-        checkpoint.write_json(folder / "config.json", config_to_json(self.config, dtype))
+        write_json(folder / "config.json", config_to_json(self.config, dtype))
 
     @classmethod
     def from_pretrained(
@@ -508,7 +509,7 @@ Pieces = tuple[list[Tensor], int | None, int | None]  # the arguments of `join`
 def read_hf(folder: Path) -> tuple[LlamaConfig, dict[str, Pieces]]:
     """Old files also hold the angles of RoPE, `rotary_emb.inv_freq`, at times rounded to bf16: left out, as
     rope_table computes them."""
-    config = config_from_json(checkpoint.read_json(folder / "config.json"), folder / "config.json")
+    config = config_from_json(read_json(folder / "config.json"), folder / "config.json")
     return config, {
         name: ([tensor], None, None)
         for name, tensor in checkpoint.read_tensors(folder).items()
@@ -543,7 +544,7 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Pieces]]:
             f"{folder}: no LLaMA here: neither config.json nor params.json with consolidated.*.pth"
         )
     params, shards = (
-        checkpoint.read_json(folder / "params.json"),
+        read_json(folder / "params.json"),
         [checkpoint.read_tensors(file) for file in files],
     )
     try:

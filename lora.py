@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+from files import read_json, write_json
 
 
 class LoRALinear(nn.Module):
@@ -106,7 +107,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     m = next(iter(layers.values()))
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_tensors(folder / "adapter_model.safetensors", named(layers))
-    checkpoint.write_json(
+    write_json(
         folder / "adapter_config.json",
         {
             "peft_type": "LORA",
@@ -129,7 +130,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Applies the adapter that peft or `save` wrote; rank, alpha and targets come from its config. One that does not
     fit is refused, and the model then unchanged."""
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    config = checkpoint.read_json(path)
+    config = read_json(path)
     tensors = checkpoint.read_tensors(weights if weights.exists() else weights.with_suffix(".bin"))
     try:
         layers = new_adapters(model, *read_config(config))

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from files import write_atomic
+
 
 @dataclass(frozen=True)
 class Run:
@@ -147,9 +149,7 @@ class Metrics:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):  # the half line of a killed run
                     continue
-        temporary = self.path.with_name(self.path.name + ".part")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomic(self.path, "".join(kept).encode())
 
     def write(self, **numbers: float | str):
         if rank() > 0:

@@ -31,6 +31,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from files import write_atomic
+
 # Templates. What follows "[SpeechGPT]: " is the answer. {SpeechI} {TextI} {TextR} {SpeechR} are the paper's quadruplet:
 # the instruction and the response, as speech and as text.
 PAPER = {  # section 3.1 and Appendix C, word for word, slips included (no <eoh> in text-to-text)
@@ -431,11 +433,8 @@ class Tokenizer:
         files = {
             f"{name}.json": json.dumps(table, indent=2).encode() + b"\n" for name, table in tables.items()
         }
-        for name, data in (
-            {"tokenizer.model": model} | files
-        ).items():  # each is whole or absent after a kill
-            (folder / f"{name}.part").write_bytes(data)
-            (folder / f"{name}.part").replace(folder / name)
+        for name, data in ({"tokenizer.model": model} | files).items():
+            write_atomic(folder / name, data)
         return tokenizer
 
 

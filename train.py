@@ -41,7 +41,8 @@ from data import batches, documents
 from data import units as unit_files
 from data.tiny import prepare
 from evaluation.judge import need_extra
-from generate import generate
+from evaluation.measures import check_targets
+from generate import Decoding, generate
 from hubert import KMeans
 from llama import Llama, LlamaConfig
 from run import Run, barrier, destroy, init_distributed, rank, world_size
@@ -109,6 +110,10 @@ class CorpusSection:
 class EvaluateSection:
     items: Whole = 120  # in a row of the report; 0: all there are
     takes: Count | None = None  # spoken answers drawn at most; None: as sample.py does
+    targets: dict = field(default_factory=dict)  # a row's key: what it should reach, as in configs/tiny.toml
+
+    def __post_init__(self):
+        check_targets(self.targets)
 
 
 @dataclass
@@ -216,7 +221,7 @@ def held_out_probe(run: Run, section: Language, tok: Tokenizer, model: Llama, lo
         lines = ""
         for ids, mask in rendered[:3]:
             prompt = mask.index(True) if not mask[1] else len(ids) // 2  # half of a document without a prompt
-            answer = generate(model, [ids[:prompt]], tok, max_new=len(ids))[0]
+            answer = generate(model, [ids[:prompt]], tok, Decoding(max_new=len(ids)))[0]
             lines += f"\n  prompt   {tok.decode(ids[:prompt])}"
             lines += f"\n  answer   {tok.decode(answer)}"
             lines += f"\n  expected {tok.decode(ids[prompt:])}"
@@ -349,6 +354,7 @@ def evaluate_stage(run: Run, config: Config):
             seed=run.seed,
             device=run.device,
             takes=config.evaluate.takes,
+            targets=config.evaluate.targets,
         )
 
 

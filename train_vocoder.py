@@ -32,9 +32,9 @@ import checkpoint
 import config
 import run
 import vocoder as v
-from checkpoint import read_jsonl
 from config import Amount, Count, Share, Whole
 from data import audio
+from files import read_jsonl
 from hubert import KMeans
 from vocoder import UnitVocoder, VocoderConfig
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import checkpoint
+from files import read_json, write_json
 
 SLOPE = 0.1  # of every leaky ReLU but the generator's last
 
@@ -351,7 +352,7 @@ class UnitVocoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.state_dict().items()}
         checkpoint.save_tensors(folder / "generator.safetensors", tensors)
-        checkpoint.write_json(folder / "config.json", dataclasses.asdict(self.config))
+        write_json(folder / "config.json", dataclasses.asdict(self.config))
 
 
 class FrameSpectrum(nn.Module):
@@ -572,7 +573,7 @@ def read_folder(folder: Path) -> tuple[VocoderConfig, dict[str, Tensor], str]:
 
 def read_config(path: Path) -> VocoderConfig:
     """Keys that say how it was trained (batch_size, mel settings, data) are passed over."""
-    table = checkpoint.read_json(path)
+    table = read_json(path)
     if not isinstance(table, dict):
         raise ValueError(f"{path}: not a vocoder config (a JSON object of settings)")
     if table.get("multistyle") or table.get("f0_quant_num_bin"):

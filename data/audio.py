@@ -17,14 +17,16 @@ References: libsndfile (http://libsndfile.github.io/libsndfile), soxr (https://s
 layout of wav files http://soundfile.sapp.org/doc/WaveFormat.
 """
 
+import io
 import json
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
+
+from files import write_atomic
 
 RATE = 16000  # samples a second
 WINDOW = 400  # samples that a frame of HuBERT sees: 25 ms
@@ -161,23 +163,16 @@ def stretch(wav: np.ndarray, pace: float, window: int = 480, search: int = 120) 
 def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
     """Writes wav (N,) in [-1, 1] as 16-bit mono wav. Atomic: an old file stays until the new one is complete.
 
-    No fsync: a corpus is thousands of small files that can be made again.
+    Without sync: a corpus is thousands of small files that can be made again.
     """
     wav = np.asarray(wav, np.float32)
     assert wav.ndim == 1, f"expected (N,) samples, got shape {wav.shape}"
     assert np.isfinite(wav).all(), "samples must be finite"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        soundfile.write(
-            part, (wav.clip(-1, 1) * 32767).round().astype(np.int16), rate, "PCM_16", format="WAV"
-        )
-        os.replace(part, path)
-    except soundfile.LibsndfileError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    content = io.BytesIO()
+    soundfile.write(content, (wav.clip(-1, 1) * 32767).round().astype(np.int16), rate, "PCM_16", format="WAV")
+    write_atomic(path, content.getvalue(), sync=False)
 
 
 def read_manifest(folder: str | Path) -> list[dict]:

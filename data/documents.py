@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizer
-from checkpoint import read_jsonl
 from data.units import OWN_VOICE, read_perturbed, read_units
+from files import read_jsonl
 
 Document = tuple[list[int], list[bool]]
 SOMEBODY = -1  # a speaker without a number, who never talks for the model

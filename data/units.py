@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import run
-from checkpoint import read_jsonl
 from data import audio
+from files import read_jsonl, write_atomic
 
 OWN_VOICE = 0  # the speaker in whose voice the model answers
 
@@ -114,9 +113,7 @@ def extract(
     }
     (corpus / "perturbed.jsonl").unlink(missing_ok=True)  # of other units
     for name, part in parts.items():
-        checkpoint.write_atomic(
-            corpus / f"{name}.jsonl", part.read_bytes()
-        )  # perhaps on another disk: no rename
+        write_atomic(corpus / f"{name}.jsonl", part.read_bytes())  # perhaps on another disk: no rename
     for part in parts.values():
         part.unlink()
 
@@ -131,7 +128,7 @@ def _extract(
         line for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")
     ]
     finished = {json.loads(line)["id"] for line in lines}
-    part.write_text("".join(lines), encoding="utf-8")
+    write_atomic(part, "".join(lines).encode())
     rows = [row for row in rows if row["id"] not in finished]
     for first in range(0, len(rows), portion):
         some = rows[first : first + portion]

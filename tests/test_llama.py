@@ -12,6 +12,7 @@ import torch
 from build_7b import build
 
 import checkpoint
+from files import read_json, write_json
 from llama import Documents, Int8Linear, Llama, LlamaConfig, next_token_loss
 
 CONFIG = dict(vocab_size=101, dim=48, n_layers=3, n_heads=6, hidden_dim=80, max_len=96)
@@ -396,8 +397,8 @@ def test_released_sizes(name, hidden, shapes):
 def rewrite(folder, tmp_path, **changes):
     """A copy of a folder whose config.json differs; None removes a key."""
     checkpoint.save_tensors(tmp_path / "model.safetensors", checkpoint.read_tensors(folder))
-    table = checkpoint.read_json(folder / "config.json") | changes
-    checkpoint.write_json(tmp_path / "config.json", {k: v for k, v in table.items() if v is not None})
+    table = read_json(folder / "config.json") | changes
+    write_json(tmp_path / "config.json", {k: v for k, v in table.items() if v is not None})
     return tmp_path
 
 

@@ -12,7 +12,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def tracked(*patterns: str) -> list[str]:
-    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return listed.stdout.splitlines()
 
 
@@ -23,7 +25,11 @@ def test_the_built_wheel_holds_every_module(tmp_path):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file() and not name.startswith("weights/"):
             (source / name).write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-c", "import sys; from setuptools import build_meta as b; b.build_wheel(sys.argv[1])"]
+    build = [
+        sys.executable,
+        "-c",
+        "import sys; from setuptools import build_meta as b; b.build_wheel(sys.argv[1])",
+    ]
     done = subprocess.run([*build, str(tmp_path)], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")

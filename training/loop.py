@@ -77,7 +77,14 @@ def optimize(
     optimizers = make_optimizers(trained, section, device)
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / "state.safetensors"
-    first = load_training(state_file, trained, optimizers) if state_file.exists() else 0
+    modules = {"model": trained}
+    first = 0
+    if state_file.exists():
+        first = checkpoint.load_training(state_file, modules, optimizers)["step"]
+        if first > section.steps:
+            raise ValueError(
+                f"{state_file} is of step {first} of {section.steps}; delete {folder} to begin anew"
+            )
     metrics = Metrics(run.metrics / f"{name}.jsonl", first)
     objective = data_parallel(Objective(model, loss).train(), device)
     steps = torch.utils.data.DataLoader(
@@ -92,7 +99,7 @@ def optimize(
     for step, micro_batches in enumerate(steps, first):
         torch.manual_seed(zlib.crc32(f"{run.seed} {name} {step} {rank()}".encode()))
         lr = cosine(step, section.warmup, section.steps, section.lr, section.floor)
-        for optimizer in optimizers:
+        for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
@@ -111,7 +118,7 @@ def optimize(
         # ---- update
         norm = nn.utils.clip_grad_norm_(trained.values(), section.clip)
         with autocast(device, section.bf16):  # Muon's matrix products
-            for optimizer in optimizers:
+            for optimizer in optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
@@ -131,7 +138,7 @@ def optimize(
             began = time.perf_counter()
         metrics.write(step=step, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, **numbers)
         if (step + 1) % section.save_every == 0 and rank() == 0:
-            save_training(state_file, trained, optimizers, step + 1)
+            checkpoint.save_training(state_file, modules, optimizers, {"step": step + 1})
     bar.close()
     model.eval()
 
@@ -179,8 +186,8 @@ def gradients_exchanged(objective: nn.Module, now: bool):
 
 def make_optimizers(
     trained: dict[str, nn.Parameter], section: Optimization, device: torch.device
-) -> list[torch.optim.Optimizer]:
-    """AdamW, and with section.muon also Muon for the matrices of the layers. Each parameter belongs to one of them."""
+) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and with section.muon also Muon for the matrices of the layers. Each parameter belongs to one."""
     tables = (
         "embed_tokens.weight",
         "lm_head.weight",
@@ -198,37 +205,7 @@ def make_optimizers(
         {"params": vectors, "weight_decay": 0.0},
     ]
     fused = device.type != "mps"
-    optimizers = [torch.optim.AdamW(groups, section.lr, tuple(section.betas), fused=fused)]
+    optimizers = {"adamw": torch.optim.AdamW(groups, section.lr, tuple(section.betas), fused=fused)}
     if inner:
-        optimizers.append(Muon(inner, section.lr, weight_decay=section.weight_decay))
+        optimizers["muon"] = Muon(inner, section.lr, weight_decay=section.weight_decay)
     return optimizers
-
-
-SLOTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # optimizer state per parameter, of AdamW and of Muon
-
-
-def save_training(path: Path, trained: dict[str, nn.Parameter], optimizers: list, step: int):
-    tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
-    for name, p in trained.items():
-        for optimizer in optimizers:
-            tensors |= {f"{slot}.{name}": value for slot, value in optimizer.state.get(p, {}).items()}
-    checkpoint.save_state(path, tensors, {"step": step})
-
-
-def load_training(path: Path, trained: dict[str, nn.Parameter], optimizers: list) -> int:
-    """Restores weights and optimizer state; returns the step to continue with."""
-    tensors, meta = checkpoint.load_state(path)
-    owner = {p: opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
-    for name, p in trained.items():
-        saved = tensors.get(f"model.{name}")
-        if saved is None or saved.shape != p.shape:
-            raise ValueError(
-                f"{path}: does not fit this config (at {name}); delete {path.parent} to begin anew"
-            )
-        p.data.copy_(saved)
-        owner[p].state[p] = {
-            slot: tensors[f"{slot}.{name}"].clone().to(p.device)
-            for slot in SLOTS
-            if f"{slot}.{name}" in tensors
-        }
-    return meta["step"]

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import torch
 
-import checkpoint
 from config import command_line
+from files import read_json, write_json
 from run import Run, barrier, rank, world_size
 from training.loop import MAY_CHANGE
 
@@ -66,9 +66,9 @@ def run_stage(stages: dict[str, Stage], name: str, run: Run, config):
     now = {"sections": {key: to_json(getattr(config, key)) for key in stage.sections}, "after": inputs}
     record = folder / "config.json"
     if record.exists():
-        check_unchanged(name, folder, checkpoint.read_json(record), now)
+        check_unchanged(name, folder, read_json(record), now)
     elif rank() == 0:
-        checkpoint.write_json(record, now)
+        write_json(record, now)
     done = folder / "done.json"
     if done.exists():
         if rank() == 0:
@@ -81,7 +81,7 @@ def run_stage(stages: dict[str, Stage], name: str, run: Run, config):
     began = time.perf_counter()
     stage.work(run, config)
     if rank() == 0:
-        checkpoint.write_json(done, {"finished": time.time(), "seconds": time.perf_counter() - began})
+        write_json(done, {"finished": time.time(), "seconds": time.perf_counter() - began})
         (folder / "state.safetensors").unlink(missing_ok=True)
     barrier()
 
@@ -91,7 +91,7 @@ def finished(stages: dict[str, Stage], name: str, run: Run, config) -> float | N
     if stages[name].skip(config):
         return 0.0
     done = run.state(name) / "done.json"
-    return checkpoint.read_json(done)["finished"] if done.exists() else None
+    return read_json(done)["finished"] if done.exists() else None
 
 
 def check_unchanged(name: str, folder: Path, before: dict, now: dict):

@@ -45,10 +45,10 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a script: let it find `data`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import checkpoint
 from data import audio
 from data.tiny import world
 from data.tiny.world import chance
+from files import write_jsonl
 
 SPEAKERS = (1.0, 0.88, 1.07, 1.14, 1.21)  # r of each; a recogniser reads all of them, below 0.85 it does not
 # (hibari runs phones together when speed / r is above 1.33: speaker 1 at a pace of 1.17 and more; LOG.md)
@@ -278,10 +278,10 @@ def prepare(
         }
         for u in utterances
     ]
-    checkpoint.write_jsonl(out / "dialogues.jsonl", rows)
-    for half in (out / "wav").glob("*.part"):  # what a killed run was writing
+    write_jsonl(out / "dialogues.jsonl", rows)
+    for half in wavs.glob(".*.tmp"):  # what a killed run was writing
         half.unlink(missing_ok=True)
-    checkpoint.write_jsonl(out / "manifest.jsonl", manifest)  # last: a folder with a manifest is complete
+    write_jsonl(out / "manifest.jsonl", manifest)  # last: a folder with a manifest is complete
 
 
 def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) -> None:
