@@ -816,6 +816,8 @@ def read_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> list[dict]:
         raise FileNotFoundError(f"{path}: no such file; run the stage that writes it first")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not all(key in row for key in needed):

@@ -45,6 +45,7 @@ import run
 from checkpoint import read_jsonl
 from config import command_line
 from data import audio
+from data.corpus import read_dialogues, read_manifest
 from evaluation.judge import Recognizer, errors, need_extra, normalize_text, same
 from generate import one_thread
 from llama import Llama
@@ -287,7 +288,7 @@ def measure(
     Of each split, `items` recordings are transcribed and `items` questions answered in text; half as many are
     resynthesised, read aloud, answered in speech and by standard prompting: what is spoken the judge has to hear,
     which takes longest. `before` is the model without its adapter, if it has one; it transcribes half as many."""
-    manifest = audio.read_manifest(corpus)
+    manifest = read_manifest(corpus)
 
     def draw(split: str, wanted) -> list[dict]:
         rows = [row for row in manifest if row["split"] == split and wanted(row)]
@@ -614,7 +615,8 @@ def evaluate(
             raise ValueError(
                 f"{folder} has no {'hubert' if part == 'extractor' else part}/: train that stage first"
             )
-    dialogues = read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "family", "split"))
+    read_manifest(corpus)  # what is wrong with it is told before any work
+    dialogues = read_dialogues(corpus)
     out.mkdir(parents=True, exist_ok=True)
     model.hear = functools.cache(model.hear)  # one recording is asked about in several ways: encode it once
     before = None
@@ -624,7 +626,7 @@ def evaluate(
     with one_thread(model.llama):  # the judge has the others
         found, speech, examples = measure(model, before, Recognizer(), corpus, items, seed, out, takes)
     rows = score_all(found, Memory([d for d in dialogues if d["split"] == "train"]))
-    train = train_units(model.extractor, audio.read_manifest(corpus), corpus, 400)
+    train = train_units(model.extractor, read_manifest(corpus), corpus, 400)
     bits = {"bits": ("bits per unit of held-out speech", model)}
     if (folder.parent / "stage1").is_dir():
         bits["bits.1"] = (

@@ -57,6 +57,8 @@ import train_vocoder
 from config import Amount, Count, Limits, Positive, Share, Whole
 from data import batches, documents
 from data import units as unit_files
+from data.corpus import TARGET_SPEAKER, read_manifest
+from data.corpus import check as check_corpus
 from data.tiny import prepare
 from evaluation.judge import need_extra
 from generate import generate
@@ -399,10 +401,11 @@ def corpus_folder(c: Config) -> Path:
 
 
 def make_corpus(c: Config, folder: Path, device: torch.device):
-    if c.corpus.name == "tiny" and run.rank() == 0:
-        prepare.prepare(corpus_folder(c), seed=c.seed, **c.corpus.options)
+    if run.rank() == 0:
+        if c.corpus.name == "tiny":
+            prepare.prepare(corpus_folder(c), seed=c.seed, **c.corpus.options)
+        check_corpus(corpus_folder(c))  # whoever made it, it must be readable
     run.barrier()
-    unit_files.read_manifest(corpus_folder(c))  # whoever made it, it must be readable
 
 
 def train_hubert(c: Config, folder: Path, device: torch.device):
@@ -442,7 +445,7 @@ def hubert_round(
     if not weights.exists():
         rows = [
             row
-            for row in unit_files.read_manifest(corpus)
+            for row in read_manifest(corpus)
             if row["split"] == "train" and h.speaker in (None, row["speaker"])
         ]
         if not rows:
@@ -522,7 +525,7 @@ def make_units(c: Config, folder: Path, device: torch.device):
         model = HuBERT(dataclasses.replace(c.hubert.model, n_classes=0, n_layers=c.units.layer))
         checkpoint.assign(model, tensors, str(weights))
         model.to(device).eval()
-        rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
+        rows = [row for row in read_manifest(corpus) if row["split"] == "train"]
         features = partial(layer_features, model, c.units.layer, c.units.smooth)
         kmeans = fit_clusters(
             corpus, rows, features, c.units.clusters, c.units.cluster_frames, c.seed, device
@@ -542,7 +545,7 @@ def normalize(c: Config, folder: Path, extractor: UnitExtractor, device: torch.d
     """HuBERT learns to give to a sentence, whoever says it, the units that it has in the model's own voice: the speech
     normaliser of Lee et al. 2022 (arXiv:2112.08352 §3.2), for every frame instead of by CTC. The clusters stay."""
     o, target_file = c.normalize, folder / "found/targets.npz"
-    rows = {row["id"]: row for row in unit_files.read_manifest(corpus_folder(c)) if row["split"] == "train"}
+    rows = {row["id"]: row for row in read_manifest(corpus_folder(c)) if row["split"] == "train"}
     if not target_file.exists() and run.rank() == 0:
         found = own_units(corpus_folder(c), [*rows.values()], extractor, device)
         save_labels(
@@ -555,16 +558,14 @@ def normalize(c: Config, folder: Path, extractor: UnitExtractor, device: torch.d
         raise ValueError(
             f"{target_file} is of other recordings than {corpus_folder(c)}; delete {folder} to begin anew"
         )
-    other = np.array([rows[id]["speaker"] != unit_files.OWN_VOICE for id in ids])
+    other = np.array([rows[id]["speaker"] != TARGET_SPEAKER for id in ids])
     others = o.others if other.any() else 0.0  # who is further from the own voice is heard more often:
     share = np.where(other, others * apart / (apart.sum() or 1.0), (1 - others) / (~other).sum())
     perturb = [o.perturb_others if another else o.perturb for another in other]
     wavs = [corpus_folder(c) / rows[id]["wav"] for id in ids]
-    batch_at = batches.played_crops(
-        wavs,
-        load_labels(target_file),
-        perturb,
-        share,
+    labels = load_labels(target_file)
+    batch_at = batches.weighted_crops(
+        [batches.Recording(*fields) for fields in zip(wavs, labels, perturb, share)],
         o.frames,
         c.seed,
         o.batch_size,
@@ -595,7 +596,7 @@ def own_units(
     corpus: Path, rows: list[dict], extractor: UnitExtractor, device: torch.device, portion: int = 2000
 ) -> list[Target]:
     """Of the own voice its units; of another speaker those of the own voice's most similar recording of the sentence,
-    frame for frame (`units.warp`). What the own voice never says teaches nothing."""
+    frame for frame (`units.dtw_align`). What the own voice never says teaches nothing."""
 
     def hear(wav: Tensor) -> tuple[np.ndarray, np.ndarray]:
         x = layer_features(extractor.model, extractor.layer, extractor.smooth, wav)
@@ -606,13 +607,13 @@ def own_units(
             some = rows[first : first + portion]
             yield from zip(some, unit_files.map_speech(corpus, some, hear, device, title))
 
-    own = [row for row in rows if row["speaker"] == unit_files.OWN_VOICE]
+    own = [row for row in rows if row["speaker"] == TARGET_SPEAKER]
     if not own:
         raise ValueError(
-            f"{corpus}: normalize.steps needs training recordings of speaker {unit_files.OWN_VOICE}, "
+            f"{corpus}: normalize.steps needs training recordings of speaker {TARGET_SPEAKER}, "
             "the model's own voice; set it to 0"
         )
-    others = [row for row in rows if row["speaker"] != unit_files.OWN_VOICE]
+    others = [row for row in rows if row["speaker"] != TARGET_SPEAKER]
     echoed = {row["text"] for row in others}
     targets, said = [], defaultdict(list)
     for row, (x, units) in heard(own, "the own voice"):
@@ -620,7 +621,7 @@ def own_units(
         if row["text"] in echoed:
             said[row["text"]].append((x, units))
     for row, (x, _) in heard([row for row in others if row["text"] in said], "the others"):
-        ways = [(*unit_files.warp(x, mine), units) for mine, units in said[row["text"]]]
+        ways = [(*unit_files.dtw_align(x, mine), units) for mine, units in said[row["text"]]]
         way, apart, units = min(ways, key=lambda found: found[1])
         if apart < math.inf:
             targets.append(Target(row["id"], units[way], apart))
@@ -674,7 +675,7 @@ def grown_llama(c: Config, tok: Tokenizer) -> Llama:
                 f"{c.pretrained}: its HuBERT makes {k} units, its LLaMA knows {known.n_units}; the two "
                 "are of different models"
             )
-        shares = unit_files.heard_together(corpus_folder(c), extractor, c.units.clusters)
+        shares = unit_files.cooccurrence(corpus_folder(c), extractor, c.units.clusters)
         for old, table in zip(before, tables):
             translate_rows(old, table.weight.data, shares, known, tok)
     elif c.units.embed_centers:
@@ -798,7 +799,7 @@ def known_vocoder(c: Config) -> UnitVocoder | None:
         )
     if (n := c.units.clusters) > c.vocoder_model.num_embeddings:
         raise ValueError(f"there are {n} clusters; set vocoder_model.num_embeddings to at least {n}")
-    shares = unit_files.heard_together(corpus_folder(c), extractor, n)
+    shares = unit_files.cooccurrence(corpus_folder(c), extractor, n)
     vocoder = UnitVocoder(c.vocoder_model)
     vocoder.load_state_dict(before.state_dict() | {"dict.weight": vocoder.dict.weight.data})
     vocoder.dict.weight.data[:n] = shares @ before.dict.weight.data[:k]
