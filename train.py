@@ -37,8 +37,7 @@ import lora
 import train_hubert
 import train_vocoder
 from config import Amount, Count, Parser, Positive, Share, Whole, command_line, load, read
-from data import batches, documents
-from data import units as unit_files
+from data import batches, corpus, documents
 from data.tiny import prepare
 from evaluation.judge import need_extra
 from evaluation.measures import check_targets
@@ -304,10 +303,11 @@ LANGUAGE = {
 
 
 def make_corpus(run: Run, config: Config):
-    if config.corpus.name == "tiny" and rank() == 0:
-        prepare.prepare(run.corpus, seed=run.seed, **config.corpus.options)
+    if rank() == 0:
+        if config.corpus.name == "tiny":
+            prepare.prepare(run.corpus, seed=run.seed, **config.corpus.options)
+        corpus.check(run.corpus)  # whoever made it, it must be readable
     barrier()
-    unit_files.read_manifest(run.corpus)  # whoever made it, it must be readable
 
 
 def train_hubert_stage(run: Run, config: Config):

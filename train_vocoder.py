@@ -34,6 +34,7 @@ import run
 import vocoder as v
 from config import Amount, Count, Share, Whole
 from data import audio
+from data.corpus import read_manifest
 from files import read_jsonl
 from hubert import KMeans
 from vocoder import UnitVocoder, VocoderConfig
@@ -96,7 +97,7 @@ class Speech:
     def __init__(self, corpus: Path, units: Path, split: str):
         self.corpus = corpus
         found = {row["id"]: row for row in read_jsonl(units, ("id", "units", "durations"))}
-        rows = read_jsonl(corpus / "manifest.jsonl", ("id", "wav", "speaker", "split"))
+        rows = read_manifest(corpus)
         self.rows = [row | found[row["id"]] for row in rows if row["split"] == split and row["id"] in found]
         if not self.rows and split == "train":
             raise ValueError(
