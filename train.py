@@ -330,16 +330,13 @@ def vocoder_stage(run: Run, config: Config):
         config.vocoder,
         config.vocoder_model,
         run.corpus,
-        run.corpus / "units.jsonl",
-        run.model / "vocoder",
-        run.device,
+        out=run.model / "vocoder",
         work=work,
+        metrics=run.metrics / "vocoder.jsonl",
+        device=run.device,
         kmeans=kmeans,
-        begin=initial,
+        initial=initial,
     )
-    if rank() == 0:
-        run.metrics.mkdir(exist_ok=True)
-        shutil.copyfile(work / "metrics.jsonl", run.metrics / "vocoder.jsonl")
 
 
 def evaluate_stage(run: Run, config: Config):
