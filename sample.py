@@ -473,7 +473,7 @@ def arguments() -> argparse.Namespace:
     add("--top-p", type=float)
     add("--seed", type=int, default=0)
     add("--max-new", type=int, help="tokens in an answer (default: what the context holds)")
-    add("--takes", type=int, help=f"draw poor speech again, up to N times (small models: {TAKES}, else 1)")
+    add("--takes", type=int, help=f"most takes of speech that scores badly (small models: {TAKES}, else 1)")
     add("--speaker", type=int, help="number of the speaker, for a vocoder with several")
     add("--batch", type=int, default=8, help="prompts answered at the same time")
     add("--device", default="auto", help="cpu, cuda, mps, or several: cuda:0,cuda:1")
