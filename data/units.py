@@ -177,7 +177,7 @@ def heard_together(corpus: str | Path, extractor, n_units: int, recordings: int 
     in those recordings nothing else."""
     rows = [row for row in read_units(corpus) if row["split"] == "train"]
     rows = random.Random(0).sample(rows, min(len(rows), recordings))
-    heard = map_speech(corpus, rows, extractor.frames, torch.device("cpu"), "units heard before and now")
+    heard = map_speech(corpus, rows, extractor.frame_units, torch.device("cpu"), "units heard before and now")
     frames = torch.zeros(n_units, len(extractor.kmeans.centers))
     for row, before in zip(rows, heard):
         now = torch.tensor(row["units"]).repeat_interleave(torch.tensor(row["durations"]))
