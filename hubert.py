@@ -1,15 +1,13 @@
 """HuBERT: speech -> discrete units (SpeechGPT paper §3.1 and §4.1, "discrete unit extractor").
 
-A self-supervised encoder reads 16 kHz waveforms and learns to predict the cluster of each masked frame. A
-k-means over the outputs of one of its layers then gives the units that the language model reads and writes.
+A self-supervised encoder of 16 kHz waveforms learns to predict the cluster of each masked frame (clusters of
+MFCCs, then of its own features). A k-means over one of its layers gives the units of the language model.
 
     wav (N,) --7 convolutions--> (T, C), 50 frames a second --Transformer, layer 11--> (T, C)
              --k-means--> 63 63 63 991 162 162 --dedup--> units 63 991 162, durations 3 1 2
 
 A frame sees 400 samples (25 ms) and starts 320 (20 ms) after the one before, so T = (N - 400) // 320 + 1:
     399 samples -> none, an error;  400 -> 1;  719 -> 1;  720 -> 2;  16,000 (1 s) -> 49.
-
-Training: round 1 predicts clusters of MFCCs, round 2 clusters of a layer of the model of round 1.
 
 References: Hsu et al. 2021, "HuBERT", arXiv:2106.07447 (masked prediction: §II.B, eq. 1 and 3; rounds: §II.D)
             Baevski et al. 2020, "wav2vec 2.0", arXiv:2006.11477 (convolutions, positions, span masking)
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from data.audio import HOP, RATE, WINDOW, n_frames
+from kmeans import KMeans, dedup, expand, mfcc, smooth, the_one  # noqa: F401 (names of this file too)
 
 Maybe = Tensor | None
 
@@ -68,8 +67,8 @@ class HuBERTConfig:
         width, hop = 1, 1
         for kernel, stride in zip(self.conv_kernel, self.conv_stride):
             width, hop = width + (kernel - 1) * hop, hop * stride
-        complete = len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride)
-        if not complete or (width, hop) != (WINDOW, HOP):
+        lengths = {len(self.conv_dim), len(self.conv_kernel), len(self.conv_stride)}
+        if len(lengths) > 1 or (width, hop) != (WINDOW, HOP):
             raise ValueError(f"convolutions see {width} samples every {hop}; it must be {WINDOW} every {HOP}")
 
 
@@ -99,10 +98,9 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, wav: Tensor) -> Tensor:  # (B, N) -> (B, T, C)
         x = wav[:, None]  # (B, N) -> (B, 1, N)
-        for layer in self.conv_layers:
-            x = layer.conv(x)
-            per_frame = isinstance(layer.layer_norm, nn.LayerNorm)
-            x = layer.layer_norm(x.mT).mT if per_frame else layer.layer_norm(x)
+        for conv, norm in self.conv_layers:
+            x = conv(x)
+            x = norm(x.mT).mT if isinstance(norm, nn.LayerNorm) else norm(x)
             x = F.gelu(x)
         return x.mT  # (B, C, T) -> (B, T, C)
 
@@ -126,9 +124,7 @@ class PositionalConv(nn.Module):
         return F.gelu(y).transpose(1, 2)  # (B, C, T) -> (B, T, C)
 
 
-class Attention(nn.Module):
-    """Self-attention without a causal mask: every frame attends to the whole utterance."""
-
+class Attention(nn.Module):  # not causal: every frame attends to the whole utterance
     def __init__(self, config: HuBERTConfig):
         super().__init__()
         self.n_heads = config.n_heads
@@ -152,9 +148,7 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, C / heads) -> (B, T, C)
 
 
-class EncoderLayer(nn.Module):
-    """Its norms come after the sums (HuBERT base) or before the branches (pre_norm, large)."""
-
+class EncoderLayer(nn.Module):  # its norms come after the sums, or before the branches (pre_norm)
     def __init__(self, config: HuBERTConfig):
         super().__init__()
         self.pre_norm = config.pre_norm
@@ -191,9 +185,21 @@ class Encoder(nn.Module):
         return states
 
 
-# ---- HuBERT ------------------------------------------------------------------------------------------------
+# ---- Masked prediction -------------------------------------------------------------------------------------
 
-TEMPERATURE = 0.1  # tau of eq. 3
+
+def span_mask(
+    B: int, T: int, prob: float = 0.08, span: int = 10, generator: torch.Generator | None = None
+) -> Tensor:
+    """(B, T) bool, True where masked: `prob` of the frames, equally many in each row and at least one, start
+    a span of `span` masked frames. Spans may overlap: the paper's 8 % x 10 frames mask a little over half."""
+    assert prob * span <= 3, f"{prob} x {span} masks nearly all: prob is the fraction of span starts"
+    span = min(span, max(1, T // 2))
+    starts = torch.rand(B, T - span + 1, generator=generator).topk(max(1, round(prob * T)), dim=1).indices
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    for i in range(span):
+        mask.scatter_(1, starts + i, True)
+    return mask
 
 
 class HuBERT(nn.Module):
@@ -215,8 +221,7 @@ class HuBERT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """As fairseq: linear N(0, 0.02), convolutions He, positions N(0, 4 / (kernel x dim)). But codewords
-        are normal: fairseq's, uniform in [0, 1), all point the same way."""
+        """As fairseq, but for the codewords: fairseq's, uniform in [0, 1), all point the same way."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -240,7 +245,6 @@ class HuBERT(nn.Module):
         self, wav: Tensor, n_layers: int | None = None, lengths: Maybe = None, mask: Maybe = None
     ) -> list[Tensor]:
         """[input of the Transformer, output of layer 1, .., of layer `n_layers`], each (B, T, C).
-
         wav (B, N) float at 16 kHz, N >= 400; lengths (B,) in samples, of rows padded at the end (frames past
         a row's own are meaningless); mask (B, T) bool, frames to mask. No final norm, even if pre_norm."""
         n_layers = self.config.n_layers if n_layers is None else n_layers
@@ -272,13 +276,12 @@ class HuBERT(nn.Module):
         """(n, C) -> (n, n_classes): log p(c | input, t) of eq. 3, before the softmax."""
         output = F.normalize(self.final_proj(x), dim=-1)  # A o_t
         codewords = F.normalize(self.label_embs, dim=-1)  # e_c
-        return output @ codewords.T / TEMPERATURE  # eq. 3: sim(A o_t, e_c) / tau, sim the cosine
+        return output @ codewords.T / 0.1  # eq. 3: sim(A o_t, e_c) / tau, cosine over temperature
 
     def masked_loss(
         self, wav: Tensor, labels: Tensor, mask: Tensor, unmasked_weight: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy (mean, nats) of the clusters of the masked frames, and the accuracy on these frames.
-
         wav (B, N); labels (B, T) long, below 0 for frames without; mask (B, T) bool, True where masked."""
         x = self.hidden_states(wav, mask=mask)[-1]
         if self.config.pre_norm:
@@ -319,127 +322,12 @@ class HuBERT(nn.Module):
         return model.eval()
 
 
-# ---- Pre-training: span masks, and MFCCs for the first targets ---------------------------------------------
-
-
-def span_mask(
-    B: int, T: int, prob: float = 0.08, span: int = 10, generator: torch.Generator | None = None
-) -> Tensor:
-    """(B, T) bool, True where masked: `prob` of the frames, equally many in each row and at least one, start
-    a span of `span` masked frames. Spans may overlap: the paper's 8 % x 10 frames mask a little over half."""
-    assert prob * span <= 3, f"{prob} x {span} masks nearly all: prob is the fraction of span starts"
-    span = min(span, max(1, T // 2))
-    starts = torch.rand(B, T - span + 1, generator=generator).topk(max(1, round(prob * T)), dim=1).indices
-    mask = torch.zeros(B, T, dtype=torch.bool)
-    for i in range(span):
-        mask.scatter_(1, starts + i, True)
-    return mask
-
-
-def mfcc(wav: Tensor, cmvn: bool = True) -> Tensor:
-    """wav (B, N) at 16 kHz -> (B, T, 39): 13 mel-frequency cepstral coefficients, their slopes and the slopes
-    of those, on HuBERT's frames. `cmvn`: each of the 39 to mean 0 and variance 1 over the utterance."""
-    assert wav.ndim == 2 and wav.shape[1] >= WINDOW, f"wav is {tuple(wav.shape)}, not (B, N >= {WINDOW})"
-    wav = wav - 0.97 * F.pad(wav, (1, 0))[:, :-1]  # speech falls by 6 dB an octave: even that out
-    frames = wav.unfold(1, WINDOW, HOP) * torch.hamming_window(WINDOW, device=wav.device)  # (B, T, 400)
-    power = torch.fft.rfft(frames, 512).abs().square()  # (B, T, 257)
-    # 26 half-overlapping triangles, evenly spaced on the mel scale from 20 Hz to 8 kHz
-    hz = torch.arange(257, device=wav.device) * (RATE / 512)
-    mel = 1127 * torch.log1p(hz / 700)[:, None]  # (257, 1)
-    low, high = (1127 * math.log(1 + f / 700) for f in (20, 8000))
-    edges = torch.linspace(low, high, 28, device=wav.device)
-    left, peak, right = edges[:-2], edges[1:-1], edges[2:]
-    triangles = torch.minimum((mel - left) / (peak - left), (right - mel) / (right - peak)).clamp(min=0)
-    log_mel = torch.log(power @ triangles + 1e-5)  # (B, T, 26)
-    # the 13 slowest waves of the cosine transform over the bands: the shape of the vocal tract, not the pitch
-    n = torch.arange(26, device=wav.device)[:, None]
-    k = torch.arange(13, device=wav.device)
-    x = log_mel @ torch.cos(math.pi / 26 * (n + 0.5) * k) * math.sqrt(2 / 26)  # (B, T, 13)
-    x = torch.cat([x, slope(x), slope(slope(x))], dim=2)  # (B, T, 39)
-    if cmvn:
-        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
-    return x
-
-
-def slope(x: Tensor) -> Tensor:
-    """(B, T, C) -> (B, T, C): slope of the least-squares line through 5 frames; the ends are repeated."""
-    p = torch.cat([x[:, :1], x[:, :1], x, x[:, -1:], x[:, -1:]], dim=1)
-    return (p[:, 3:-1] - p[:, 1:-3] + 2 * (p[:, 4:] - p[:, :-4])) / 10
-
-
-# ---- Units: k-means over the features ----------------------------------------------------------------------
-
-
-class KMeans(nn.Module):
-    """K cluster centers (K, C). The unit of a vector is the number of its nearest center."""
-
-    def __init__(self, centers: Tensor):
-        super().__init__()
-        self.register_buffer("centers", centers.float())
-
-    @classmethod
-    def fit(cls, x: Tensor, k: int, seed: int = 0) -> KMeans:
-        """k clusters of x (n, C), by scikit-learn's mini-batch k-means as for the released units."""
-        from sklearn.cluster import MiniBatchKMeans
-
-        if len(x) < k:
-            raise ValueError(f"{len(x)} frames of speech cannot make {k} clusters; use more, or fewer units")
-        # init_size: scikit-learn's own 30,000 frames for initial centers take longer than all the rest
-        fitted = MiniBatchKMeans(
-            k, batch_size=10_000, n_init=3, init_size=3 * k, max_no_improvement=50, random_state=seed
-        )
-        fitted.fit(x.float().cpu().numpy())
-        return cls(torch.from_numpy(fitted.cluster_centers_))
-
-    def predict(self, x: Tensor) -> Tensor:
-        """(..., C) -> (...) long. The lowest number wins a tie."""
-        return self.distances(x).argmin(-1)
-
-    def distances(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., K): |x - c|^2 of each center c, less |x|^2, which is the same for all of them."""
-        return self.centers.square().sum(1) - 2 * x @ self.centers.T
-
-    def embeddings(self, dim: int) -> Tensor:
-        """Initial embeddings (K, dim), ours: the centers' first `dim` principal components (zeros if there
-        are fewer), at mean 0 and variance 1. Similar units start alike: what is learned of one helps all."""
-        x = self.centers - self.centers.mean(0)
-        u, s, _ = torch.linalg.svd(x, full_matrices=False)
-        x = F.pad((u * s)[:, :dim], (0, max(0, dim - len(s))))
-        return x / x.std().clamp(min=1e-8)  # k = 1 has no spread
-
-    def save(self, folder: str | Path):
-        checkpoint.save_tensors(Path(folder) / "kmeans.safetensors", {"centers": self.centers})
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> KMeans:
-        """Our kmeans.safetensors, a joblib file of scikit-learn's (km1000 .bin), or a folder with one."""
-        path = Path(path)
-        if path.is_dir():
-            ours = path / "kmeans.safetensors"
-            path = ours if ours.exists() else the_one(path, "*km*.bin", "a k-means")
-        tensors = checkpoint.read_tensors(path)
-        centers = tensors.get("centers", tensors.get("cluster_centers_"))
-        if centers is None or centers.ndim != 2:
-            raise ValueError(f"{path}: holds no cluster centers, so it is not a k-means")
-        return cls(centers.clone())
-
-
-def dedup(frame_units: Tensor | list[int]) -> tuple[list[int], list[int]]:
-    """[5, 5, 7] -> units [5, 7] and their durations [2, 1] in frames of 20 ms."""
-    frame_units = torch.as_tensor(frame_units, dtype=torch.long)
-    units, durations = torch.unique_consecutive(frame_units, return_counts=True)
-    return units.tolist(), durations.tolist()
-
-
-def expand(units: list[int], durations: list[int]) -> list[int]:
-    """The inverse of dedup."""
-    return [unit for unit, n in zip(units, durations, strict=True) for _ in range(n)]
+# ---- Units -------------------------------------------------------------------------------------------------
 
 
 class UnitExtractor(nn.Module):
-    """Speech -> units: a HuBERT, the number of a layer (from 1), and a k-means over that layer's outputs.
-    Small HuBERTs change cluster more often, so features are averaged over `smooth` frames first (1: off, as
-    for the released units)."""
+    """Speech -> units: a HuBERT, a layer of it (from 1), and a k-means over that layer's outputs. Small
+    HuBERTs change cluster more often, so these are averaged over `smooth` frames first (1: off)."""
 
     CHUNK = 3000  # frames: recordings over 100 s are encoded 60 s at a time ...
     CONTEXT = 1000  # ... with 20 s of context on either side
@@ -449,9 +337,9 @@ class UnitExtractor(nn.Module):
         super().__init__()
         assert smooth % 2, f"smooth is {smooth}: it must be odd, as many frames before as after"
         assert 1 <= layer <= model.config.n_layers, f"no layer {layer} in a model of {model.config.n_layers}"
-        dim = kmeans.centers.shape[1]
-        if dim != model.config.dim:
-            raise ValueError(f"centers of {dim} numbers, frames of {model.config.dim}: of different models")
+        if kmeans.centers.shape[1] != model.config.dim:
+            dims = f"{kmeans.centers.shape[1]} and {model.config.dim}"
+            raise ValueError(f"centers and frames have {dims} numbers: they are of different models")
         self.model = model
         self.kmeans = kmeans
         self.layer = layer
@@ -469,8 +357,7 @@ class UnitExtractor(nn.Module):
         wav, folded = self.model.prepare(self.check(wav)[None])
         if official:
             pieces = [piece for piece in wav.split(self.OFFICIAL, dim=1) if piece.shape[1] >= WINDOW]
-            fold = self.model.feature_extractor.fold
-            return torch.cat([self.nearest(piece, fold(piece)) for piece in pieces])
+            return torch.cat([self.nearest(p, self.model.feature_extractor.fold(p)) for p in pieces])
         if n_frames(wav.shape[1]) > self.CHUNK + 2 * self.CONTEXT:
             return units_by_chunks(self, wav, folded)
         return self.nearest(wav, folded)
@@ -497,12 +384,10 @@ class UnitExtractor(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, layer: int | None = None) -> UnitExtractor:
         """Our folder; or a fairseq .pt or Hugging Face's files with a joblib k-means (*km*.bin), as released.
-
         `layer` None: the one in units.json, else 11, the layer of the released mHuBERT units."""
         path = Path(folder) / "units.json"
         settings = checkpoint.read_json(path) if path.exists() else {"layer": 11}
-        if not isinstance(settings, dict):
-            settings = {}
+        settings = settings if isinstance(settings, dict) else {}
         smooth = settings.get("smooth", 1)
         numbers = all(type(n) is int and n > 0 for n in (settings.get("layer"), smooth))
         if not numbers or smooth % 2 == 0:
@@ -532,10 +417,7 @@ HUGGING_FACE = {  # transformers' names are ours, but for weight norm as torch >
     r"(encoder\.pos_conv_embed\.conv)\.parametrizations\.weight\.original1$": r"\1.weight_v",
 }
 HF_CONFIG = {  # our setting: Hugging Face's
-    "conv_dim": "conv_dim",
-    "conv_kernel": "conv_kernel",
-    "conv_stride": "conv_stride",
-    "conv_bias": "conv_bias",
+    **{name: name for name in ("conv_dim", "conv_kernel", "conv_stride", "conv_bias")},
     "extractor_norm": "feat_extract_norm",
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -546,14 +428,9 @@ HF_CONFIG = {  # our setting: Hugging Face's
     "pos_groups": "num_conv_pos_embedding_groups",
     "standardize_wav": "normalize",  # ours alone: theirs is in preprocessor_config.json, wrong for mHuBERT
 }
-HF_FIXED = {  # what this file implements
-    "model_type": "hubert",
-    "hidden_act": "gelu",
-    "feat_extract_activation": "gelu",
-    "layer_norm_eps": 1e-5,
-    "feat_proj_layer_norm": True,
-    "conv_pos_batch_norm": False,
-}
+# What this file implements:
+HF_FIXED = {"model_type": "hubert", "hidden_act": "gelu", "feat_extract_activation": "gelu"}
+HF_FIXED |= {"layer_norm_eps": 1e-5, "feat_proj_layer_norm": True, "conv_pos_batch_norm": False}
 
 
 def rename(tensors: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
@@ -629,21 +506,14 @@ def without_layers_above(n_layers: int, tensors: dict[str, Tensor]) -> dict[str,
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(above)}
 
 
-def the_one(folder: Path, pattern: str, what: str) -> Path:
-    found = sorted(path.name for path in folder.glob(pattern))
-    if len(found) != 1:
-        raise ValueError(f"{folder}: expected one file {pattern} ({what}), found {found or 'none'}")
-    return folder / found[0]
-
-
 # ---- Ours, for small models and long recordings ------------------------------------------------------------
 
+PIECE = 100  # frames
 Folded = tuple[Tensor, Tensor]  # layer 0 of each recording: weights (B, 10, C) and biases (B, 1, C)
 
 
 class FastFeatureExtractor(FeatureExtractor):
     """The same in less time and constant memory, exact also for padded rows and for pieces of a recording.
-
     Only the group norm of layer 0 looks beyond a frame's own 25 ms: it normalizes each channel y = w.x over
     all windows x of ten samples. As mean(y) = w.mean(x) and var(y) = w.cov(x).w, `fold` takes its statistics
     once from the whole recording and puts them into the weights. Then any cut between frames is exact:
@@ -652,11 +522,8 @@ class FastFeatureExtractor(FeatureExtractor):
         piece 1  |------- frames 0 .. 99 ----------|
         piece 2                           |------- frames 100 .. 199 ------|
 
-    Without gradients such pieces go through all layers one by one: they fit the cache. Few channels, and
-    layer norms, are faster with channels innermost in memory: the convolutions of a training step (48
-    channels, 8 x 2 s) take 57 ms of one core, not 90; 79, not 269 with layer norms. 512 are slower."""
-
-    PIECE = 100  # frames
+    Such pieces fit the cache. Channels innermost in memory are faster for layer norms (79 ms a training step,
+    not 269) and for few channels (57 ms, not 90), but slower for 512."""
 
     def __init__(self, config: HuBERTConfig):
         super().__init__(config)
@@ -689,9 +556,11 @@ class FastFeatureExtractor(FeatureExtractor):
         if torch.is_grad_enabled():
             return self.convolve(wav, folded)
         T = n_frames(wav.shape[1])
-        starts = range(0, T, self.PIECE)
-        pieces = [samples(wav, start, min(start + self.PIECE, T)) for start in starts]
-        return torch.cat([self.convolve(piece, folded) for piece in pieces], dim=1)
+        pieces = []
+        for start in range(0, T, PIECE):
+            last = min(start + PIECE, T) - 1  # frame
+            pieces.append(self.convolve(wav[:, start * HOP : last * HOP + WINDOW], folded))
+        return torch.cat(pieces, dim=1)
 
     def convolve(self, wav: Tensor, folded: Folded) -> Tensor:  # (B, N) -> (B, T, C)
         weight, bias = folded
@@ -710,22 +579,12 @@ class FastFeatureExtractor(FeatureExtractor):
         return x[:, :, 0].mT  # (B, C, 1, T) -> (B, T, C)
 
 
-def samples(wav: Tensor, start: int, end: int) -> Tensor:
-    """wav (B, N) -> the samples that frames `start` to `end` - 1 see."""
-    return wav[:, start * HOP : (end - 1) * HOP + WINDOW]
-
-
 def standardize(wav: Tensor, lengths: Maybe = None) -> Tensor:
     """wav (B, N) with each recording at mean 0 and variance 1, without the padding after `lengths`."""
     if lengths is None:
         return F.layer_norm(wav, wav.shape[1:])
     rows = [F.layer_norm(row[:n], (n,)) for row, n in zip(wav, lengths.tolist())]
     return torch.stack([F.pad(row, (0, wav.shape[1] - len(row))) for row in rows])
-
-
-def smooth(x: Tensor, width: int) -> Tensor:
-    """(B, T, C) -> (B, T, C): each frame the mean of `width` frames (odd) around it, of fewer at the ends."""
-    return F.avg_pool1d(x.transpose(1, 2), width, 1, width // 2, count_include_pad=False).transpose(1, 2)
 
 
 def units_by_chunks(extractor: UnitExtractor, wav: Tensor, folded: Folded) -> Tensor:
@@ -735,7 +594,7 @@ def units_by_chunks(extractor: UnitExtractor, wav: Tensor, folded: Folded) -> Te
     for start in range(0, T, extractor.CHUNK):
         first = max(0, start - extractor.CONTEXT)
         end = min(T, start + extractor.CHUNK + extractor.CONTEXT)
-        chunk = extractor.nearest(samples(wav, first, end), folded)
+        chunk = extractor.nearest(wav[:, first * HOP : (end - 1) * HOP + WINDOW], folded)
         units.append(chunk[start - first : start - first + extractor.CHUNK])
     return torch.cat(units)
 
@@ -744,15 +603,14 @@ def units_by_chunks(extractor: UnitExtractor, wav: Tensor, folded: Folded) -> Te
 def units_by_batches(extractor: UnitExtractor, wavs: list, seconds: float = 16) -> list[Tensor]:
     """Batches of about `seconds` of sound, padded: as exact as one by one, faster on a GPU."""
     wavs = [extractor.check(wav) for wav in wavs]
-    if extractor.smooth > 1:  # the mean at a row's end would reach into its padding
-        return [extractor.frame_units(wav) for wav in wavs]
     units = [None] * len(wavs)
     order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # similar lengths together
     while order:
         size = max(1, int(seconds * RATE) // len(wavs[order[0]]))
         batch, order = order[:size], order[size:]
-        if size == 1:
-            units[batch[0]] = extractor.frame_units(wavs[batch[0]])
+        if size == 1 or extractor.smooth > 1:  # the mean at a row's end would reach into its padding
+            for i in batch:
+                units[i] = extractor.frame_units(wavs[i])
             continue
         padded = nn.utils.rnn.pad_sequence([wavs[i] for i in batch], batch_first=True)  # (B, N)
         lengths = torch.tensor([len(wavs[i]) for i in batch], device=padded.device)

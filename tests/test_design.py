@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("config", "run", "pickles", "data.audio"),
     ("checkpoint",),
+    ("kmeans",),
     ("tokenizer", "hubert", "llama", "lora", "vocoder", "text_to_unit"),  # the paper's nouns
     ("data", "generate"),
     ("training", "sample", "evaluation.judge"),
