@@ -98,7 +98,7 @@ def pretrain(run: Run, section: HubertSection):
 
 def mfcc_features(wav: Tensor) -> Tensor:
     """(N,) -> (T, 39). An utterance's mean describes the speaker and is removed; variances describe the sounds."""
-    x = mfcc(wav[None], normalize=False)[0]
+    x = mfcc(wav[None], cmvn=False)[0]
     return x - x.mean(0)
 
 

@@ -13,6 +13,7 @@ LEVELS = (
     ("files",),
     ("config", "run", "pickles", "data.audio"),
     ("checkpoint",),
+    ("kmeans",),
     ("tokenizer", "hubert", "llama", "lora", "vocoder", "text_to_unit"),  # the paper's nouns
     ("data", "generate"),
     ("training", "sample", "evaluation.judge"),

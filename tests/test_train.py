@@ -202,9 +202,9 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     for id, target in targets.items():
         row = rows[id]
         wav = torch.from_numpy(audio.load(out / "corpus" / row["wav"]))
-        assert row["split"] == "train" and row["text"] in own and len(target) == len(before.frames(wav))
+        assert row["split"] == "train" and row["text"] in own and len(target) == len(before.frame_units(wav))
         if row["speaker"] == TARGET_SPEAKER:
-            assert target.tolist() == before.frames(wav).tolist() and apart[id] == 0
+            assert target.tolist() == before.frame_units(wav).tolist() and apart[id] == 0
         else:
             assert set(target) <= set(range(20)) and apart[id] > 0
             others += 1
