@@ -13,8 +13,7 @@ A checkpoint is a table of names and tensors. The format we write, safetensors, 
 The older formats (torch.save, fairseq, joblib) are pickles, and a pickle is a program: see pickles.py.
 
 Whatever the format, a tensor is a view of a memory map; `assign` converts them into a module one by one. A
-damaged or malicious file is a ValueError of one line, but damage inside the numbers of safetensors goes
-unnoticed: the format has no checksums.
+damaged file is a ValueError of one line, but safetensors has no checksums of the numbers themselves.
 
 References: safetensors, https://github.com/huggingface/safetensors
             sharded folders, https://huggingface.co/docs/transformers/big_models
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 # isort: off
 from files import MAX_JSON, one_line, parse_json, read_json, show, stream_atomic
-from files import read_jsonl, write_atomic, write_json, write_jsonl  # noqa: F401 (until all callers use files)
+from files import read_jsonl, write_atomic, write_json, write_jsonl  # noqa: F401 (for callers not moved)
 
 # isort: on
 from pickles import Inert, MappedFile, read_pickle, read_zip
@@ -212,7 +211,7 @@ def assign(
     dtype: what floating-point weights become (None: what the module has); device: where they go (None: where
     the module is, or the CPU for one built on meta). Converts one tensor at a time, so the peak is the module
     plus one tensor. Weights tied in the module may be given under one of their names or all. A missing,
-    unused or wrongly shaped tensor is a ValueError that names it and `source`; the module is then untouched."""
+    unused or misshapen tensor is a ValueError that names it and `source`; the module is then untouched."""
     wanted = module.state_dict(keep_vars=True)  # a tied weight appears under each of its names
     given = {id(weight) for name, weight in wanted.items() if name in tensors}
     for name, weight in wanted.items():

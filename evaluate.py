@@ -35,10 +35,10 @@ from tqdm import tqdm
 import run
 from config import Parser, command_line
 from data import audio
+from data.corpus import read_dialogues, read_manifest
 from evaluation import measures, report
 from evaluation.judge import Recognizer, need_extra, normalize_text
 from evaluation.measures import SPLITS, Item, LookupBaselines, Row
-from files import read_jsonl
 from generate import one_thread
 from llama import Llama
 from sample import Reply, SpeechGPT
@@ -224,11 +224,11 @@ def load_models(folder: Path, device: torch.device) -> tuple[SpeechGPT, SpeechGP
     for part, name in (("extractor", "hubert"), ("vocoder", "vocoder")):
         if getattr(model, part) is None:
             raise ValueError(f"{folder} has no {name}/: train that stage first")
-    model.hear = functools.cache(model.hear)
+    model.to_units = functools.cache(model.to_units)
     if not (folder / "lora").is_dir():
         return model, None
     before = SpeechGPT(Llama.from_pretrained(folder / "llama", device=device), model.tok, model.extractor)
-    before.hear = model.hear
+    before.to_units = model.to_units
     return model, before
 
 
@@ -258,9 +258,9 @@ def evaluate(
     device = run.device(str(device))
     start = time.perf_counter()
     model, before = load_models(folder, device)
-    dialogues = read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "family", "split"))
+    dialogues = read_dialogues(corpus)
     lookup = LookupBaselines([row for row in dialogues if row["split"] == "train"])
-    manifest = [row | {"path": corpus / row["wav"]} for row in audio.read_manifest(corpus)]
+    manifest = [row | {"path": corpus / row["wav"]} for row in read_manifest(corpus)]
     out.mkdir(parents=True, exist_ok=True)
 
     with one_thread(model.llama):  # the recognizer has the other cores

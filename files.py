@@ -29,8 +29,8 @@ def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> None:
     """Writes a file that is, at every moment and after every crash, either the old one or the new one.
 
     A failure (full disk, no permission) is an OSError that names the file; nothing of the attempt remains.
-    sync=False does not wait for the disk: much faster for thousands of small files, but a power cut may leave
-    an empty one. It is for what can be made again, such as the recordings of a corpus."""
+    sync=False does not wait for the disk, for thousands of files that can be made again: much faster, but a
+    power cut may leave an empty one."""
     stream_atomic(path, lambda file: file.write(data), sync)
 
 
@@ -47,9 +47,7 @@ def stream_atomic(path: str | Path, write: Callable[[BinaryIO], object], sync: b
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())  # the content is on disk before its name
-                if not temporary.exists() or not os.path.samestat(
-                    os.stat(temporary), os.fstat(file.fileno())
-                ):
+                if not temporary.exists() or not os.path.samestat(temporary.stat(), os.fstat(file.fileno())):
                     raise OSError("another process is writing the same file")
             os.replace(temporary, path)  # when closed: Windows renames no open file
         except BaseException:

@@ -37,12 +37,11 @@ import lora
 import train_hubert
 import train_vocoder
 from config import Amount, Count, Parser, Positive, Share, Whole, command_line, load, read
-from data import batches, documents
-from data import units as unit_files
+from data import batches, corpus, documents
 from data.tiny import prepare
 from evaluation.judge import need_extra
 from evaluation.measures import check_targets
-from generate import generate
+from generate import Decoding, generate
 from hubert import KMeans
 from llama import Llama, LlamaConfig
 from run import Run, barrier, destroy, init_distributed, rank, world_size
@@ -221,7 +220,7 @@ def held_out_probe(run: Run, section: Language, tok: Tokenizer, model: Llama, lo
         lines = ""
         for ids, mask in rendered[:3]:
             prompt = mask.index(True) if not mask[1] else len(ids) // 2  # half of a document without a prompt
-            answer = generate(model, [ids[:prompt]], tok, max_new=len(ids))[0]
+            answer = generate(model, [ids[:prompt]], tok, Decoding(max_new=len(ids)))[0]
             lines += f"\n  prompt   {tok.decode(ids[:prompt])}"
             lines += f"\n  answer   {tok.decode(answer)}"
             lines += f"\n  expected {tok.decode(ids[prompt:])}"
@@ -304,10 +303,11 @@ LANGUAGE = {
 
 
 def make_corpus(run: Run, config: Config):
-    if config.corpus.name == "tiny" and rank() == 0:
-        prepare.prepare(run.corpus, seed=run.seed, **config.corpus.options)
+    if rank() == 0:
+        if config.corpus.name == "tiny":
+            prepare.prepare(run.corpus, seed=run.seed, **config.corpus.options)
+        corpus.check(run.corpus)  # whoever made it, it must be readable
     barrier()
-    unit_files.read_manifest(run.corpus)  # whoever made it, it must be readable
 
 
 def train_hubert_stage(run: Run, config: Config):

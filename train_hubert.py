@@ -28,6 +28,7 @@ import checkpoint
 from config import Amount, Count, Limits, Positive, Share, Whole
 from data import batches
 from data import units as unit_files
+from data.corpus import TARGET_SPEAKER, read_manifest
 from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask, without_layers_above
 from run import Run, barrier, rank, world_size
 from training.loop import Optimization, optimize
@@ -97,7 +98,7 @@ def pretrain(run: Run, section: HubertSection):
 
 def mfcc_features(wav: Tensor) -> Tensor:
     """(N,) -> (T, 39). An utterance's mean describes the speaker and is removed; variances describe the sounds."""
-    x = mfcc(wav[None], normalize=False)[0]
+    x = mfcc(wav[None], cmvn=False)[0]
     return x - x.mean(0)
 
 
@@ -172,7 +173,7 @@ def train_round(run: Run, section: HubertSection, number: int, rows: list[dict],
 
 def training_rows(corpus: Path, speaker: int | None = None) -> list[dict]:
     """Rows of the manifest to train on, of one speaker or of all."""
-    rows = [row for row in unit_files.read_manifest(corpus) if row["split"] == "train"]
+    rows = [row for row in read_manifest(corpus) if row["split"] == "train"]
     if speaker is not None:
         rows = [row for row in rows if row["speaker"] == speaker]
     if not rows:
@@ -233,7 +234,7 @@ def find_units(run: Run, section: UnitsSection, hubert: HubertSection) -> UnitEx
     checkpoint.assign(model, tensors, str(weights))
     model.to(run.device).eval()
     features = partial(layer_features, model, section.layer, section.smooth)
-    rows = [row for row in unit_files.read_manifest(run.corpus) if row["split"] == "train"]
+    rows = [row for row in read_manifest(run.corpus) if row["split"] == "train"]
     kmeans = fit_kmeans(run, rows, features, section.clusters, section.cluster_frames)
     return UnitExtractor(model, kmeans, section.layer, section.smooth)
 
@@ -254,7 +255,7 @@ class Target(NamedTuple):
 
 def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtractor, target_file: Path):
     """Fine-tunes HuBERT so that any speaker's utterance gets the units of the target speaker's rendition."""
-    rows = {row["id"]: row for row in unit_files.read_manifest(run.corpus) if row["split"] == "train"}
+    rows = {row["id"]: row for row in read_manifest(run.corpus) if row["split"] == "train"}
     if not target_file.exists() and rank() == 0:
         found = normalizer_targets(run, [*rows.values()], extractor)
         ids = [target.id for target in found]
@@ -269,15 +270,17 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
         raise ValueError(
             f"{target_file} is of other recordings than {run.corpus}; delete {folder} to begin anew"
         )
-    other = np.array([rows[id]["speaker"] != unit_files.OWN_VOICE for id in ids])
+    other = np.array([rows[id]["speaker"] != TARGET_SPEAKER for id in ids])
     others = section.others if other.any() else 0.0
     # Recordings further from the target speaker are sampled more often.
     weights = np.where(other, others * distance / (distance.sum() or 1.0), (1 - others) / (~other).sum())
-    batch_at = batches.played_crops(
-        [run.corpus / rows[id]["wav"] for id in ids],
-        load_labels(target_file),
-        [section.perturb_others if is_other else section.perturb for is_other in other],
-        weights,
+    perturb = [section.perturb_others if is_other else section.perturb for is_other in other]
+    paths = [run.corpus / rows[id]["wav"] for id in ids]
+    recordings = [
+        batches.Recording(*fields) for fields in zip(paths, load_labels(target_file), perturb, weights)
+    ]
+    batch_at = batches.weighted_crops(
+        recordings,
         section.frames,
         run.seed,
         section.batch_size,
@@ -300,13 +303,13 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
 def normalizer_targets(run: Run, rows: list[dict], extractor: UnitExtractor) -> list[Target]:
     """Target speaker: its own units. Others: the units of the closest target-speaker rendition of the same sentence,
     aligned by DTW. Sentences without one are skipped."""
-    own = [row for row in rows if row["speaker"] == unit_files.OWN_VOICE]
+    own = [row for row in rows if row["speaker"] == TARGET_SPEAKER]
     if not own:
         raise ValueError(
             f"{run.corpus}: normalizer.steps needs training recordings of the target speaker, "
-            f"{unit_files.OWN_VOICE}; set it to 0"
+            f"{TARGET_SPEAKER}; set it to 0"
         )
-    others = [row for row in rows if row["speaker"] != unit_files.OWN_VOICE]
+    others = [row for row in rows if row["speaker"] != TARGET_SPEAKER]
     needed = {row["text"] for row in others}
     targets = []
     renditions = defaultdict(list)  # of a sentence by the target speaker: (features, units)
@@ -318,7 +321,7 @@ def normalizer_targets(run: Run, rows: list[dict], extractor: UnitExtractor) -> 
     for row, (x, _) in features_and_units(run, others, extractor, "other speakers"):
         best = Target(row["id"], np.zeros(0), math.inf)
         for rendition, units in renditions[row["text"]]:
-            path, distance = unit_files.warp(x, rendition)
+            path, distance = unit_files.dtw_align(x, rendition)
             if distance < best.distance:
                 best = Target(row["id"], units[path], distance)
         if best.distance < math.inf:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data import audio
 from data.audio import HOP
+from data.corpus import read_manifest
 from files import read_jsonl
 from vocoder import FrameSpectrum
 
@@ -54,7 +55,7 @@ class CodeDataset:
     def __init__(self, corpus: Path, split: str):
         self.corpus = corpus
         units = {row["id"]: row for row in read_jsonl(corpus / "units.jsonl", ("id", "units", "durations"))}
-        rows = read_jsonl(corpus / "manifest.jsonl", ("id", "wav", "speaker", "split"))
+        rows = read_manifest(corpus)
         self.rows = [row | units[row["id"]] for row in rows if row["split"] == split and row["id"] in units]
         if not self.rows and split == "train":
             raise ValueError(f"{corpus}: no training recording has units; run the stage 'units' first")

@@ -1,4 +1,4 @@
-"""SpeechInstruct and its neighbours: what each stage of the language model reads (paper §3, §4.2).
+"""SpeechInstruct and its neighbors: the documents that each stage of the language model reads (paper §3, §4.2).
 
     text      What is three plus four? Three plus four is seven.                              (every token is a target)
     stage 1   <sosp><17><4><93>...<eosp>                                                      (every token, eq. 3)
@@ -9,33 +9,44 @@ What a stage reads is a mix of kinds of documents, such as {"asr": 0.5, "tts": 0
 
     text             a sentence, or a question with its answer
     speech           units alone
-    asr, tts         §3.1: recognition of everybody, synthesis in the model's own voice
+    asr, tts         §3.1: recognition of every speaker, synthesis in the voice of the target speaker
     s2s s2t t2s t2t  Appendix C, speech or text in, speech or text out; "chain" draws one of the four
     standard         Appendix E, one of the four
     t2t/minus        of any kind above with questions, one family alone, here "minus" of the tiny world; "reading",
                      sentences to read aloud, is not in "t2t" unless it is named so
 
-An example is what a document is made from; `render` makes the document, drawing instructions, formats and renditions
-anew in every epoch. Held-out rows never reach a render of training: the caller says which split.
+An Example is what a document is made from; `render` makes the document, with instructions, formats and renditions
+drawn anew in every epoch. To see some, with their targets, and how they are packed:
+
+    python -m data.documents --show 3
+    python -m data.documents --show 5 --corpus out/tiny/corpus --mix '{ asr = 0.5, "t2t/minus" = 0.5 }'
 """
 
+import os
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import config
 import tokenizer
-from data.units import OWN_VOICE, read_perturbed, read_units
-from files import read_jsonl
+from data import batches
+from data.batches import Document
+from data.corpus import SPLITS, TARGET_SPEAKER, read_dialogues, read_manifest
+from data.units import read_perturbed, read_units
 
-Document = tuple[list[int], list[bool]]
-SOMEBODY = -1  # a speaker without a number, who never talks for the model
+UNKNOWN_SPEAKER = -1  # of augmented copies; never a TTS target
 READING = "reading"  # the family of sentences to read aloud
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
 KINDS = ("text", "speech", "asr", "tts", *MODES, "chain", "standard")
 
 
+# ---- What documents are made from --------------------------------------------------------------------------
+
+
 class Pair(NamedTuple):
-    """A recording and its transcription."""
+    """A recording and its transcript."""
 
     units: list[int]
     text: str
@@ -43,7 +54,7 @@ class Pair(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """(SpeechI, TextI, TextR, SpeechR) of §3.2, with every recording there is of each side: of some, none."""
+    """(SpeechI, TextI, TextR, SpeechR) of §3.2, with all recordings of either side (possibly none)."""
 
     question: str
     answer: str
@@ -53,152 +64,326 @@ class Exchange(NamedTuple):
 
 
 class Example(NamedTuple):
+    """A document to be rendered."""
+
     kind: str  # of KINDS
-    of: str | Pair | Exchange
+    source: str | Pair | Exchange
 
 
-def sentences(corpus: Path, split: str) -> list[str]:
+def sentences(corpus: str | Path, split: str) -> list[str]:
     """The text of one split: every dialogue as question and answer, every statement."""
-    dialogues = [
-        row
-        for row in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split"))
-        if row["split"] == split
-    ]
-    alone = {
-        row["text"]
-        for row in read_jsonl(corpus / "manifest.jsonl", ("text", "split"))
-        if row["split"] == split and row.get("kind") == "statement"
-    }
-    # The second form shows the text model the markers of Appendix C, which to LLaMA are ordinary text: stage 3 trains
+    dialogues = [row for row in read_dialogues(corpus) if row["split"] == split]
+    statements = set()
+    for row in read_manifest(corpus):
+        if row["split"] == split and row["kind"] == "statement":
+            statements.add(row["text"])
+    texts = [f"{row['question']} {row['answer']}" for row in dialogues]
+    texts += sorted(statements)
+    # This second form shows the text model the markers of Appendix C, which to LLaMA are ordinary text: stage 3 trains
     # nothing but adapters, too late to learn an embedding.
-    return (
-        [f"{d['question']} {d['answer']}" for d in dialogues]
-        + sorted(alone)
-        + [f"[tq] {d['question']}; [ta] {d['answer']}; [ua]" for d in dialogues]
-    )
+    texts += [f"[tq] {row['question']}; [ta] {row['answer']}; [ua]" for row in dialogues]
+    return texts
 
 
-def pairs(corpus: Path, split: str) -> list[Pair]:
-    rows = read_units(corpus) + [row | {"speaker": SOMEBODY} for row in read_perturbed(corpus)]
+def pairs(corpus: str | Path, split: str) -> list[Pair]:
+    """All recordings of a split; in train, augmented copies besides (`units.read_perturbed`)."""
+    rows = read_units(corpus) + [row | {"speaker": UNKNOWN_SPEAKER} for row in read_perturbed(corpus)]
     return [Pair(row["units"], row["text"], row["speaker"]) for row in rows if row["split"] == split]
 
 
-def exchanges(corpus: Path, split: str) -> list[Exchange]:
-    """All dialogues of a split. `rendition`: training dialogues with the recordings of their questions made anew."""
-    spoken: dict[tuple[str, str], list[list[int]]] = {}
+def exchanges(corpus: str | Path, split: str) -> list[Exchange]:
+    """All dialogues of a split. `rendition`: training dialogues with the other recordings of their questions."""
+    questions: dict[tuple[str, str], list[list[int]]] = {}  # (split, text) -> units of each recording
     answers: dict[str, list[list[int]]] = {}
     for row in read_units(corpus):
-        spoken.setdefault((row["split"], row["text"]), []).append(row["units"])
-        if row["split"] == "train" and row["speaker"] == OWN_VOICE:
+        questions.setdefault((row["split"], row["text"]), []).append(row["units"])
+        if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER:
             answers.setdefault(row["text"], []).append(row["units"])
     for row in read_perturbed(corpus):
-        spoken.setdefault((row["split"], row["text"]), []).append(row["units"])
-    texts = "heldout" if split == "heldout" else "train"
-    return [
-        Exchange(
-            d["question"],
-            d["answer"],
-            d.get("family", ""),
-            spoken.get((split, d["question"]), []),
-            answers.get(d["answer"], []),
+        questions.setdefault((row["split"], row["text"]), []).append(row["units"])
+
+    found = []
+    for row in read_dialogues(corpus):
+        if row["split"] == ("heldout" if split == "heldout" else "train"):
+            question_units = questions.get((split, row["question"]), [])
+            answer_units = answers.get(row["answer"], [])
+            found.append(
+                Exchange(row["question"], row["answer"], row["family"], question_units, answer_units)
+            )
+    return found
+
+
+# ---- The mix of a stage ------------------------------------------------------------------------------------
+
+
+READERS: dict[Callable, tuple[str, ...]] = {
+    sentences: ("text",),
+    pairs: ("speech", "asr", "tts"),
+    exchanges: (*MODES, "chain", "standard"),
+}
+
+
+def examples(corpus: str | Path, split: str, mix: dict[str, float]) -> list[Example]:
+    """One epoch: every example of every kind at least once; those of small kinds again until the shares are right.
+
+    Only rows of `split` are in it: what is held out never reaches a render of training."""
+    check_mix(mix)
+    sources = {}
+    for reader, kinds in READERS.items():  # each read once, and only if the mix needs it
+        wanted = [name for name in mix if name.split("/")[0] in kinds]
+        table = reader(corpus, split) if wanted else []
+        for name in wanted:
+            kind, _, family = name.partition("/")
+            sources[name] = [source for source in table if fits(kind, family, source)]
+    empty = [name for name in mix if not sources[name]]
+    if empty and split == "train":
+        raise ValueError(
+            f"{corpus}: there is nothing of kind '{empty[0]}' to train on; take it out of the mix"
         )
-        for d in read_jsonl(corpus / "dialogues.jsonl", ("question", "answer", "split"))
-        if d["split"] == texts
-    ]
+    mix = {name: share for name, share in mix.items() if name not in empty}
+    size = max((len(sources[name]) / share for name, share in mix.items()), default=0)  # of the epoch
+    found = []
+    for name, share in mix.items():
+        kind = name.split("/")[0]
+        for i in range(round(share * size)):
+            found.append(Example(kind, sources[name][i % len(sources[name])]))
+    return found
 
 
-def examples(corpus: Path, split: str, mix: dict[str, float]) -> list[Example]:
-    """One epoch: every example of every kind at least once, those of small kinds again until all have their share."""
+def check_mix(mix: dict[str, float]) -> None:
+    """ValueError, one line, for a mix that cannot be."""
     if not mix:
         raise ValueError(f"mix: it is empty; give some of {', '.join(KINDS)} a share")
-    for kind, share in mix.items():
-        if (
-            kind.split("/")[0] not in KINDS
-            or not isinstance(share, int | float)
-            or not 0.001 <= share <= 1000
-        ):
+    for name, share in mix.items():
+        known = name.split("/")[0] in KINDS
+        if not known or not isinstance(share, int | float) or not 0.001 <= share <= 1000:
             raise ValueError(
-                f"mix: {kind} = {share!r}; give some of {', '.join(KINDS)} a share of 0.001 to 1000"
+                f"mix: {name} = {share!r}; give some of {', '.join(KINDS)} a share of 0.001 to 1000"
             )
-    sources = {
-        sentences: ("text",),
-        pairs: ("speech", "asr", "tts"),
-        exchanges: (*MODES, "chain", "standard"),
-    }
-    read = {
-        source: source(corpus, split)
-        for source, kinds in sources.items()  # each once, and only if it is needed
-        if not {kind.split("/")[0] for kind in mix}.isdisjoint(kinds)
-    }
-    of = {}
-    for kind in mix:
-        name, _, family = kind.partition("/")
-        of[kind] = [
-            e for source in read if name in sources[source] for e in read[source] if fits(name, family, e)
-        ]
-    if lost := [kind for kind in mix if not of[kind]]:
-        if split == "train":
-            raise ValueError(
-                f"{corpus}: there is nothing of kind '{lost[0]}' to train on; take it out of the mix"
-            )
-        mix = {kind: share for kind, share in mix.items() if kind not in lost}
-    size = max((len(of[kind]) / share for kind, share in mix.items()), default=0)
-    return [
-        Example(kind.split("/")[0], of[kind][i % len(of[kind])])
-        for kind, share in mix.items()
-        for i in range(round(share * size))
-    ]
 
 
-def fits(kind: str, family: str, of: str | Pair | Exchange) -> bool:
-    """Whether a document of this kind, and of this family if there is a name, can be made from it."""
-    if isinstance(of, Exchange):
-        asked = bool(of.question_units) or kind in ("t2t", "t2s")
-        answered = bool(of.answer_units) or kind not in ("s2s", "t2s")
-        if of.family == READING and kind == "t2t" and not family:
+def fits(kind: str, family: str, source: str | Pair | Exchange) -> bool:
+    """Whether a document of this kind, and of this family if there is a name, can be made from `source`."""
+    if isinstance(source, Exchange):
+        if source.family == READING and kind == "t2t" and not family:
             return False  # it is there to be spoken
-        return asked and answered and family in ("", of.family)
-    return not family and (kind != "tts" or of.speaker == OWN_VOICE)
+        has_question = bool(source.question_units) or kind in ("t2t", "t2s")
+        has_answer = bool(source.answer_units) or kind not in ("s2s", "t2s")
+        return has_question and has_answer and family in ("", source.family)
+    return not family and (kind != "tts" or source.speaker == TARGET_SPEAKER)
+
+
+# ---- Documents ---------------------------------------------------------------------------------------------
 
 
 def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, noise: float = 0.0) -> Document:
-    """(ids, which of them are targets). `noise`: share of the units of speech to listen to that are lost, and as many
-    again that are misheard; a small corpus is learned by heart without it."""
-    kind, e = example
+    """(ids, which of them are targets). `noise`: fraction of input speech units dropped, and the same fraction replaced
+    at random; without this augmentation a small corpus is memorized."""
+    kind, source = example
 
-    def heard(units: list[int]) -> str:
-        return tokenizer.units_to_text(mishear(units, noise, tok.n_units, draw) if noise else units)
+    def input_speech(units: list[int]) -> str:
+        if noise:
+            units = drop_and_replace(units, noise, tok.n_units, draw)
+        return tokenizer.units_to_text(units)
 
-    if kind in ("text", "speech"):
-        ids = tok.encode(e) + [tok.eos] if kind == "text" else tok.encode(tokenizer.units_to_text(e.units))
+    if kind == "text":
+        ids = tok.encode(source) + [tok.eos]
+        return ids, [True] * len(ids)
+    if kind == "speech":
+        ids = tok.encode(tokenizer.units_to_text(source.units))
         return ids, [True] * len(ids)
     if kind == "asr":
-        return tok.document(
-            *tokenizer.cross_modal(draw.choice(tokenizer.ASR_INSTRUCTIONS), heard(e.units), e.text)
-        )
+        instruction = draw.choice(tokenizer.ASR_INSTRUCTIONS)
+        speech = input_speech(source.units)
+        return tok.document(*tokenizer.cross_modal(instruction, speech, source.text))
     if kind == "tts":
-        speech = tokenizer.units_to_text(e.units)
-        return tok.document(*tokenizer.cross_modal(draw.choice(tokenizer.TTS_INSTRUCTIONS), e.text, speech))
+        instruction = draw.choice(tokenizer.TTS_INSTRUCTIONS)
+        speech = tokenizer.units_to_text(source.units)
+        return tok.document(*tokenizer.cross_modal(instruction, source.text, speech))
+
     template = tokenizer.standard if kind == "standard" else tokenizer.chain_of_modality
-    mode = kind if kind in MODES else draw.choice(MODES if e.answer_units else ("s2t", "t2t"))
-    return tok.document(
-        *template(
-            mode,
-            text_i=e.question,
-            text_r=e.answer,
-            speech_i=heard(draw.choice(e.question_units)) if e.question_units else "",
-            speech_r=tokenizer.units_to_text(draw.choice(e.answer_units)) if e.answer_units else "",
-        )
+    mode = kind
+    if kind not in MODES:
+        mode = draw.choice(MODES if source.answer_units else ("s2t", "t2t"))
+    speech_i = input_speech(draw.choice(source.question_units)) if source.question_units else ""
+    speech_r = tokenizer.units_to_text(draw.choice(source.answer_units)) if source.answer_units else ""
+    prompt, answer = template(
+        mode, text_i=source.question, text_r=source.answer, speech_i=speech_i, speech_r=speech_r
     )
+    return tok.document(prompt, answer)
 
 
-def mishear(units: list[int], share: float, n_units: int, draw: random.Random) -> list[int]:
-    """Drops `share` of the units and replaces as many; still no unit twice in a row."""
+def drop_and_replace(units: list[int], fraction: float, n_units: int, draw: random.Random) -> list[int]:
+    """Drops a `fraction` of the units and replaces as many at random; still no unit twice in a row."""
     out: list[int] = []
     for unit in units:
         chance = draw.random()
-        if chance >= share:
-            unit = draw.randrange(n_units) if chance < 2 * share else unit
-            if unit not in out[-1:]:
-                out.append(unit)
+        if chance < fraction:
+            continue
+        if chance < 2 * fraction:
+            unit = draw.randrange(n_units)
+        if not out or out[-1] != unit:
+            out.append(unit)
     return out or units
+
+
+# ---- To look at: python -m data.documents --show 3 ---------------------------------------------------------
+
+
+BUILT_IN = (  # for a clone in which nothing has been trained yet
+    Example("asr", Pair([7, 3, 19, 4, 11, 8], "Tom is in the garden.", 1)),
+    Example("tts", Pair([5, 12, 2, 17], "Good morning.", TARGET_SPEAKER)),
+    Example(
+        "s2s",
+        Exchange(
+            "What is three plus four?",
+            "Three plus four is seven.",
+            "plus",
+            [[14, 6, 1, 9, 16]],
+            [[9, 1, 13, 6, 10, 2, 18]],
+        ),
+    ),
+    Example("speech", Pair([3, 15, 0, 8, 1], "", 2)),
+    Example("text", "What is three plus four? Three plus four is seven."),
+)
+
+
+class Marks(NamedTuple):
+    """What stands before and after a run of targets, and of what else is to stand out."""
+
+    target: tuple[str, str]
+    title: tuple[str, str]
+
+    @classmethod
+    def choose(cls) -> "Marks":
+        """Colors on a terminal, unless NO_COLOR is set (https://no-color.org); brackets elsewhere."""
+        if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            return cls(("\x1b[1;32m", "\x1b[0m"), ("\x1b[1m", "\x1b[0m"))
+        return cls(("[[", "]]"), ("", ""))
+
+
+def show_document(tok: tokenizer.Tokenizer, document: Document, marks: Marks) -> str:
+    """The text of a document, token by token, with its targets marked."""
+    ids, mask = document
+    out = ""
+    previous = False
+    for i, target in zip(ids, mask):
+        if target != previous:
+            out += marks.target[0] if target else marks.target[1]
+            previous = target
+        out += tok.name[i] if i in tok.name else tok.sp.id_to_piece(i).replace("▁", " ")
+    return out + (marks.target[1] if previous else "")
+
+
+def show_rows(documents: list[Document], packed: batches.Packed, width: int = 72) -> list[str]:
+    """One line of text for each row of a packed batch: which document is in which columns, and what is padding.
+
+    Each character of the bar is some columns: the last digit of the document's number, in dots what is padding."""
+    numbers = {}  # ids -> numbers of the documents that have these ids
+    for number, (ids, _) in enumerate(documents):
+        numbers.setdefault(tuple(ids), []).append(number)
+    lines = []
+    for r in range(len(packed.ids)):
+        columns = ["."] * packed.ids.shape[1]
+        parts = []
+        for d in range(int(packed.docs[r].max()) + 1):
+            here = (packed.docs[r] == d).nonzero().flatten().tolist()
+            number = numbers[tuple(packed.ids[r, here].tolist())].pop(0)
+            columns[here[0] : here[-1] + 1] = str(number % 10) * len(here)
+            parts.append(f"columns {here[0]}-{here[-1]}: document {number}")
+        left = columns.count(".")
+        if left:
+            parts.append(f"columns {len(columns) - left}-{len(columns) - 1}: padding")
+        step = max(1, -(-len(columns) // width))
+        lines.append(f"row {r}  {''.join(columns[::step])}")
+        lines.append(f"       {', '.join(parts)}")
+    return lines
+
+
+def units_of(source: str | Pair | Exchange) -> list[int]:
+    """All units that a document of `source` may show."""
+    if isinstance(source, Pair):
+        return source.units
+    if isinstance(source, Exchange):
+        return [unit for units in source.question_units + source.answer_units for unit in units]
+    return []
+
+
+def choose_examples(corpus: Path | None, split: str, mix: dict, count: int, seed: int) -> list[tuple]:
+    """(example, its random numbers): the first `count` that training with this seed reads; None: the built-in ones."""
+    if corpus is None:
+        return [(BUILT_IN[i % len(BUILT_IN)], random.Random(f"{seed} {i}")) for i in range(count)]
+    found = examples(corpus, split, mix)
+    if not found:
+        raise ValueError(f"{corpus}: split '{split}' has nothing of the kinds {', '.join(mix)}")
+    chosen = []
+    for index in range(count):
+        item, epoch = batches.order(index, len(found), seed)
+        chosen.append((found[item], random.Random(f"{seed} {epoch} {item}")))
+    return chosen
+
+
+def main() -> None:
+    parser = config.Parser(
+        "Shows documents as the language model is trained on them: the targets of the loss, and the packed rows.",
+        prog="python -m data.documents",
+    )
+    parser.add_argument("--show", type=int, default=3, help="number of documents")
+    parser.add_argument(
+        "--corpus", help="folder with manifest.jsonl and units.jsonl (default: out/tiny/corpus)"
+    )
+    parser.add_argument("--tokenizer", default="weights/tiny/llama", help="folder with tokenizer.model")
+    parser.add_argument(
+        "--mix", default="{ asr = 1, tts = 1, chain = 1 }", help="kinds and shares, as in configs/*.toml"
+    )
+    parser.add_argument("--split", default="train", choices=SPLITS)
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="fraction of input units dropped and replaced"
+    )
+    parser.add_argument("--max-len", type=int, default=512, help="tokens in a packed row, at most")
+    parser.add_argument("--seed", type=int, default=0, help="as of training")
+    options = parser.parse_args()
+    if options.show < 1 or options.max_len < 2:
+        raise ValueError("--show must be at least 1, and --max-len at least 2")
+    if not 0 <= options.noise <= 0.5:
+        raise ValueError(f"--noise is {options.noise}: it must be a fraction of 0 to 0.5")
+    mix = config.toml_value(options.mix)
+    if not isinstance(mix, dict):
+        raise ValueError(f"--mix is {options.mix!r}: write it as in '{{ asr = 0.5, tts = 0.5 }}'")
+    check_mix(mix)
+
+    tok = tokenizer.Tokenizer.from_pretrained(options.tokenizer)
+    corpus = Path(options.corpus or "out/tiny/corpus")
+    if options.corpus is None and not (corpus / "units.jsonl").is_file():
+        print(
+            f"built-in examples: {corpus} has no units yet (`python train.py configs/tiny.toml` makes them)"
+        )
+        corpus = None
+    chosen = choose_examples(corpus, options.split, mix, options.show, options.seed)
+    highest = max((unit for example, _ in chosen for unit in units_of(example.source)), default=-1)
+    if highest >= tok.n_units:
+        raise ValueError(
+            f"{corpus or 'the first example'} has unit {highest}, {options.tokenizer} has {tok.n_units} units: the two "
+            "are of different models; give the --tokenizer of that corpus"
+        )
+    rendered = [render(tok, example, draw, options.noise) for example, draw in chosen]
+
+    marks = Marks.choose()
+    print(f"targets of the loss are marked {'like this'.join(marks.target)}\n")
+    for number, ((example, _), document) in enumerate(zip(chosen, rendered)):
+        ids, mask = document
+        title = f"document {number}: {example.kind}, {len(ids)} tokens, {sum(mask[1:])} of them targets"
+        if len(ids) > options.max_len:
+            title += f"; longer than --max-len {options.max_len}: its row has only the beginning"
+        print(title.join(marks.title))
+        print(show_document(tok, (ids, [False, *mask[1:]]), marks), end="\n\n")
+    packed = batches.pack(rendered, options.max_len)
+    rows, columns = packed.ids.shape
+    title = f"packed (--max-len {options.max_len}): {rows} rows of {columns} columns"
+    print(title.join(marks.title))
+    shown = [(ids[: options.max_len], mask[: options.max_len]) for ids, mask in rendered]
+    print("\n".join(show_rows(shown, packed)))
+
+
+if __name__ == "__main__":
+    config.command_line(main)

@@ -1,7 +1,7 @@
 """Hostile files: a table of cases, and the checks that each must pass. For the tests of files that are read.
 
-A case writes one file and returns its path. Reading it must end in one line of ValueError, with nothing executed
-and little memory used; both are watched here.
+A case writes one file and returns its path. Reading it must end in one line of ValueError, with nothing
+executed and little memory used; both are watched here.
 """
 
 import json
@@ -116,7 +116,7 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 def read_or_refuse(path: Path, data: bytes) -> dict | None:
-    """Reads `data` as a file: tensors whose every byte can be touched and that are no larger than it, or None."""
+    """Reads `data` as a file: tensors no larger than it, whose every byte can be read, or None if refused."""
     path.write_bytes(data)
     try:
         tensors = read_tensors(path)

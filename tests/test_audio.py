@@ -1,6 +1,5 @@
 """data/audio.py: every usable file gives the same 16 kHz mono sound, every other file gives one clear line."""
 
-import json
 import os
 import struct
 
@@ -25,18 +24,17 @@ def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
     assert "\n" not in message and all(word in message for word in words), message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# another pace, another pitch
+# ---- another pace, another pitch ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "rate, pitch", [(1, 1), (1.3, 1), (0.7, 1), (1, 1.25), (1, 0.8), (1.16, 0.86), (0.86, 1.22)]
+    "pace, pitch", [(1, 1), (1.3, 1), (0.7, 1), (1, 1.25), (1, 0.8), (1.16, 0.86), (0.86, 1.22)]
 )
-def test_pace_and_pitch_are_two_things(rate, pitch):
+def test_pace_and_pitch_are_two_things(pace, pitch):
     first, second = tone(0.5, hertz=220), tone(0.5, hertz=330)
-    said = audio.play(np.concatenate([first, second]), rate, pitch)
-    assert len(said) == pytest.approx(16000 / rate, abs=2) and said.dtype == np.float32
-    for part, hertz in ((said[: len(said) // 2], 220), (said[len(said) // 2 :], 330)):
+    changed = audio.change_pace_and_pitch(np.concatenate([first, second]), pace, pitch)
+    assert len(changed) == pytest.approx(16000 / pace, abs=2) and changed.dtype == np.float32
+    for part, hertz in ((changed[: len(changed) // 2], 220), (changed[len(changed) // 2 :], 330)):
         middle = part[len(part) // 4 : -len(part) // 4]
         spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle)), 1 << 16))
         assert spectrum.argmax() * 16000 / 65536 == pytest.approx(hertz * pitch, rel=0.02)
@@ -53,8 +51,7 @@ def test_at_its_own_pace_a_recording_stays_as_it_is():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files that are fine
+# ---- files that are fine -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
@@ -122,8 +119,48 @@ def test_streamed_wav_whose_length_was_never_filled_in(tmp_path, length):
             audio.load(tmp_path / "a.wav")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files that are not
+# ---- a part, and the header alone --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate, channels, suffix, subtype", [
+    (16000, 1, "wav", "PCM_16"), (16000, 1, "wav", "FLOAT"), (16000, 1, "flac", "PCM_16"), (16000, 1, "ogg", "VORBIS"),
+    (16000, 2, "wav", "PCM_16"), (44100, 1, "wav", "PCM_16"), (8000, 2, "flac", "PCM_16"),
+])  # fmt: skip
+def test_a_part_is_the_part_of_the_whole(tmp_path, rate, channels, suffix, subtype):
+    noise = np.random.default_rng(0).normal(0, 0.1, (2 * rate, channels))
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, noise, rate, subtype=subtype)
+    whole = audio.load(path)
+    for start, n in ((0, 400), (320, 16000), (31000, 5000), (0, 99999), (40000, 10)):
+        part = audio.load_part(path, start, n)
+        assert part.dtype == np.float32
+        np.testing.assert_array_equal(part, whole[start : start + n])
+    assert audio.seconds(path) == pytest.approx(2.0, abs=1e-3)
+
+
+def test_only_the_part_is_decoded(tmp_path, monkeypatch):
+    audio.save(tmp_path / "a.wav", tone())
+    monkeypatch.setattr(audio, "_decode", None)
+    assert len(audio.load_part(tmp_path / "a.wav", 4000, 800)) == 800
+    assert audio.seconds(tmp_path / "a.wav") == 0.5
+
+
+def test_a_part_of_an_unusable_file_is_one_line(tmp_path):
+    audio.save(tmp_path / "a.wav", np.full(399, 0.5))
+    wav = tone()
+    wav[4000] = np.nan
+    soundfile.write(tmp_path / "nan.wav", wav, 16000, subtype="FLOAT")
+    for name, words in (("a.wav", "25 ms"), ("nan.wav", "NaN"), ("gone.wav", "no such file")):
+        with pytest.raises((ValueError, OSError)) as error:
+            audio.load_part(tmp_path / name, 3900, 800)
+        one_line(error, name, words)
+    for name, words in (("a.wav", "25 ms"), ("gone.wav", "no such file")):
+        with pytest.raises((ValueError, OSError)) as error:
+            audio.seconds(tmp_path / name)
+        one_line(error, name, words)
+
+
+# ---- files that are not ------------------------------------------------------------------------------------
 
 
 def test_missing_and_folder(tmp_path):
@@ -200,8 +237,7 @@ def test_absurd_headers(tmp_path):
         audio.load(tmp_path / "day.flac")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# saving, and other people's corpora
+# ---- saving ------------------------------------------------------------------------------------------------
 
 
 def test_save_then_load_is_16_bit(tmp_path):
@@ -235,41 +271,3 @@ def test_save_refuses_what_is_not_sound(tmp_path):
     with pytest.raises(AssertionError, match="finite"):
         audio.save(tmp_path / "a.wav", np.array([0.0, np.nan]))
     assert not list(tmp_path.iterdir())
-
-
-def write_manifest(folder, *rows) -> None:
-    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
-
-
-def test_own_recordings_need_only_wav_and_text(tmp_path):
-    audio.save(tmp_path / "mine" / "one.wav", tone(0.5))
-    soundfile.write(tmp_path / "two.flac", tone(1.0, 44100), 44100)
-    write_manifest(tmp_path, {"wav": "mine/one.wav", "text": "Hello."}, "",
-                   {"wav": "two.flac", "text": "Ça va ?", "speaker": 3, "split": "heldout"})  # fmt: skip
-    one, two = audio.read_manifest(tmp_path)
-    assert one == {"wav": "mine/one.wav", "text": "Hello.", "id": "one", "speaker": 0, "kind": "statement",
-                   "split": "train", "family": "own", "seconds": 0.5}  # fmt: skip
-    assert (two["speaker"], two["split"], two["text"]) == (3, "heldout", "Ça va ?")
-    assert abs(two["seconds"] - 1) < 1e-3
-
-
-@pytest.mark.parametrize("row, words", [
-    ("not json", "line 2: not JSON"), ("[1]", '"wav" and "text"'), ({"wav": "a.wav"}, '"wav" and "text"'),
-    ({"wav": 3, "text": "x"}, "strings"), ({"wav": "gone.wav", "text": "x"}, "no such file"),
-    ({"wav": "a.wav", "text": "x"}, "twice"), ({"wav": "a.wav", "text": "x", "id": "b", "split": "test"}, "split"),
-])  # fmt: skip
-def test_a_bad_row_is_named(tmp_path, row, words):
-    audio.save(tmp_path / "a.wav", tone())
-    write_manifest(tmp_path, {"wav": "a.wav", "text": "fine"}, row)
-    with pytest.raises((ValueError, OSError)) as error:
-        audio.read_manifest(tmp_path)
-    one_line(error, "manifest.jsonl", "line 2", words)
-
-
-def test_no_manifest(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        audio.read_manifest(tmp_path)
-    write_manifest(tmp_path)
-    with pytest.raises(ValueError, match="no rows"):
-        audio.read_manifest(tmp_path)

@@ -1,4 +1,4 @@
-"""checkpoint.py: files are read exactly, hostile ones refused; weights fit their module, a training state its run."""
+"""checkpoint.py: files are read exactly, hostile ones refused; a training state continues the run exactly."""
 
 import json
 import os
@@ -158,8 +158,8 @@ def test_assign_is_strict_both_ways_and_touches_nothing_before(change, named):
 # ---- Training state ----------------------------------------------------------------------------------------
 
 
-def run_of(seed: int):
-    """A small model, its parameters shared out between a fused AdamW and Muon, and a discriminator with its own."""
+def small_run(seed: int):
+    """A small model, some of its weights for a fused AdamW, one for Muon; and a critic with its own AdamW."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8, bias=False), nn.Linear(8, 2))
     critic = nn.utils.parametrizations.weight_norm(nn.Linear(2, 1))
@@ -204,14 +204,14 @@ def everything(modules, optimizers) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("stop", [0, 1, 7])
 def test_a_resumed_run_is_equal_to_one_that_never_stopped(tmp_path, stop):
-    _, modules, optimizers = run_of(0)
+    _, modules, optimizers = small_run(0)
     train(modules, optimizers, range(stop))
     meta = {"step": stop, "stage": {"lr": 0.1, "betas": [0.9, 0.95]}}
     save_training(tmp_path / "state", modules, optimizers, meta)
     train(modules, optimizers, range(stop, 12))
 
-    _, again, their_optimizers = run_of(1)
-    train(again, their_optimizers, range(3))  # whatever was there is replaced
+    _, again, their_optimizers = small_run(1)
+    train(again, their_optimizers, range(3))  # what was there is replaced
     assert load_training(tmp_path / "state", again, their_optimizers) == meta
     train(again, their_optimizers, range(stop, 12))
     assert_same(everything(again, their_optimizers), everything(modules, optimizers))
@@ -248,9 +248,9 @@ def test_one_parameter_may_be_tied_and_belong_to_two_optimizers(tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors and the metadata of a state of run_of after two steps."""
+    """The tensors and the metadata of a state of small_run after two steps."""
     path = tmp_path_factory.mktemp("saved") / "state"
-    _, modules, optimizers = run_of(0)
+    _, modules, optimizers = small_run(0)
     train(modules, optimizers, range(2))
     save_training(path, modules, optimizers, {"step": 2})
     with safetensors.safe_open(path, "pt") as file:
@@ -279,7 +279,7 @@ def moved(name: str, to: str):
     return lambda tensors, metadata: tensors.update({to: tensors.pop(name)})
 
 
-def said(**metadata):
+def with_metadata(**metadata):
     return lambda tensors, before: before.update(metadata)
 
 
@@ -316,14 +316,14 @@ DAMAGED_STATES = {
     ),
     "a slot of a buffer": (moved(FIRST, "adamw.exp_avg.model.1.running_mean"), "missing"),
     "another optimizer's name": (moved("muon.momentum.model.2.weight", "sgd.momentum.model.2.weight"), "sgd"),
-    "a step of 2.5": (said(state='{"step": 2.5}'), "step is <float>"),
-    "a step of -1": (said(state='{"step": -1}'), "step is -1"),
-    "a step that is true": (said(state='{"step": true}'), "step is <bool>"),
-    "a step in words": (said(state='{"step": "2"}'), "step is '2'"),
-    "a step that is nothing": (said(state='{"step": null}'), "step is <NoneType>"),
-    "no step at all": (said(state="{}"), "'step'"),
-    "a list": (said(state="[2]"), "damaged"),
-    "no JSON": (said(state="{"), "damaged"),
+    "a step of 2.5": (with_metadata(state='{"step": 2.5}'), "step is <float>"),
+    "a step of -1": (with_metadata(state='{"step": -1}'), "step is -1"),
+    "a step that is true": (with_metadata(state='{"step": true}'), "step is <bool>"),
+    "a step in words": (with_metadata(state='{"step": "2"}'), "step is '2'"),
+    "a step that is nothing": (with_metadata(state='{"step": null}'), "step is <NoneType>"),
+    "no step at all": (with_metadata(state="{}"), "'step'"),
+    "a list": (with_metadata(state="[2]"), "damaged"),
+    "no JSON": (with_metadata(state="{"), "damaged"),
     "no state": (lambda tensors, metadata: metadata.pop("state"), "'state'"),
     "no count": (lambda tensors, metadata: metadata.pop("tensors"), "'tensors'"),
 }
@@ -336,7 +336,7 @@ def test_a_damaged_state_is_one_line_and_changes_nothing(tmp_path, saved, case):
     change(tensors, metadata)
     path = tmp_path / "state"
     safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
-    _, modules, optimizers = run_of(1)
+    _, modules, optimizers = small_run(1)
     train(modules, optimizers, range(1))
     before = everything(modules, optimizers)
     with pytest.raises(ValueError) as e:
@@ -350,7 +350,7 @@ def test_a_damaged_state_is_one_line_and_changes_nothing(tmp_path, saved, case):
 
 def test_the_undamaged_state_is_read(tmp_path, saved):
     safetensors.torch.save_file(saved[0], tmp_path / "state", saved[1])
-    _, modules, optimizers = run_of(1)
+    _, modules, optimizers = small_run(1)
     assert load_training(tmp_path / "state", modules, optimizers) == {"step": 2}
 
 
@@ -700,8 +700,8 @@ def test_random_bytes_are_refused(valid, kind, data, start):
 
 
 def test_every_single_flipped_byte_is_refused_or_possible(valid):
-    """There are no checksums: a flipped byte in the numbers changes that number; anywhere else it is refused, or
-    gives other names, shapes and dtypes that are possible."""
+    """There are no checksums: a flipped byte in the numbers changes that number; anywhere else it is refused,
+    or gives other names, shapes and dtypes that are possible."""
     data, path = valid["safetensors"]
     expected = read_or_refuse(path, data)
     starts = [data.index(raw(t)) for t in expected.values()]

@@ -73,7 +73,7 @@ class KnownModel(OnlyLogits):
 
     n_speakers, takes = 1, 3
 
-    def hear(self, prompt):
+    def to_units(self, prompt):
         raise AssertionError("reply_batch encodes")
 
     def extractor(self, wav):
@@ -273,7 +273,7 @@ def test_a_missing_model_or_corpus_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="no model"):
         evaluate.evaluate(tmp_path / "nothing", tmp_path, tmp_path / "out")
     monkeypatch.setattr(evaluate.SpeechGPT, "from_pretrained", lambda *_: KnownModel())
-    with pytest.raises(FileNotFoundError, match="dialogues.jsonl"):
+    with pytest.raises(FileNotFoundError, match="manifest.jsonl"):
         evaluate.evaluate(tmp_path, tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(ValueError, match="items is -1"):
         evaluate.evaluate(tmp_path, tmp_path, tmp_path / "out", items=-1)

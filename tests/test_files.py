@@ -1,4 +1,4 @@
-"""files.py: writes are whole or not at all; JSON and JSON lines come back as written, and a bad line is named."""
+"""files.py: a file is written whole or not at all; JSON and JSON lines are read as written."""
 
 import itertools
 import os
@@ -176,8 +176,7 @@ def test_json_lines_come_back_as_written(tmp_path):
 
 
 def test_only_the_end_of_a_line_ends_a_row(tmp_path):
-    """Others write what JSON allows inside a string: U+2028 and U+0085 as they are; lines may be empty, or end
-    as on Windows."""
+    """U+2028 and U+0085 may be in a string as they are; lines may be empty, or end as on Windows."""
     (tmp_path / "a.jsonl").write_bytes('{"a": "x\u2028y\u0085z"}\r\n\n{"a": 1}'.encode())
     assert read_jsonl(tmp_path / "a.jsonl") == [{"a": "x\u2028y\u0085z"}, {"a": 1}]
 

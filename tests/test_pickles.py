@@ -1,4 +1,4 @@
-"""pickles.py: torch.save, fairseq and joblib files are read exactly; a hostile pickle or zip is refused, never run."""
+"""pickles.py: torch.save, fairseq and joblib files are read exactly; hostile ones are refused, never run."""
 
 import argparse
 import collections
@@ -778,8 +778,9 @@ def test_random_programs_execute_nothing(valid, code):
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 def test_every_single_flipped_byte_is_noticed_or_harmless(valid, kind):
-    """In a zip it is refused, or where nobody looks. Legacy files have no checksums: a flipped byte in the numbers
-    changes that number; anywhere else it is refused, or gives other names, shapes and dtypes that are possible."""
+    """In a zip it is refused, or where nobody looks. Legacy files have no checksums: a flipped byte in the
+    numbers changes that number; anywhere else it is refused, or gives other names, shapes and dtypes that are
+    possible."""
     data, path = valid[kind]
     expected = read_or_refuse(path, data)
     numbers = [data.index(raw(t)) for t in expected.values()]

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 
 from data import audio
+from data.corpus import read_manifest
 from data.tiny import prepare, world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +39,7 @@ TRAINED = {u.text for u in PLAN if u.split == "train"} | {
     text for row in ROWS if row["split"] == "train" for text in (row["question"], row["answer"])
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the grammar
+# ---- the grammar -------------------------------------------------------------------------------------------
 
 
 def test_answers_are_true():
@@ -91,8 +91,7 @@ def test_sentences_are_speakable():
     assert 250 <= len({word for text in TRAINED for word in words(text)}) <= 400
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the splits
+# ---- the splits --------------------------------------------------------------------------------------------
 
 
 def test_held_out_combinations_are_in_no_training_text():
@@ -167,8 +166,7 @@ def test_the_split_is_the_published_one():
     assert blake2b("\n".join(sorted(held)).encode(), digest_size=8).hexdigest() == "0f6352d61f6a110e"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the plan
+# ---- the plan ----------------------------------------------------------------------------------------------
 
 
 def test_every_question_is_heard_from_two_speakers_and_answered_by_the_models_own_voice():
@@ -242,8 +240,7 @@ def test_dialogues_say_what_is_spoken():
     assert len({row["question"] for row in ROWS}) == len(ROWS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the voice and the files
+# ---- the voice and the files -------------------------------------------------------------------------------
 
 
 def test_trim_keeps_what_is_loud_and_the_margins():
@@ -294,7 +291,7 @@ def corpus(tmp_path_factory) -> Path:
 
 def test_a_killed_run_is_completed(corpus):
     plan, dialogues = prepare.plan(sentences=1)
-    rows = audio.read_manifest(corpus)
+    rows = read_manifest(corpus)
     assert [row["id"] for row in rows] == [u.id for u in plan]
     assert {path.name for path in (corpus / "wav").iterdir()} == {f"{u.id}.wav" for u in plan}
     assert [json.loads(line) for line in (corpus / "dialogues.jsonl").read_text().splitlines()] == dialogues
@@ -325,6 +322,34 @@ def test_a_finished_corpus_is_left_alone(corpus, monkeypatch):
     monkeypatch.setattr(prepare, "speak", None)  # would fail if anything were spoken
     prepare.prepare(corpus, sentences=1, progress=False)
     assert {path: path.stat().st_mtime_ns for path in corpus.glob("wav/*")} == before
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the workers in /proc")
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    pytest.importorskip("hibari")
+    command = [sys.executable, ROOT / "data/tiny/prepare.py", tmp_path, "--sentences", "40", "--workers", "2"]
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not any(tmp_path.glob("wav/*.wav")):  # they are at work
+        assert parent.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    children = [path for path in map(process_of, Path("/proc").glob("[0-9]*/stat")) if path[1] == parent.pid]
+    assert len(children) >= 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    until = time.monotonic() + 30
+    while any(process_of(Path(f"/proc/{pid}/stat"))[2] not in "ZX" for pid, _, _ in children):
+        assert time.monotonic() < until, "workers outlive their parent"
+        time.sleep(0.05)
+
+
+def process_of(stat: Path) -> tuple[int, int, str]:
+    """(its id, its parent's, its state) of /proc/ID/stat; state X: there is no such process."""
+    try:
+        state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return int(stat.parent.name), 0, "X"
+    return int(stat.parent.name), int(parent), state
 
 
 @pytest.mark.parametrize("option", ["sentences", "renditions", "workers"])

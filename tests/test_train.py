@@ -16,6 +16,7 @@ import torch
 import config
 from checkpoint import read_tensors
 from data import audio, units
+from data.corpus import TARGET_SPEAKER
 from data.tiny import prepare
 from hubert import KMeans, UnitExtractor
 from llama import Llama
@@ -168,7 +169,7 @@ def test_the_own_voice_is_also_heard_as_if_others_spoke(out):
     extractor = UnitExtractor.from_pretrained(out / "model/hubert")
     for row in rows:
         assert sum(row["durations"]) == pytest.approx(sum(own[row["id"]]["durations"]) / row["rate"], abs=1.5)
-        wav = audio.play(audio.load(out / "corpus" / row["wav"]), row["rate"], row["pitch"])
+        wav = audio.change_pace_and_pitch(audio.load(out / "corpus" / row["wav"]), row["rate"], row["pitch"])
         assert (row["units"], row["durations"]) == extractor(torch.from_numpy(wav))
     shutil.rmtree(out / "state/units")
     stages(out, "units")
@@ -191,7 +192,7 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
         assert row["units"] == after(torch.from_numpy(audio.load(out / "corpus" / row["wav"])))[0]
 
     own = {
-        row["text"] for row in rows.values() if row["split"] == "train" and row["speaker"] == units.OWN_VOICE
+        row["text"] for row in rows.values() if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER
     }
     with np.load(found / "targets.npz") as stored:
         targets = np.split(stored["flat"], stored["lengths"].cumsum()[:-1])
@@ -201,14 +202,14 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     for id, target in targets.items():
         row = rows[id]
         wav = torch.from_numpy(audio.load(out / "corpus" / row["wav"]))
-        assert row["split"] == "train" and row["text"] in own and len(target) == len(before.frames(wav))
-        if row["speaker"] == units.OWN_VOICE:
-            assert target.tolist() == before.frames(wav).tolist() and apart[id] == 0
+        assert row["split"] == "train" and row["text"] in own and len(target) == len(before.frame_units(wav))
+        if row["speaker"] == TARGET_SPEAKER:
+            assert target.tolist() == before.frame_units(wav).tolist() and apart[id] == 0
         else:
             assert set(target) <= set(range(20)) and apart[id] > 0
             others += 1
     train_rows = [row for row in rows.values() if row["split"] == "train" and row["text"] in own]
-    assert others == sum(row["speaker"] != units.OWN_VOICE for row in train_rows) > 50
+    assert others == sum(row["speaker"] != TARGET_SPEAKER for row in train_rows) > 50
 
     (out / "state/units/done.json").unlink()  # as if it had been interrupted
     manifest = out / "corpus/manifest.jsonl"

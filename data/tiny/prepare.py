@@ -3,33 +3,33 @@
     python data/tiny/prepare.py out/corpus
     python data/tiny/prepare.py out/ci --sentences 20      # three minutes of audio, for a quick test
 
-This stands in for the speech of the paper (LibriLight, Gigaspeech, CommonVoice; sections 4.1 and 5.1) and for its
-spoken instructions (section 3.2, made from text with a TTS, as here). The voice is hibari (Apache-2.0, inside its
-wheel). Further speakers are the same voice played at r times its rate: pitch and formants move together, as with a
-shorter or longer vocal tract, while the pace is set independently. Speaker 0 (r = 1) is the model's own voice: it
-speaks every answer, evenly. Everything else is spoken by everybody, faster and slower.
+This stands in for the speech of the paper (LibriLight, Gigaspeech, CommonVoice; §4.1, §5.1) and for its spoken
+instructions (§3.2, made from text with a TTS, as here). The voice is hibari (Apache-2.0, inside its wheel). Further
+speakers are the same voice resampled by a factor r: pitch and formants move together, as with a shorter or longer vocal
+tract, while the pace is set independently. Speaker 0 (r = 1) is the target speaker, in whose voice the model answers:
+it speaks every answer, at an even pace. Everything else is spoken by all speakers, faster and slower.
 
     OUT/wav/ID.wav        16 kHz, 16 bit, mono
     OUT/manifest.jsonl    {"id": "plus-5b0c81d2f3a4e697", "wav": "wav/plus-5b0c81d2f3a4e697.wav",
                            "text": "What is three plus four?", "answer": "Three plus four is seven.",
                            "speaker": 3, "seconds": 1.4, "kind": "question", "split": "train", "family": "plus"}
                           kind: question (with its answer), answer, statement, or reading: a statement that only
-                          the model's own voice says, so that it learns to read aloud what it never said
+                          the target speaker reads, so that TTS sees sentences that are no answers
     OUT/dialogues.jsonl   {"question": ..., "answer": ..., "family": ..., "split": ..., "spoken": true}
-                          every wording of every question; not all are spoken, but all may be read
+                          every wording of every question; only some of them have recordings ("spoken")
 
-Splits: train and heldout as in world.py, and rendition: new audio (another speaker, pace, noise) of questions and
-statements of train, no training example itself. To train on, take rows whose split is train, and nothing else.
+Splits: train and heldout as in world.py, and rendition: other recordings (another speaker, pace, noise) of questions
+and statements of train, which are not trained on themselves. Only rows whose split is train may be trained on.
 
-Every choice is a hash of what it is about. So the same seed gives the same bytes, a name stands for one content, and
-a run that was killed, or that is repeated with another size, makes only the files that are missing.
+Every random choice is a hash of the text it is made for. So the same seed gives the same bytes, a file's name stands
+for one content, and a run that was killed, or is repeated with another size, makes only the files that are missing.
 """
 
-import argparse
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from hashlib import blake2b
@@ -45,18 +45,19 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a script: let it find `data`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from config import Parser, command_line
 from data import audio
+from data.corpus import TARGET_SPEAKER, read_manifest, write_manifest
 from data.tiny import world
 from data.tiny.world import chance
 from files import write_jsonl
 
-SPEAKERS = (1.0, 0.88, 1.07, 1.14, 1.21)  # r of each; a recogniser reads all of them, below 0.85 it does not
+SPEAKERS = (1.0, 0.88, 1.07, 1.14, 1.21)  # r of each; a recognizer understands all of them, but not r < 0.85
 # (hibari runs phones together when speed / r is above 1.33: speaker 1 at a pace of 1.17 and more; LOG.md)
 PAUSE = 0.12  # seconds of silence on either side of a full stop inside an utterance
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan: which sentence is spoken how often, by whom, how
+# ---- The plan: which sentence is spoken how often, by whom, how --------------------------------------------
 
 
 class Utterance(NamedTuple):
@@ -66,8 +67,8 @@ class Utterance(NamedTuple):
     split: str  # train, rendition or heldout
     answer: str | None
     speaker: int
-    r: float  # playback rate: the speaker's, plus or minus 2 %
-    speed: float  # 1 is the voice's own pace
+    r: float  # resampling factor: the speaker's, plus or minus 2 %
+    speed: float  # 1 is hibari's own pace
     margin: tuple[float, float]  # seconds of silence before and after
     noise: int  # seed of the voice's noise
 
@@ -79,70 +80,74 @@ class Utterance(NamedTuple):
 def render(
     text: str, family: str, kind: str, split: str, take: int, seed: int, answer: str | None = None
 ) -> Utterance:
-    """The `take`-th rendition of a sentence: takes differ in speaker until all speakers have had their turn."""
+    """The `take`-th recording of a sentence: the first five takes are of five different speakers."""
 
     def draw(low: float, high: float, what: str) -> float:
         return round(low + (high - low) * chance(seed, text, kind, split, take, what), 4)
 
     if kind in ("answer", "reading"):
-        speaker, r, speed, margin = 0, SPEAKERS[0], draw(1.02, 1.08, "speed"), (0.1, 0.1)
+        speaker = TARGET_SPEAKER
+        r = SPEAKERS[speaker]
+        speed = draw(1.02, 1.08, "speed")
+        margin = (0.1, 0.1)
     else:
         speaker = (int(chance(seed, text, split) * len(SPEAKERS)) + take) % len(SPEAKERS)
-        r, speed = round(SPEAKERS[speaker] * draw(0.98, 1.02, "r"), 4), draw(0.95, 1.2, "speed")
-        margin = draw(0.05, 0.15, "before"), draw(0.05, 0.15, "after")
-    return Utterance(text, family, kind, split, answer, speaker, r, speed, margin, int(draw(0, 1e6, "noise")))
+        r = round(SPEAKERS[speaker] * draw(0.98, 1.02, "r"), 4)
+        speed = draw(0.95, 1.2, "speed")
+        margin = (draw(0.05, 0.15, "before"), draw(0.05, 0.15, "after"))
+    noise = int(draw(0, 1e6, "noise"))
+    return Utterance(text, family, kind, split, answer, speaker, r, speed, margin, noise)
 
 
 def plan(
     sentences: int = 3000, renditions: int = 2, seed: int = 0, readings: int = 0
 ) -> tuple[list[Utterance], list[dict]]:
-    """(utterances, rows of dialogues.jsonl). Every family gets as many takes: where texts are few, more of each."""
+    """(utterances, rows of dialogues.jsonl). All families get about the same number of recordings: where there are few
+    sentences, more of each."""
     utterances, rows = [], []
     families = world.dialogues(echoes=max(8, sentences // 20))
     share = max(1, round(0.6 * sentences / len(families)))  # spoken training questions of one family
     tests = max(1, share // 7)  # questions of one family in rendition, and in heldout
     for family, asked in families.items():
-        split, answers = (
-            world.split(family, asked),
-            {q: a for a, questions in asked.items() for q in questions},
-        )
-        train, heldout = ([q for q in _turns(asked) if split[q] == name] for name in ("train", "heldout"))
-        spoken, probed = train[:share], heldout[:tests]
+        split = world.split(family, asked)
+        answers = {q: answer for answer, questions in asked.items() for q in questions}
+        questions = _turns(asked)
+        train = [q for q in questions if split[q] == "train"]
+        heldout = [q for q in questions if split[q] == "heldout"]
+        spoken = train[:share]
+        probed = heldout[:tests]
 
-        jobs = [
-            (q, "train", take)
-            for q in spoken
-            for take in range(_takes(share * renditions, spoken, renditions))
-        ]
+        takes = range(_takes(share * renditions, spoken, renditions))
+        jobs = [(q, "train", take) for q in spoken for take in takes]
         jobs += [(q, "rendition", 0) for q in spoken[:: max(1, len(spoken) // tests)][:tests]]
-        jobs += [(q, "heldout", take) for q in probed for take in range(min(3, _takes(tests, probed, 1)))]
-        utterances += [render(q, family, "question", name, take, seed, answers[q]) for q, name, take in jobs]
+        takes = range(min(3, _takes(tests, probed, 1)))
+        jobs += [(q, "heldout", take) for q in probed for take in takes]
+        for q, name, take in jobs:
+            utterances.append(render(q, family, "question", name, take, seed, answers[q]))
 
         replies = sorted({answers[q] for q in spoken})
-        jobs = [(reply, take) for reply in replies for take in range(_takes(share, replies, 1))]
-        utterances += [render(reply, family, "answer", "train", take, seed) for reply, take in jobs]
+        takes = range(_takes(share, replies, 1))
+        utterances += [render(a, family, "answer", "train", take, seed) for a in replies for take in takes]
 
-        heard = {*spoken, *probed}
-        rows += [
-            {"question": q, "answer": answers[q], "family": family, "split": split[q], "spoken": q in heard}
-            for q in (*train, *heldout)
-        ]
+        recorded = {*spoken, *probed}
+        for q in (*train, *heldout):
+            row = {"question": q, "answer": answers[q], "family": family, "split": split[q]}
+            rows.append(row | {"spoken": q in recorded})
 
-    said = {row["answer"] for row in rows}
-    texts = [text for text in world.statements(max(20, sentences // 2)) if text not in said]
+    known = {row["answer"] for row in rows}
+    texts = [text for text in world.statements(max(20, sentences // 2)) if text not in known]
     train = [text for text in texts if not world.held_out(text)][: max(1, sentences // 5)]
     heldout = [text for text in texts if world.held_out(text)][: max(1, sentences // 30)]
     jobs = [(text, "train", take) for text in train for take in range(renditions)]
-    jobs += [(text, "rendition", 0) for text in train[: len(heldout)]] + [
-        (text, "heldout", 0) for text in heldout
-    ]
+    jobs += [(text, "rendition", 0) for text in train[: len(heldout)]]
+    jobs += [(text, "heldout", 0) for text in heldout]
     utterances += [render(text, "statement", "statement", name, take, seed) for text, name, take in jobs]
 
     if not readings:
         return utterances, rows
-    said |= {*train, *heldout}
+    known |= {*train, *heldout}
     more = (*world.unasked(), *world.statements(sentences // 2 + 2 * readings))  # half of it would do
-    more = [text for text in dict.fromkeys(more) if text not in said and not world.held_out(text)][:readings]
+    more = [text for text in dict.fromkeys(more) if text not in known and not world.held_out(text)][:readings]
     utterances += [render(text, "reading", "reading", "train", 0, seed) for text in more]
     rows += [
         {"question": f"{world.ECHOES[int(chance('echo', text) * len(world.ECHOES))]} {text}", "answer": text,
@@ -159,7 +164,7 @@ def plan(
 
 
 def _turns(asked: dict[str, list[str]]) -> list[str]:
-    """All questions, by chance, but every answer is asked for once before any is asked for a second time."""
+    """All questions in random order, but one question of each answer comes before the second of any."""
     turn = {}
     for questions in asked.values():
         for i, question in enumerate(sorted(questions, key=chance)):
@@ -168,21 +173,30 @@ def _turns(asked: dict[str, list[str]]) -> list[str]:
 
 
 def _takes(goal: int, texts: list[str], least: int) -> int:
-    """Takes of each text for about `goal` in all; more than one by each speaker adds little."""
+    """Takes of each text for about `goal` in all; more than one per speaker adds little."""
     return max(least, min(len(SPEAKERS), round(goal / max(1, len(texts)))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The voice
+# ---- The voice ---------------------------------------------------------------------------------------------
 
 _voice = None  # one in each process: loading takes half a second
+
+
+def start_worker() -> None:
+    """Prepares a worker process: Ctrl-C is for its parent to handle, it ends when its parent dies, and it can speak."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    load_voice()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()  # returns however it ended, by SIGKILL, too
+    os._exit(1)
 
 
 def load_voice() -> None:
     """Loads hibari into this process."""
     global _voice
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     if _voice is None:
         from hibari import Hibari
 
@@ -190,7 +204,7 @@ def load_voice() -> None:
 
 
 def speak(u: Utterance) -> np.ndarray:
-    """(N,) float32 at 16 kHz. Played at r times its rate speech is shorter by r, so it is made slower by r first."""
+    """(N,) float32 at 16 kHz. Resampling by r makes speech shorter by r, so it is made slower by r first."""
     parts = _voice.stream(u.text, speed=u.speed / u.r, seed=u.noise)  # sentence by sentence
     parts = [soxr.resample(part, _voice.sample_rate * u.r, audio.RATE) for part in parts]
     silences = [u.margin[0], *[PAUSE] * (2 * len(parts) - 2), u.margin[1]]
@@ -198,7 +212,7 @@ def speak(u: Utterance) -> np.ndarray:
 
 
 def trim(wav: np.ndarray, before: float, after: float) -> np.ndarray:
-    """wav (N,) at 16 kHz with just `before` and `after` seconds around what is above -40 dB of its peak.
+    """wav (N,) at 16 kHz with exactly `before` and `after` seconds around what is louder than -40 dB of its peak.
 
     The voice puts 0.3 s of silence before and 0.45 s after every sentence: a third of the corpus would be silence.
     """
@@ -216,8 +230,7 @@ def _speak(wavs: Path, batch: list[Utterance]) -> int:
     return len(batch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The corpus
+# ---- The corpus --------------------------------------------------------------------------------------------
 
 
 def prepare(
@@ -231,11 +244,11 @@ def prepare(
 ) -> None:
     """Makes the corpus in folder `out`, or what is missing of it.
 
-    `sentences` is about the number of different sentences to hear in train, most of them questions and answers, in
-    equal parts from each family; `renditions` how often questions and statements are spoken, at least; `readings` the
-    number of further sentences that the model's own voice alone reads aloud, once; if there are any, sums beyond the
-    tables are there to be read, too (`world.beyond`). ValueError or OSError, one line each, when the voice is not
-    installed, a number makes no sense, or a file cannot be written.
+    `sentences` is about the number of different sentences recorded for train, most of them questions and answers, in
+    equal parts from each family; `renditions` how often questions and statements are recorded, at least; `readings` the
+    number of further sentences that only the target speaker reads, once; if there are any, the dialogues have sums
+    beyond the tables, too (`world.beyond`). ValueError or OSError, one line each, when the voice is not installed, a
+    number makes no sense, or a file cannot be written.
     """
     for name, value in (("sentences", sentences), ("renditions", renditions), ("workers", workers)):
         if value < 1:
@@ -249,10 +262,9 @@ def prepare(
     utterances, rows = plan(sentences, renditions, seed, readings)
     out, wavs = Path(out), Path(out) / "wav"
     wavs.mkdir(parents=True, exist_ok=True)
-    there = {
-        entry.name for entry in os.scandir(wavs) if entry.stat().st_size > 44
-    }  # 44 bytes: a header alone
-    missing = [u for u in utterances if f"{u.id}.wav" not in there]
+    header = 44  # bytes: a file without samples
+    finished = {entry.name for entry in os.scandir(wavs) if entry.stat().st_size > header}
+    missing = [u for u in utterances if f"{u.id}.wav" not in finished]
     bar = tqdm(
         total=len(utterances),
         initial=len(utterances) - len(missing),
@@ -281,7 +293,7 @@ def prepare(
     write_jsonl(out / "dialogues.jsonl", rows)
     for half in wavs.glob(".*.tmp"):  # what a killed run was writing
         half.unlink(missing_ok=True)
-    write_jsonl(out / "manifest.jsonl", manifest)  # last: a folder with a manifest is complete
+    write_manifest(out, manifest)  # last: a folder with a manifest is complete
 
 
 def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) -> None:
@@ -291,8 +303,8 @@ def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) ->
         for u in missing:
             bar.update(_speak(wavs, [u]))
         return
-    # spawn is the one way that works on Linux, macOS and Windows, and beside the threads of torch
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=load_voice)
+    # spawn is the one way that works on Linux, macOS and Windows, and together with the threads of torch
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
     try:
         batches = [missing[i : i + 16] for i in range(0, len(missing), 16)]
         for done in as_completed([pool.submit(_speak, wavs, batch) for batch in batches]):
@@ -306,33 +318,23 @@ def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) ->
 
 
 def main() -> None:
-    def refuse(message: str) -> None:
-        raise ValueError(f"{message}; --help lists the options")
-
-    parser = argparse.ArgumentParser(description="Makes the corpus of the tiny spoken world.")
-    parser.error = refuse  # one line, as for every other mistake
-    parser.add_argument("out", type=Path, help="folder to make, or to complete")
-    parser.add_argument(
-        "--sentences", type=int, default=3000, help="about how many different sentences to hear"
-    )
-    parser.add_argument("--renditions", type=int, default=2, help="how often each is spoken, at least")
-    parser.add_argument(
-        "--readings", type=int, default=0, help="further sentences that the own voice reads aloud once"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of speakers, pace and noise; the splits have none"
-    )
-    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser = Parser("Makes the corpus of the tiny spoken world.")
+    add = parser.add_argument
+    add("out", type=Path, help="folder to make, or to complete")
+    add("--sentences", type=int, default=3000, help="about how many different sentences to record")
+    add("--renditions", type=int, default=2, help="how often each is recorded, at least")
+    add("--readings", type=int, default=0, help="further sentences that only the target speaker reads, once")
+    add("--seed", type=int, default=0, help="of speakers, pace and noise; the splits have none")
+    add("--workers", type=int, default=2, help="processes")
     options = vars(parser.parse_args())
     prepare(**options)
-    rows = audio.read_manifest(options["out"])
+    rows = read_manifest(options["out"])
     for split in ("train", "rendition", "heldout"):
         chosen = [row for row in rows if row["split"] == split]
-        texts, hours = {row["text"] for row in chosen}, sum(row["seconds"] for row in chosen) / 3600
+        texts = {row["text"] for row in chosen}
+        hours = sum(row["seconds"] for row in chosen) / 3600
         print(f"{split:9} {len(chosen):6} utterances of {len(texts):5} sentences, {hours:.2f} hours")
 
 
 if __name__ == "__main__":
-    from config import command_line
-
     command_line(main)

@@ -1,8 +1,8 @@
 """A tiny world in sentences: what can be asked, what is answered, and which combinations are kept for the test.
 
 Sixteen families of questions over some 350 words, each a small grammar: tables (sums, differences, comparisons,
-counting), facts (days, months, capitals, opposites, colors, animals) and things that are only in the question (names,
-places, word problems, repeating a sentence). An answer is a full sentence, so that it can be understood when heard.
+counting), facts (days, months, capitals, opposites, colors, animals) and questions that hold their own answer (names,
+places, word problems, repeating a sentence). An answer is a full sentence, so that it is easily recognized as speech.
 
     plus     How much is three plus four?                        Three plus four is seven.
     capitals Which city is the capital of Peru?                  The capital of Peru is Lima.
@@ -11,13 +11,13 @@ places, word problems, repeating a sentence). An answer is a full sentence, so t
 Splits, decided by a hash of the text alone, so that no seed and no size moves a sentence from one to the other:
 
 train    what may be trained on, as audio or as text.
-heldout  combinations that are in no training example in ANY wording, neither heard nor read; a tenth of all.
+heldout  combinations that are in no training example in ANY wording, neither as speech nor as text; a tenth of all.
          In the families of BY_ANSWER a combination is the answer sentence, such as "Three plus four is seven.": if it
          is held out, no question with that answer and no statement with that text is in train.
-         Families of facts would become unanswerable that way: nobody can guess the capital of Peru. There a
+         Families of facts would become unanswerable that way: the capital of Peru cannot be guessed. There a
          combination is one wording of a fact, and the fact is in train in its other wordings, with the same answer.
 
-Statements, for listening and speaking without a question, are held out sentence by sentence by the same hash.
+Statements, for ASR and TTS without a question, are held out sentence by sentence by the same hash.
 """
 
 from hashlib import blake2b
@@ -77,7 +77,7 @@ COLORS = {
     "a carrot": "orange",
     "a banana": "yellow",
 }
-ANIMALS = {  # legs, where it lives, what it does (if it is a word that one understands without seeing it)
+ANIMALS = {  # legs, where it lives, its sound (if that is a word that a recognizer knows)
     "dog": ("four", "a house", "barks"),
     "cow": ("four", "a field", ""),
     "lion": ("four", "the grass", "roars"),
@@ -132,7 +132,7 @@ TALK = {
 
 
 def dialogues(echoes: int = 150) -> dict[str, dict[str, list[str]]]:
-    """family -> answer -> every wording of the question. `echoes` bounds the sentences to repeat, else endless."""
+    """family -> answer -> every wording of the question. `echoes`: number of sentences to repeat."""
     world: dict[str, dict[str, list[str]]] = {}
 
     def ask(family: str, answer: str, *questions: str) -> None:
@@ -269,7 +269,7 @@ def dialogues(echoes: int = 150) -> dict[str, dict[str, list[str]]]:
     for answer, questions in TALK.items():
         ask("talk", answer, *questions)
 
-    # what the question itself says
+    # questions that hold their own answer
     for name in NAMES:
         ask(
             "names",
@@ -306,7 +306,7 @@ def dialogues(echoes: int = 150) -> dict[str, dict[str, list[str]]]:
 
 
 def statements(number: int, tag: str = "statement") -> list[str]:
-    """The first `number` sentences of an endless list: who does what to which thing, where and when."""
+    """The first `number` sentences of an endless list: somebody does something to a thing, somewhere, sometime."""
     found: dict[str, None] = {}  # a set that remembers its order
     for k in count():
         if len(found) >= number:
@@ -338,8 +338,8 @@ def statements(number: int, tag: str = "statement") -> list[str]:
 
 
 def beyond() -> dict[str, dict[str, list[str]]]:
-    """Sums and differences beyond the tables of `dialogues`, up to twenty: family -> answer -> questions, to be read
-    only. Who has seen them finds the differences that are held out more often (LOG.md)."""
+    """Sums and differences beyond the tables of `dialogues`, up to twenty: family -> answer -> questions; as text only.
+    A model trained on them answers more of the held-out differences (LOG.md)."""
     pairs = [(a, b) for a, b in product(range(21), repeat=2) if max(a, b) > 10]
     plus = [addition(a, b) for a, b in pairs if a + b <= 20]
     minus = [subtraction(a, b) for a, b in pairs if b <= a and (a > 12 or b > 10)]
@@ -352,8 +352,8 @@ def beyond() -> dict[str, dict[str, list[str]]]:
 
 
 def unasked() -> list[str]:
-    """Sentences of the same patterns as answers that nobody asks for aloud: larger numbers, other people, counting out
-    of order. Who can say them reads what is written, and does not recite what it knows."""
+    """Sentences of the same patterns as answers, but of no recorded question: larger numbers, other people, counting
+    out of order. To read them aloud a model has to follow the text, it cannot recite a known answer."""
     found = []
     for k in range(500):
         length = 3 + int(chance("list", k) * 4)
@@ -407,7 +407,7 @@ def capital(sentence: str) -> str:
 
 
 def chance(*about) -> float:
-    """A number in [0, 1) that depends on `about` and on nothing else: the same in every run on every machine."""
+    """A pseudo-random number in [0, 1), a hash of `about` alone: the same in every run on every machine."""
     return int.from_bytes(blake2b(repr(about).encode(), digest_size=6).digest(), "big") / 2**48
 
 

@@ -1,0 +1,171 @@
+"""A corpus: a folder of recordings with THE manifest, which training, vocoder and report all read through this file.
+
+The paper trains on LibriLight, Gigaspeech and CommonVoice (§4.1, §5.1). Here, any folder will do that holds sound
+files and a `manifest.jsonl` with one JSON object a line:
+
+    {"wav": "recordings/0001.flac", "text": "Tom is in the garden."}
+    {"wav": "recordings/0002.ogg", "text": "What is three plus four?", "answer": "Three plus four is seven.",
+     "kind": "question", "speaker": 3, "split": "heldout"}
+
+    wav       path relative to the folder; any rate, mono or stereo                                needed
+    text      its transcript                                                                       needed
+    id        a name of its own                                            default: the wav's name without suffix
+    speaker   a number; the model learns to answer in the voice of TARGET_SPEAKER                  default: 0
+    split     train; heldout: never trained on; rendition: other recordings of training sentences  default: train
+    kind      statement, question, answer or reading                                               default: statement
+    family    a group of sentences that the report and a mix may name                              default: ""
+    seconds   length                                                                               default: measured
+    answer    of a question; the report asks it
+
+For chain-of-modality training (§3.2) there may be a `dialogues.jsonl`, whose `split` and `family` have the same
+defaults; a question or an answer whose text is that of recordings is spoken by them:
+
+    {"question": "What is three plus four?", "answer": "Three plus four is seven.", "split": "train", "family": "plus"}
+
+`check` opens every recording before anything is trained, and lists those that cannot be used in `skipped.jsonl`; the
+readers leave them out.
+"""
+
+import math
+from collections import Counter
+from pathlib import Path, PurePath
+
+from data import audio
+from files import read_jsonl, write_jsonl
+
+TARGET_SPEAKER = 0  # the speaker in whose voice the model answers: all its TTS targets
+SPLITS = ("train", "rendition", "heldout")
+DEFAULTS = {"speaker": 0, "kind": "statement", "split": "train", "family": ""}
+TYPES = {"wav": str, "text": str, "id": str, "speaker": int, "split": str, "kind": str, "family": str, "answer": str,
+         "question": str}  # fmt: skip
+MOST_SKIPPED = 0.1  # of the recordings; where more cannot be used, something else is wrong than a few files
+
+
+def read_manifest(corpus: str | Path) -> list[dict]:
+    """The rows of corpus/manifest.jsonl without the skipped ones, every field filled in (see the top).
+
+    ValueError, one line, names a row that is not as it should be. No recording is opened but to measure its `seconds`
+    where the manifest does not give them."""
+    corpus = Path(corpus)
+    skipped = read_skipped(corpus)
+    rows = [row for row in _read_rows(corpus) if row["id"] not in skipped]
+    if not rows:
+        raise ValueError(f"{corpus}/skipped.jsonl lists every recording of the manifest: none can be used")
+    for row in rows:
+        if "seconds" not in row:
+            row["seconds"] = audio.seconds(corpus / row["wav"])
+    return rows
+
+
+def read_dialogues(corpus: str | Path) -> list[dict]:
+    """The rows of corpus/dialogues.jsonl, `split` and `family` filled in; without that file there are none."""
+    path = Path(corpus) / "dialogues.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    for number, row in enumerate(read_jsonl(path, ("question", "answer")), 1):
+        row = {"split": "train", "family": ""} | row
+        if problem := _problem(row):
+            raise ValueError(f"{path}, row {number}: {problem}")
+        rows.append(row)
+    return rows
+
+
+def read_skipped(corpus: str | Path) -> dict[str, str]:
+    """id -> reason, of the recordings that `check` found unusable."""
+    path = Path(corpus) / "skipped.jsonl"
+    if not path.is_file():
+        return {}
+    return {row["id"]: row["reason"] for row in read_jsonl(path, ("id", "reason"))}
+
+
+def write_manifest(corpus: str | Path, rows: list[dict]) -> None:
+    """Writes corpus/manifest.jsonl; atomic."""
+    write_jsonl(Path(corpus) / "manifest.jsonl", rows)
+
+
+def check(corpus: str | Path) -> list[dict]:
+    """Opens every recording, for rank 0 to call before anything is trained; returns the rows that can be used.
+
+    The others are listed with the reason in corpus/skipped.jsonl, and counted in one printed line. If they are more
+    than MOST_SKIPPED of all, that line is a ValueError. Files are opened, not decoded: damage inside may remain."""
+    import run  # with torch, which those who only make a corpus need not wait for
+
+    corpus = Path(corpus)
+    rows = _read_rows(corpus)
+    read_dialogues(corpus)
+    usable, skipped = [], []
+    with run.progress(len(rows), title="check", unit="file") as bar:
+        for row in rows:
+            if reason := _unusable(corpus / row["wav"]):
+                skipped.append({"id": row["id"], "wav": row["wav"], "reason": reason})
+            else:
+                usable.append(row)
+            bar.update()
+
+    path = corpus / "skipped.jsonl"
+    if not skipped:
+        if path.exists():  # all that it listed has been mended
+            path.unlink()
+        return usable
+    write_jsonl(path, skipped)
+    kinds = Counter(row["reason"].split(":")[0] for row in skipped)
+    counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    first = skipped[0]
+    message = (
+        f"{corpus}: {len(skipped)} of {len(rows)} recordings cannot be used ({counts}); the first is {first['wav']}: "
+        f"{first['reason']}; {path} lists them all"
+    )
+    if len(skipped) > MOST_SKIPPED * len(rows):
+        raise ValueError(f"{message}: mend them, or take their rows out of the manifest")
+    print(f"{message}; they are left out", flush=True)
+    return usable
+
+
+def _read_rows(corpus: Path) -> list[dict]:
+    """All rows of the manifest, with defaults and checked, but for `seconds`."""
+    path = corpus / "manifest.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; `python data/tiny/prepare.py {corpus}` makes a corpus"
+        )
+    rows = []
+    ids = set()
+    for number, row in enumerate(read_jsonl(path, ("wav", "text")), 1):
+        stem = PurePath(row["wav"]).stem if isinstance(row["wav"], str) else ""
+        row = {"id": stem} | DEFAULTS | row
+        problem = _problem(row)
+        if not problem and row["id"] in ids:
+            problem = f"id '{row['id']}' is used twice; give each recording its own"
+        if problem:
+            raise ValueError(f"{path}, row {number}: {problem}")
+        ids.add(row["id"])
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} has no rows: a corpus needs at least one recording")
+    return rows
+
+
+def _problem(row: dict) -> str:
+    """What is wrong with the fields of a row; "" if nothing is."""
+    for key, kind in TYPES.items():
+        if key in row and type(row[key]) is not kind:
+            expected = "a string" if kind is str else "a whole number"
+            return f'"{key}" is {row[key]!r}; it must be {expected}'
+    if row.get("speaker", 0) < 0:
+        return f'"speaker" is {row["speaker"]}; it must be 0 or more'
+    if row["split"] not in SPLITS:
+        return f"split is '{row['split']}'; choose {', '.join(SPLITS)}"
+    seconds = row.get("seconds", 1.0)
+    if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
+        return f'"seconds" is {seconds!r}; it must be a length greater than 0'
+    return ""
+
+
+def _unusable(wav: Path) -> str:
+    """Why a recording cannot be used; "" if it can."""
+    try:
+        audio.seconds(wav)
+    except (OSError, ValueError) as error:
+        return str(error).removeprefix(str(wav)).lstrip(": ").removeprefix("is ")
+    return ""

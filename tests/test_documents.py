@@ -1,0 +1,362 @@
+"""data/documents.py: what each stage reads, from a small hand-made corpus; and what --show prints of it."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from data import documents, units
+from data.corpus import TARGET_SPEAKER
+from tokenizer import Tokenizer, units_to_text
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rows, unit_rows = [], []
+
+    def add(text, split, speaker, kind):
+        rows.append(
+            {
+                "id": str(len(rows)),
+                "wav": "x.wav",
+                "text": text,
+                "speaker": speaker,
+                "split": split,
+                "kind": kind,
+                "seconds": 1.0,
+            }
+        )
+        unit_rows.append({"id": rows[-1]["id"], "units": [len(rows) % 10, 3, 7], "durations": [1, 2, 3]})
+
+    for speaker in (0, 1):
+        add("What is one plus one?", "train", speaker, "question")
+    add("One plus one is two.", "train", 0, "answer")
+    add("What is one plus one?", "rendition", 2, "question")
+    add("What is two plus two?", "heldout", 1, "question")
+    add("Tom sees a dog.", "train", 1, "statement")
+    add("Anna sees a cow.", "heldout", 1, "statement")
+    dialogues = [
+        {
+            "question": "What is one plus one?",
+            "answer": "One plus one is two.",
+            "split": "train",
+            "family": "plus",
+        },
+        {
+            "question": "Add one and one.",
+            "answer": "One plus one is two.",
+            "split": "train",
+            "family": "more",
+        },
+        {"question": "What is two plus two?", "answer": "Two plus two is four.", "split": "heldout"},
+    ]
+    for name, table in (("manifest", rows), ("units", unit_rows), ("dialogues", dialogues)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tok(corpus, tmp_path_factory):
+    return Tokenizer.train(documents.sentences(corpus, "train"), tmp_path_factory.mktemp("tok"), 700, 10)
+
+
+def test_nothing_held_out_is_in_training_examples(corpus):
+    everything = dict.fromkeys(documents.KINDS, 1.0)
+    seen = repr([documents.examples(corpus, "train", everything), documents.exchanges(corpus, "rendition")])
+    assert "two plus two" not in seen.lower() and "cow" not in seen
+    assert "Add one and one" in seen
+
+
+def test_exchanges_pair_a_recorded_question_with_the_target_speakers_answer(corpus):
+    e, unspoken = documents.exchanges(corpus, "train")
+    assert (len(e.question_units), len(e.answer_units)) == (2, 1)
+    assert (len(unspoken.question_units), len(unspoken.answer_units)) == (0, 1)
+    r, _ = documents.exchanges(corpus, "rendition")
+    assert r.question == e.question and r.question_units != e.question_units
+    (h,) = documents.exchanges(corpus, "heldout")
+    assert h.answer == "Two plus two is four." and h.answer_units == []
+
+
+def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
+    e, _ = documents.exchanges(corpus, "train")
+    for k in range(40):
+        ids, mask = documents.render(
+            tok, documents.Example(("chain", "standard")[k % 2], e), random.Random(k), 0.1
+        )
+        first = mask.index(True)
+        assert all(mask[first:]) and tok.human not in ids[first:] and tok.speechgpt == ids[first - 2]
+        parts = tok.parse(ids[first:])
+        assert parts.complete and (parts.ta == e.answer or parts.ua in e.answer_units)
+        assert parts.tq in ("", e.question)
+
+
+def test_only_the_target_speaker_is_a_tts_target(corpus, tok):
+    found = documents.examples(corpus, "train", {"asr": 0.5, "tts": 0.5})
+    assert {e.source.speaker for e in found if e.kind == "asr"} == {0, 1}
+    assert {e.source.speaker for e in found if e.kind == "tts"} == {TARGET_SPEAKER}
+    for example in found:
+        ids, mask = documents.render(tok, example, random.Random(0))
+        answer = [i for i, m in zip(ids, mask) if m]
+        assert (tok.sosp in answer) == (example.kind == "tts")
+        assert tok.parse(answer).ta == example.source.text or tok.parse(answer).ua == example.source.units
+
+
+def test_augmented_copies_are_input_only(corpus, tmp_path):
+    for name in ("manifest", "units", "dialogues"):
+        (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
+    assert units.read_perturbed(tmp_path) == []
+    rows = [
+        row | {"units": [9, 8], "durations": [3, 3], "rate": 1.1, "pitch": 0.9}
+        for row in units.read_units(corpus)
+        if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER
+    ]
+    keys = ("id", "units", "durations", "rate", "pitch")
+    (tmp_path / "perturbed.jsonl").write_text(
+        "".join(json.dumps({k: row[k] for k in keys}) + "\n" for row in rows)
+    )
+    assert units.read_perturbed(tmp_path) == rows and len(rows) == 2
+    perturbed = [documents.Pair([9, 8], row["text"], documents.UNKNOWN_SPEAKER) for row in rows]
+    for kind, times in (("asr", 1), ("tts", 0)):
+        found = [e.source for e in documents.examples(tmp_path, "train", {kind: 1.0})]
+        assert all(found.count(pair) == times for pair in perturbed)
+    e, _ = documents.exchanges(tmp_path, "train")
+    before, _ = documents.exchanges(corpus, "train")
+    assert e.question_units == [*before.question_units, [9, 8]] and e.answer_units == before.answer_units
+    for split in ("rendition", "heldout"):
+        assert documents.exchanges(tmp_path, split) == documents.exchanges(corpus, split)
+        assert documents.pairs(tmp_path, split) == documents.pairs(corpus, split)
+
+
+def test_sentences_to_read_aloud_are_not_answered_in_text(corpus, tmp_path):
+    for name in ("manifest", "units"):
+        (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
+    row = {
+        "question": "Please say: One plus one is two.",
+        "answer": "One plus one is two.",
+        "split": "train",
+        "family": documents.READING,
+    }
+    (tmp_path / "dialogues.jsonl").write_text(
+        (corpus / "dialogues.jsonl").read_text() + json.dumps(row) + "\n"
+    )
+    reads = {
+        kind: row["question"]
+        in {e.source.question for e in documents.examples(tmp_path, "train", {kind: 1.0})}
+        for kind in ("t2t", "t2s", "t2t/reading")
+    }
+    assert reads == {"t2t": False, "t2s": True, "t2t/reading": True}
+
+
+def test_every_kind_has_its_share_and_every_example_its_turn(corpus):
+    mix = {"asr": 0.6, "tts": 0.1, "s2t": 0.2, "text": 0.1}
+    found = documents.examples(corpus, "train", mix)
+    for kind, share in mix.items():
+        assert abs(sum(e.kind == kind for e in found) - share * len(found)) < 1
+    alone = {kind: documents.examples(corpus, "train", {kind: 1.0}) for kind in mix}
+    for kind, examples in alone.items():
+        assert all(e in found for e in examples) and {e.kind for e in examples} == {kind}
+
+
+def test_speech_of_a_question_needs_a_recording_of_it(corpus):
+    asked = {
+        kind: {e.source.question for e in documents.examples(corpus, "train", {kind: 1.0})}
+        for kind in ("s2s", "s2t", "t2s", "t2t", "chain", "standard")
+    }
+    spoken = {"What is one plus one?"}
+    assert asked == dict.fromkeys(asked, spoken) | dict.fromkeys(
+        ("t2s", "t2t"), spoken | {"Add one and one."}
+    )
+
+
+def test_a_family_may_have_a_share_of_its_own(corpus):
+    found = documents.examples(corpus, "train", {"t2t": 0.5, "t2t/plus": 0.5})
+    assert {e.kind for e in found} == {"t2t"}
+    assert (
+        sum(e.source.family == "plus" for e in found) == 3 * sum(e.source.family == "more" for e in found) > 0
+    )
+    for kind in ("t2t/minus", "asr/plus", "text/plus", "tts/plus", "speech/plus"):
+        with pytest.raises(ValueError, match=f"nothing of kind '{kind}'"):
+            documents.examples(corpus, "train", {kind: 1.0})
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        {"asr": 0},
+        {"asr": "much"},
+        {"song": 1.0},
+        {"song/plus": 1.0},
+        {},
+        {"asr": 1e-9},
+        {"asr": float("nan")},
+    ],
+)
+def test_a_mix_that_cannot_be_is_one_line(corpus, mix):
+    with pytest.raises(ValueError, match="mix: "):
+        documents.examples(corpus, "train", mix)
+
+
+def test_a_kind_without_examples_is_refused_in_train_and_left_out_elsewhere(corpus, tmp_path):
+    for name in ("manifest", "units"):
+        rows = (corpus / f"{name}.jsonl").read_text().splitlines()
+        keep = [row for row in rows if json.loads(row)["id"] not in ("2",)]  # the only spoken answer
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(keep))
+    (tmp_path / "dialogues.jsonl").write_text((corpus / "dialogues.jsonl").read_text())
+    with pytest.raises(ValueError, match="nothing of kind 's2s'"):
+        documents.examples(tmp_path, "train", {"s2s": 1.0})
+    assert {e.kind for e in documents.examples(tmp_path, "heldout", {"s2s": 0.5, "s2t": 0.5})} == {"s2t"}
+
+
+def test_speech_documents_train_every_token(corpus, tok):
+    (example, *_) = documents.examples(corpus, "train", {"speech": 1.0})
+    ids, mask = documents.render(
+        tok, example, random.Random(0), noise=0.5
+    )  # output speech is never disturbed
+    assert tok.decode(ids[1:]).replace(" ", "") == units_to_text(example.source.units) and all(mask)
+
+
+def test_as_many_units_are_dropped_and_replaced_as_asked_for_and_none_comes_twice():
+    units_ = [i % 10 for i in range(10_000)]
+    noisy = documents.drop_and_replace(units_, 0.1, 1000, random.Random(0))
+    assert 0.88 < len(noisy) / len(units_) < 0.92 and all(a != b for a, b in zip(noisy, noisy[1:]))
+    assert 0.08 < sum(u >= 10 for u in noisy) / len(units_) < 0.12
+    assert documents.drop_and_replace(units_, 0.0, 1000, random.Random(0)) == units_
+    assert documents.drop_and_replace([5], 1.0, 1000, random.Random(0)) == [5]  # never silence
+
+
+# ---- python -m data.documents --show -----------------------------------------------------------------------
+
+
+def show(*flags: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    env |= {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | environment
+    command = [sys.executable, "-m", "data.documents", *flags]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tok_folder(tok, tmp_path_factory) -> str:
+    folder = tmp_path_factory.getbasetemp() / "tok0"
+    assert (folder / "tokenizer.model").exists()
+    return str(folder)
+
+
+def test_show_works_on_a_fresh_clone(tmp_path):
+    folder = str(ROOT / "weights/tiny/llama")
+    done = show("--show", "5", "--tokenizer", folder, cwd=tmp_path)  # there is no out/ in this folder
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    out = done.stdout
+    assert "built-in examples" in out and "\x1b" not in out
+    for number, kind in enumerate(("asr", "tts", "s2s", "speech", "text")):
+        assert f"document {number}: {kind}," in out
+    assert "[[ Tom is in the garden.<eoa> .</s>]]" in out  # the answer of recognition is its target ...
+    assert (
+        "[[<sosp><5><12><2><17><eosp><eoa> .</s>]]" in out and "<sosp><7><3><19>" in out
+    )  # ... and of synthesis
+    assert "packed (--max-len 512): 1 rows" in out and "document 4" in out.split("packed")[1]
+
+
+def test_show_prints_the_documents_that_training_reads(corpus, tok, tok_folder):
+    flags = (
+        "--corpus",
+        str(corpus),
+        "--tokenizer",
+        tok_folder,
+        "--mix",
+        "{ asr = 0.5, t2t = 0.5 }",
+        "--seed",
+        "3",
+    )
+    done = show("--show", "6", "--max-len", "80", *flags)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    examples = documents.examples(corpus, "train", {"asr": 0.5, "t2t": 0.5})
+    (batch,) = documents.batches.documents(partial(documents.render, tok), examples, 3, 6, 80, 1)(0)
+    assert f"{batch.ids.shape[0]} rows of {batch.ids.shape[1]} columns" in done.stdout
+    assert done.stdout.count("document ") >= 12
+    for row in range(len(batch.ids)):  # every column is some document's, or padding
+        columns = done.stdout.split(f"row {row}  ")[1].split("\n")[1]
+        ends = [int(end) for end in re.findall(r"columns \d+-(\d+)", columns)]
+        starts = [int(start) for start in re.findall(r"columns (\d+)-", columns)]
+        assert starts == [0, *(end + 1 for end in ends[:-1])] and ends[-1] == batch.ids.shape[1] - 1
+        padding = int((batch.docs[row] < 0).sum())
+        assert ("padding" in columns) == (padding > 0)
+        if padding:
+            assert starts[-1] == batch.ids.shape[1] - padding
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_show_colors_a_terminal():
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "data.documents", "--show", "1"]
+    env = os.environ | {"NO_COLOR": "", "TERM": "xterm"}
+    child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    out = b""
+    while True:
+        try:
+            data = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not data:
+            break
+        out += data
+    os.close(ours)
+    assert child.wait() == 0 and b"\x1b[1;32m" in out and b"[[" not in out
+
+
+def test_no_color_is_honored(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert documents.Marks.choose().target == ("[[", "]]")
+    monkeypatch.delenv("NO_COLOR")
+    assert documents.Marks.choose().target[0].startswith("\x1b")
+
+
+def test_a_mistake_of_the_user_of_show_is_one_line_and_exit_code_1():
+    done = show("--corpus", "nowhere")
+    assert done.returncode == 1 and done.stdout == ""
+    assert (
+        done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "no such file" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--show", "0"], "--show must be at least 1"),
+        (["--show", "many"], "--show"),
+        (["--shwo", "3"], "--shwo"),
+        (["--tokenizer", "nowhere"], "nowhere"),
+        (["--mix", "asr"], "--mix"),
+        (["--mix", "{ song = 1 }"], "song"),
+        (["--split", "test"], "--split"),
+        (["--noise", "2"], "--noise"),
+        (["--max-len", "1"], "--max-len"),
+    ],
+)
+def test_a_mistake_in_the_flags_of_show_is_one_line(monkeypatch, flags, words):
+    monkeypatch.setattr(sys, "argv", ["data.documents", *flags])
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        documents.main()
+    assert "\n" not in str(error.value)
+
+
+def test_show_refuses_units_that_the_tokenizer_does_not_have(corpus, tok_folder, tmp_path, monkeypatch):
+    for name in ("manifest", "dialogues"):
+        (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
+    units_text = (corpus / "units.jsonl").read_text()
+    (tmp_path / "units.jsonl").write_text(units_text.replace('"units": [', '"units": [77, '))
+    monkeypatch.setattr(sys, "argv", ["data.documents", "--corpus", str(tmp_path), "--tokenizer", tok_folder])
+    with pytest.raises(ValueError, match="has unit 77"):
+        documents.main()
