@@ -1,11 +1,11 @@
 """Sound files in and out: everything downstream sees one mono float32 array at 16 kHz.
 
-Section 4.1 of the paper works on 16 kHz speech, the only rate that HuBERT was trained on. People have 48 kHz stereo,
-8 kHz telephone, flac and ogg. `load` turns any of these into the one shape that the model knows, and turns every file
-that is not usable speech into one clear line. `save` writes 16-bit wav and never leaves half a file behind.
+Section 4.1 of the paper works on 16 kHz speech, the only rate that HuBERT was trained on. People have 48 kHz
+stereo, 8 kHz telephone, flac and ogg. `load` turns any of these into the one shape that the model knows, and
+turns every file that is not usable speech into one clear line. `save` writes 16-bit wav, whole or not at all.
 
-References: libsndfile (http://libsndfile.github.io/libsndfile), soxr (https://sourceforge.net/p/soxr), and for the
-layout of wav files http://soundfile.sapp.org/doc/WaveFormat.
+References: libsndfile (http://libsndfile.github.io/libsndfile), soxr (https://sourceforge.net/p/soxr), and
+for the layout of wav files http://soundfile.sapp.org/doc/WaveFormat.
 """
 
 import io
@@ -38,11 +38,11 @@ def n_frames(n_samples: int) -> int:
 
 
 def load(path: str | Path, rate: int = RATE) -> np.ndarray:
-    """A sound file as (N,) float32 mono in [-1, 1] at `rate` Hz; wav, flac, ogg (and what else libsndfile reads).
+    """A sound file (wav, flac, ogg, whatever libsndfile reads) as (N,) float32 mono in [-1, 1] at `rate` Hz.
 
-    Raises FileNotFoundError, OSError or ValueError, each with one line, when the file is missing, a folder, empty,
-    not sound, cut short, not finite, longer than 4 hours or shorter than 25 ms. Silence is allowed: `check_speech`.
-    """
+    Raises FileNotFoundError, OSError or ValueError, each with one line, when the file is missing, a folder,
+    empty, not sound, cut short, not finite, longer than 4 hours or shorter than 25 ms. Silence is allowed:
+    `check_speech`."""
     with _open(path) as file:
         wav = _decode(path, file)
         found_rate = file.samplerate
@@ -69,7 +69,7 @@ def load_part(path: str | Path, start: int, n_samples: int) -> np.ndarray:
 
 
 def seconds(path: str | Path) -> float:
-    """Length of a sound file by its header, without decoding it. Raises as `load` does, but for damage inside."""
+    """Length of a sound file by its header, without decoding. Raises as `load` does, but for inner damage."""
     with _open(path) as file:
         length = file.frames / file.samplerate
     if round(length * RATE) < WINDOW:
@@ -79,7 +79,7 @@ def seconds(path: str | Path) -> float:
 
 @contextmanager
 def _open(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """An open sound file whose header makes sense; what cannot be read is an error of one line, see `load`."""
+    """An open sound file whose header makes sense; what cannot be read is an error of one line (`load`)."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the path of one sound file (wav, flac or ogg)")
@@ -134,8 +134,8 @@ def _check_end(path: Path) -> None:
 
 
 def _check_wav_end(path: Path, file: BinaryIO, size: int) -> None:
-    """Walks over the chunks (name, length, content) to the one named "data". A length of 0 or 0xFFFFFFFF, as written
-    by programs that stream into a pipe, means "unknown" and is fine."""
+    """Walks over the chunks (name, length, content) to the one named "data". A length of 0 or 0xFFFFFFFF, as
+    written by programs that stream into a pipe, means "unknown" and is fine."""
     bytes_per_second = 1
     while len(header := file.read(8)) == 8:
         name = header[:4]
@@ -177,18 +177,17 @@ def check_speech(wav: np.ndarray, name: str = "the recording") -> None:
 
 
 def change_pace_and_pitch(wav: np.ndarray, pace: float = 1.0, pitch: float = 1.0) -> np.ndarray:
-    """wav (N,) at 16 kHz -> (about N / pace,): `pace` times as fast, with pitch and formants `pitch` times as high, to
-    imitate another speaker. Resampling changes pace and pitch together, so the pace is corrected first."""
+    """wav (N,) at 16 kHz -> (about N / pace,): `pace` times as fast, with pitch and formants `pitch` times as
+    high, to imitate another speaker. Resampling changes both together, so the pace is corrected first."""
     return soxr.resample(stretch(wav, pace / pitch), RATE * pitch, RATE)
 
 
 def stretch(wav: np.ndarray, pace: float, window: int = 480, search: int = 120) -> np.ndarray:
     """wav (N,) -> (N / pace,): `pace` times as fast at the same pitch, by WSOLA (Verhelst & Roelands 1993).
 
-    Windows of `window` samples (30 ms), overlapping by half, are added at even distances in the output. Each is taken
-    from the place in `wav` that the pace leads to, or up to `search` samples (7.5 ms) before or after it, where it
-    continues the window before best (highest correlation).
-    """
+    Windows of `window` samples (30 ms), overlapping by half, are added at even distances in the output. Each
+    is taken from the place in `wav` that the pace leads to, or up to `search` samples (7.5 ms) before or
+    after it, where it continues the window before best (highest correlation)."""
     hop = window // 2
     length = round(len(wav) / pace)
     padded = np.pad(wav, (search + hop, search + 2 * window + hop))  # wav[n] is padded[n + search + hop]

@@ -1,8 +1,8 @@
 """Batches as pure functions of the step: an interrupted run goes on with the very data it would have had.
 
-`order` walks endless shuffled epochs without keeping any state. `split_batch` divides the items of a step among
-micro-batches and ranks. `pack` puts documents one after another into rows, each token labelled with its document and
-its position in it, so that attention never crosses from one document to the next:
+`order` walks endless shuffled epochs without keeping any state. `split_batch` divides the items of a step
+among micro-batches and ranks. `pack` puts documents one after another into rows, each token labelled with its
+document and its position in it, so that attention never crosses from one document to the next:
 
     documents   <s> w h o <sosp> ...   <s> a b c ...
     ids         s  w  h  o  S  .  .  s  a  b  c  .
@@ -50,9 +50,10 @@ def split_batch(
 ) -> Callable[[int], list]:
     """step -> [make(indices) for each of this rank's `accumulate` micro-batches].
 
-    A step has the draws step * batch_size, step * batch_size + 1, ... of `order`, over all ranks, as the paper's
-    Table 3 counts. They are cut into world_size * accumulate pieces of consecutive draws, whose sizes differ by at
-    most one; micro-batch m of rank r is piece m * world_size + r. For batch_size 10, two ranks and accumulate 2:
+    A step has the draws step * batch_size, step * batch_size + 1, ... of `order`, over all ranks, as the
+    paper's Table 3 counts. They are cut into world_size * accumulate pieces of consecutive draws, whose sizes
+    differ by at most one; micro-batch m of rank r is piece m * world_size + r. For batch_size 10, two ranks,
+    accumulate 2:
 
         piece           0      1      2    3
         draws           0 1 2  3 4 5  6 7  8 9
@@ -95,7 +96,7 @@ Document = tuple[list[int], list[bool]]  # (ids, which of them are targets)
 
 
 def pack(documents: list[Document], max_len: int, pad: int = 0) -> Packed:
-    """Documents -> rows: the longest first, each into the first row with room. Longer than max_len, they are cut."""
+    """Documents -> rows: the longest first, each into the first row with room, cut to max_len tokens."""
     rows: list[list[Document]] = []
     room: list[int] = []
     for ids, mask in sorted(documents, key=lambda document: -len(document[0])):
@@ -176,10 +177,10 @@ def crops(
     world_size: int = 1,
     perturb: float = 0.0,
 ) -> Callable[[int], list[Crops]]:
-    """step -> list of `accumulate` Crops of `n_frames` frames, at random places; shorter recordings are repeated.
+    """step -> list of `accumulate` Crops of `n_frames` frames, randomly placed; a short recording is repeated.
 
-    `perturb` p: speed perturbation; each crop is resampled by a factor in [e^-p, e^p], and its labels with it, so that
-    pitch, formants and pace change as they do from speaker to speaker, while the words stay."""
+    `perturb` p: speed perturbation; each crop is resampled by a factor in [e^-p, e^p], and its labels with
+    it, so that pitch, formants and pace change as they do from speaker to speaker, while the words stay."""
     size = HOP * (n_frames - 1) + WINDOW  # samples of `n_frames` frames
 
     def crop(index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -227,8 +228,8 @@ def weighted_crops(
     rank: int = 0,
     world_size: int = 1,
 ) -> Callable[[int], list[Crops]]:
-    """As `crops`, but recordings are sampled with probability proportional to their weights, and pace and pitch change
-    independently (`audio.change_pace_and_pitch`), log-uniformly within the bounds of the recording.
+    """As `crops`, but recordings are sampled with probability proportional to their weights, and pace and
+    pitch change independently (`audio.change_pace_and_pitch`), log-uniformly within the recording's bounds.
 
     Short recordings are zero-padded; padded frames have label -1."""
     size = HOP * (n_frames - 1) + WINDOW
@@ -259,7 +260,7 @@ def weighted_crops(
 
 
 def _frame_at(rate: float, frame: np.ndarray) -> np.ndarray:
-    """The frame of a recording whose middle is the middle of `frame` of the same recording at `rate` times its pace."""
+    """Which frame of a recording has the same middle as `frame` of it played at `rate` times its pace."""
     middle = rate * (HOP * frame + WINDOW // 2)  # as a sample of the recording
     return ((middle - WINDOW // 2) / HOP).round().astype(int)
 

@@ -1,29 +1,31 @@
-"""A corpus: a folder of recordings with THE manifest, which training, vocoder and report all read through this file.
+"""A corpus: a folder of recordings and THE manifest. Training, vocoder and report all read it here.
 
-The paper trains on LibriLight, Gigaspeech and CommonVoice (§4.1, §5.1). Here, any folder will do that holds sound
-files and a `manifest.jsonl` with one JSON object a line:
+The paper trains on LibriLight, Gigaspeech and CommonVoice (§4.1, §5.1). Here, any folder will do that holds
+sound files and a `manifest.jsonl` with one JSON object a line:
 
     {"wav": "recordings/0001.flac", "text": "Tom is in the garden."}
     {"wav": "recordings/0002.ogg", "text": "What is three plus four?", "answer": "Three plus four is seven.",
      "kind": "question", "speaker": 3, "split": "heldout"}
 
-    wav       path relative to the folder; any rate, mono or stereo                                needed
-    text      its transcript                                                                       needed
-    id        a name of its own                                            default: the wav's name without suffix
-    speaker   a number; the model learns to answer in the voice of TARGET_SPEAKER                  default: 0
-    split     train; heldout: never trained on; rendition: other recordings of training sentences  default: train
-    kind      statement, question, answer or reading                                               default: statement
-    family    a group of sentences that the report and a mix may name                              default: ""
-    seconds   length                                                                               default: measured
-    answer    of a question; the report asks it
+    field     what it is                                                            without it
+    wav       path of a sound file in the folder; any rate, mono or stereo          needed
+    text      its transcript                                                        needed
+    id        a name of its own                                                     the wav's, without suffix
+    speaker   a number; the model answers in the voice of TARGET_SPEAKER            0
+    split     train, heldout (sentences never trained on) or rendition (other       "train"
+              recordings of training sentences)
+    kind      statement, question, answer or reading                                "statement"
+    family    a group of sentences; the report and a mix of documents may name it   ""
+    seconds   its length                                                            measured
+    answer    of a question, for the report to compare with                         not asked by the report
 
-For chain-of-modality training (§3.2) there may be a `dialogues.jsonl`, whose `split` and `family` have the same
-defaults; a question or an answer whose text is that of recordings is spoken by them:
+For chain-of-modality training (§3.2) there may be a `dialogues.jsonl`, whose `split` and `family` may be left
+out, too. Questions and answers are spoken by the recordings that have the same text:
 
-    {"question": "What is three plus four?", "answer": "Three plus four is seven.", "split": "train", "family": "plus"}
+    {"question": "What is three plus four?", "answer": "Three plus four is seven.", "family": "plus"}
 
-`check` opens every recording before anything is trained, and lists those that cannot be used in `skipped.jsonl`; the
-readers leave them out.
+`check` opens every recording before anything is trained, and lists those that cannot be used in
+`skipped.jsonl`; the readers leave them out.
 """
 
 import math
@@ -36,16 +38,15 @@ from files import read_jsonl, write_jsonl
 TARGET_SPEAKER = 0  # the speaker in whose voice the model answers: all its TTS targets
 SPLITS = ("train", "rendition", "heldout")
 DEFAULTS = {"speaker": 0, "kind": "statement", "split": "train", "family": ""}
-TYPES = {"wav": str, "text": str, "id": str, "speaker": int, "split": str, "kind": str, "family": str, "answer": str,
-         "question": str}  # fmt: skip
+STRINGS = ("wav", "text", "id", "split", "kind", "family", "answer", "question")
 MOST_SKIPPED = 0.1  # of the recordings; where more cannot be used, something else is wrong than a few files
 
 
 def read_manifest(corpus: str | Path) -> list[dict]:
     """The rows of corpus/manifest.jsonl without the skipped ones, every field filled in (see the top).
 
-    ValueError, one line, names a row that is not as it should be. No recording is opened but to measure its `seconds`
-    where the manifest does not give them."""
+    ValueError, one line, names a row that is not as it should be. No recording is opened but to measure its
+    `seconds` where the manifest does not give them."""
     corpus = Path(corpus)
     skipped = read_skipped(corpus)
     rows = [row for row in _read_rows(corpus) if row["id"] not in skipped]
@@ -58,7 +59,7 @@ def read_manifest(corpus: str | Path) -> list[dict]:
 
 
 def read_dialogues(corpus: str | Path) -> list[dict]:
-    """The rows of corpus/dialogues.jsonl, `split` and `family` filled in; without that file there are none."""
+    """The rows of corpus/dialogues.jsonl, every field filled in; without that file there are none."""
     path = Path(corpus) / "dialogues.jsonl"
     if not path.is_file():
         return []
@@ -85,10 +86,11 @@ def write_manifest(corpus: str | Path, rows: list[dict]) -> None:
 
 
 def check(corpus: str | Path) -> list[dict]:
-    """Opens every recording, for rank 0 to call before anything is trained; returns the rows that can be used.
+    """Opens every recording, before anything is trained and on one rank only; returns the rows to be used.
 
-    The others are listed with the reason in corpus/skipped.jsonl, and counted in one printed line. If they are more
-    than MOST_SKIPPED of all, that line is a ValueError. Files are opened, not decoded: damage inside may remain."""
+    The others are listed with the reason in corpus/skipped.jsonl, and counted in one printed line. If they
+    are more than MOST_SKIPPED of all, that line is a ValueError. Files are opened, not decoded: damage in the
+    middle of a file is not found."""
     import run  # with torch, which those who only make a corpus need not wait for
 
     corpus = Path(corpus)
@@ -113,8 +115,8 @@ def check(corpus: str | Path) -> list[dict]:
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
     first = skipped[0]
     message = (
-        f"{corpus}: {len(skipped)} of {len(rows)} recordings cannot be used ({counts}); the first is {first['wav']}: "
-        f"{first['reason']}; {path} lists them all"
+        f"{corpus}: {len(skipped)} of {len(rows)} recordings cannot be used ({counts}); the first is "
+        f"{first['wav']}: {first['reason']}; {path} lists them all"
     )
     if len(skipped) > MOST_SKIPPED * len(rows):
         raise ValueError(f"{message}: mend them, or take their rows out of the manifest")
@@ -148,12 +150,12 @@ def _read_rows(corpus: Path) -> list[dict]:
 
 def _problem(row: dict) -> str:
     """What is wrong with the fields of a row; "" if nothing is."""
-    for key, kind in TYPES.items():
-        if key in row and type(row[key]) is not kind:
-            expected = "a string" if kind is str else "a whole number"
-            return f'"{key}" is {row[key]!r}; it must be {expected}'
-    if row.get("speaker", 0) < 0:
-        return f'"speaker" is {row["speaker"]}; it must be 0 or more'
+    for key in STRINGS:
+        if not isinstance(row.get(key, ""), str):
+            return f'"{key}" is {row[key]!r}; it must be a string'
+    speaker = row.get("speaker", 0)
+    if type(speaker) is not int or speaker < 0:
+        return f'"speaker" is {speaker!r}; it must be a whole number of 0 or more'
     if row["split"] not in SPLITS:
         return f"split is '{row['split']}'; choose {', '.join(SPLITS)}"
     seconds = row.get("seconds", 1.0)

@@ -1,9 +1,11 @@
-"""SpeechInstruct and its neighbors: the documents that each stage of the language model reads (paper §3, §4.2).
+"""SpeechInstruct and its neighbors: the documents that the language model reads (paper §3, §4.2).
 
-    text      What is three plus four? Three plus four is seven.                              (every token is a target)
-    stage 1   <sosp><17><4><93>...<eosp>                                                      (every token, eq. 3)
-    stage 2   [Human]: {D}. This is input: {U}<eoh>. [SpeechGPT]: {T}<eoa>   and back         (the answer, eq. 4)
-    stage 3   [Human]: This is a speech instruction: {SpeechI}. ... [tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>
+    text      What is three plus four? Three plus four is seven.                     (every token is a target)
+    stage 1   <sosp><17><4><93>...<eosp>                                             (every token, eq. 3)
+    stage 2   [Human]: {D}. This is input: {U}<eoh>. [SpeechGPT]: {T}<eoa>           (the answer, eq. 4)
+              [Human]: {D}. This is input: {T}<eoh>. [SpeechGPT]: {U}<eoa>
+    stage 3   [Human]: This is a speech instruction: {SpeechI}. ... <eoh>. [SpeechGPT]:
+              [tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>                        (the answer)
 
 What a stage reads is a mix of kinds of documents, such as {"asr": 0.5, "tts": 0.5}:
 
@@ -12,11 +14,11 @@ What a stage reads is a mix of kinds of documents, such as {"asr": 0.5, "tts": 0
     asr, tts         §3.1: recognition of every speaker, synthesis in the voice of the target speaker
     s2s s2t t2s t2t  Appendix C, speech or text in, speech or text out; "chain" draws one of the four
     standard         Appendix E, one of the four
-    t2t/minus        of any kind above with questions, one family alone, here "minus" of the tiny world; "reading",
-                     sentences to read aloud, is not in "t2t" unless it is named so
+    t2t/minus        of any kind above with questions, one family alone, here "minus" of the tiny world;
+                     "reading", sentences to read aloud, is not in "t2t" unless it is named so
 
-An Example is what a document is made from; `render` makes the document, with instructions, formats and renditions
-drawn anew in every epoch. To see some, with their targets, and how they are packed:
+An Example is what a document is made from; `render` makes the document, with instructions, formats and
+renditions drawn anew in every epoch. To see some, with their targets, and how they are packed:
 
     python -m data.documents --show 3
     python -m data.documents --show 5 --corpus out/tiny/corpus --mix '{ asr = 0.5, "t2t/minus" = 0.5 }'
@@ -79,20 +81,20 @@ def sentences(corpus: str | Path, split: str) -> list[str]:
             statements.add(row["text"])
     texts = [f"{row['question']} {row['answer']}" for row in dialogues]
     texts += sorted(statements)
-    # This second form shows the text model the markers of Appendix C, which to LLaMA are ordinary text: stage 3 trains
-    # nothing but adapters, too late to learn an embedding.
+    # This second form shows the text model the markers of Appendix C, which to LLaMA are ordinary text: stage
+    # 3 trains nothing but adapters, too late to learn an embedding.
     texts += [f"[tq] {row['question']}; [ta] {row['answer']}; [ua]" for row in dialogues]
     return texts
 
 
 def pairs(corpus: str | Path, split: str) -> list[Pair]:
-    """All recordings of a split; in train, augmented copies besides (`units.read_perturbed`)."""
+    """All recordings of a split; in train also the augmented copies (`units.read_perturbed`)."""
     rows = read_units(corpus) + [row | {"speaker": UNKNOWN_SPEAKER} for row in read_perturbed(corpus)]
     return [Pair(row["units"], row["text"], row["speaker"]) for row in rows if row["split"] == split]
 
 
 def exchanges(corpus: str | Path, split: str) -> list[Exchange]:
-    """All dialogues of a split. `rendition`: training dialogues with the other recordings of their questions."""
+    """All dialogues of a split. `rendition`: training dialogues, with other recordings of their questions."""
     questions: dict[tuple[str, str], list[list[int]]] = {}  # (split, text) -> units of each recording
     answers: dict[str, list[list[int]]] = {}
     for row in read_units(corpus):
@@ -124,7 +126,7 @@ READERS: dict[Callable, tuple[str, ...]] = {
 
 
 def examples(corpus: str | Path, split: str, mix: dict[str, float]) -> list[Example]:
-    """One epoch: every example of every kind at least once; those of small kinds again until the shares are right.
+    """One epoch: every example of every kind at least once; small kinds are repeated up to their share.
 
     Only rows of `split` are in it: what is held out never reaches a render of training."""
     check_mix(mix)
@@ -177,8 +179,8 @@ def fits(kind: str, family: str, source: str | Pair | Exchange) -> bool:
 
 
 def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, noise: float = 0.0) -> Document:
-    """(ids, which of them are targets). `noise`: fraction of input speech units dropped, and the same fraction replaced
-    at random; without this augmentation a small corpus is memorized."""
+    """(ids, which of them are targets). `noise`: fraction of input speech units dropped, and the same
+    fraction replaced at random; without this augmentation a small corpus is memorized."""
     kind, source = example
 
     def input_speech(units: list[int]) -> str:
@@ -276,9 +278,9 @@ def show_document(tok: tokenizer.Tokenizer, document: Document, marks: Marks) ->
 
 
 def show_rows(documents: list[Document], packed: batches.Packed, width: int = 72) -> list[str]:
-    """One line of text for each row of a packed batch: which document is in which columns, and what is padding.
+    """Two lines of text for each row of a packed batch: which document is in which columns.
 
-    Each character of the bar is some columns: the last digit of the document's number, in dots what is padding."""
+    A character of the first is some columns: the last digit of a document's number, or a dot for padding."""
     numbers = {}  # ids -> numbers of the documents that have these ids
     for number, (ids, _) in enumerate(documents):
         numbers.setdefault(tuple(ids), []).append(number)
@@ -310,7 +312,8 @@ def units_of(source: str | Pair | Exchange) -> list[int]:
 
 
 def choose_examples(corpus: Path | None, split: str, mix: dict, count: int, seed: int) -> list[tuple]:
-    """(example, its random numbers): the first `count` that training with this seed reads; None: the built-in ones."""
+    """(example, its random numbers): the first `count` that training with this seed reads. Without a corpus,
+    built-in ones."""
     if corpus is None:
         return [(BUILT_IN[i % len(BUILT_IN)], random.Random(f"{seed} {i}")) for i in range(count)]
     found = examples(corpus, split, mix)
@@ -325,7 +328,7 @@ def choose_examples(corpus: Path | None, split: str, mix: dict, count: int, seed
 
 def main() -> None:
     parser = config.Parser(
-        "Shows documents as the language model is trained on them: the targets of the loss, and the packed rows.",
+        "Shows documents as the language model is trained on them: the targets and the packed rows.",
         prog="python -m data.documents",
     )
     parser.add_argument("--show", type=int, default=3, help="number of documents")
@@ -363,8 +366,8 @@ def main() -> None:
     highest = max((unit for example, _ in chosen for unit in units_of(example.source)), default=-1)
     if highest >= tok.n_units:
         raise ValueError(
-            f"{corpus or 'the first example'} has unit {highest}, {options.tokenizer} has {tok.n_units} units: the two "
-            "are of different models; give the --tokenizer of that corpus"
+            f"{corpus or 'an example'} has unit {highest}, {options.tokenizer} has {tok.n_units} units: "
+            "the two are of different models; give the --tokenizer of that corpus"
         )
     rendered = [render(tok, example, draw, options.noise) for example, draw in chosen]
 

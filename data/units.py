@@ -1,14 +1,15 @@
 """A corpus as units: every recording through HuBERT and k-means, once, into `units.jsonl` (paper §3.1).
 
-    manifest.jsonl  {"id": "q0001-a", "wav": "wav/q0001-a.wav", "text": "...", "speaker": 0, "split": "train", ...}
+    manifest.jsonl  {"id": "q0001-a", "wav": "wav/q0001-a.wav", "text": "...", "speaker": 0, ...}
     units.jsonl     {"id": "q0001-a", "units": [17, 4, 93, ...], "durations": [2, 1, 5, ...]}
 
-Units are deduplicated (no unit twice in a row); `durations` counts the 20 ms frames that each of them lasts. Two
-measures of how the units of two recordings or of two models belong together are here, too: `dtw_align` aligns two
-recordings of one sentence, and `cooccurrence` says which units of another HuBERT stand in the place of each unit.
+Units are deduplicated (no unit twice in a row); `durations` counts the 20 ms frames that each of them lasts.
+Two measures of how the units of two recordings or of two models belong together are here, too: `dtw_align`
+aligns two recordings of one sentence, and `cooccurrence` says which units of another HuBERT stand in the
+place of each unit.
 
-References: HuBERT units, Lakhotia et al. 2021 (https://arxiv.org/abs/2102.01192); dynamic time warping, Sakoe & Chiba
-1978; aligning renditions of other speakers, Lee et al. 2022 (https://arxiv.org/abs/2112.08352, §3.2).
+References: HuBERT units, Lakhotia et al. 2021 (https://arxiv.org/abs/2102.01192); dynamic time warping, Sakoe
+& Chiba 1978; aligning renditions of other speakers, Lee et al. 2022 (https://arxiv.org/abs/2112.08352, §3.2).
 """
 
 import json
@@ -79,7 +80,7 @@ def extract(
 ) -> None:
     """Writes corpus/units.jsonl; and perturbed.jsonl, see below, if `perturb` is not 0.
 
-    Finished portions are kept in the folder `work` until everything is written: a killed run goes on there."""
+    Until everything is written, finished portions are kept in folder `work`: a killed run goes on there."""
     corpus = Path(corpus)
     rows = read_manifest(corpus)
     tables = {"units": rows}
@@ -128,10 +129,11 @@ def _extract(
 
 
 def dtw_align(source: np.ndarray, target: np.ndarray, ends: int = 10) -> tuple[np.ndarray, float]:
-    """DTW alignment source (T, C) -> target (U, C): (the frame of `target` for each frame of `source` (T,), distance).
+    """DTW alignment of source (T, C) to target (U, C): (target frame of each source frame (T,), distance).
 
-    Each step advances 0 to 3 frames of `target`; start and end are free within `ends` frames. The distance is the mean
-    squared distance of aligned frames; infinite if no path is that steep, because one is too short for the other."""
+    Each step advances 0 to 3 frames of `target`; start and end are free within `ends` frames. The distance is
+    the mean squared distance of aligned frames; infinite if no path is that steep, because one is too short
+    for the other."""
     source = source.astype(np.float32)
     target = target.astype(np.float32)
     distance = (source**2).sum(1)[:, None] + (target**2).sum(1) - 2 * source @ target.T  # (T, U)
@@ -155,10 +157,10 @@ def dtw_align(source: np.ndarray, target: np.ndarray, ends: int = 10) -> tuple[n
 
 
 def cooccurrence(corpus: str | Path, extractor, n_units: int, recordings: int = 2000) -> torch.Tensor:
-    """(n_units, K): P(unit of `extractor` | unit of units.jsonl), counted by frames of some training recordings.
+    """(n_units, K): P(unit of `extractor` | unit of units.jsonl), counted on frames of training recordings.
 
-    Each unit starts with half a frame that is spread as all frames are: a unit that is not in those recordings has
-    that distribution."""
+    Each unit starts with half a frame that is spread as all frames are: a unit that is not in those
+    recordings has that distribution."""
     rows = [row for row in read_units(corpus) if row["split"] == "train"]
     rows = random.Random(0).sample(rows, min(len(rows), recordings))
     old_units = map_speech(
@@ -176,14 +178,14 @@ def cooccurrence(corpus: str | Path, extractor, n_units: int, recordings: int = 
 # ---- The target speaker at other paces and pitches: perturbed.jsonl ----------------------------------------
 
 
-# {"id": "q0001-a", "units": [...], "durations": [...], "rate": 1.08, "pitch": 0.9}: units of training recordings of
-# the target speaker, changed by audio.change_pace_and_pitch. It augments ASR data for sentences that only the target
-# speaker has recorded.
+# {"id": "q0001-a", "units": [...], "durations": [...], "rate": 1.08, "pitch": 0.9}: units of training
+# recordings of the target speaker, changed by audio.change_pace_and_pitch. It augments ASR data for sentences
+# that only the target speaker has recorded.
 
 
 def draw_perturbations(rows: list[dict], perturb: tuple[float, float]) -> list[dict]:
-    """The training rows of the target speaker, each with a `rate` and a `pitch` of its own: log-uniform, between minus
-    and plus the two numbers of `perturb`."""
+    """The training rows of the target speaker, each with a `rate` and a `pitch` of its own: log-uniform,
+    between minus and plus the two numbers of `perturb`."""
     chosen = []
     for row in rows:
         if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER:

@@ -1,4 +1,4 @@
-"""data/audio.py: every usable file gives the same 16 kHz mono sound, every other file gives one clear line."""
+"""data/audio.py: every usable file gives the same 16 kHz mono sound, every other file one clear line."""
 
 import os
 import struct
@@ -123,8 +123,9 @@ def test_streamed_wav_whose_length_was_never_filled_in(tmp_path, length):
 
 
 @pytest.mark.parametrize("rate, channels, suffix, subtype", [
-    (16000, 1, "wav", "PCM_16"), (16000, 1, "wav", "FLOAT"), (16000, 1, "flac", "PCM_16"), (16000, 1, "ogg", "VORBIS"),
-    (16000, 2, "wav", "PCM_16"), (44100, 1, "wav", "PCM_16"), (8000, 2, "flac", "PCM_16"),
+    (16000, 1, "wav", "PCM_16"), (16000, 1, "wav", "FLOAT"), (16000, 1, "flac", "PCM_16"),
+    (16000, 1, "ogg", "VORBIS"), (16000, 2, "wav", "PCM_16"), (44100, 1, "wav", "PCM_16"),
+    (8000, 2, "flac", "PCM_16"),
 ])  # fmt: skip
 def test_a_part_is_the_part_of_the_whole(tmp_path, rate, channels, suffix, subtype):
     noise = np.random.default_rng(0).normal(0, 0.1, (2 * rate, channels))

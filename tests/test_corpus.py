@@ -1,4 +1,4 @@
-"""data/corpus.py: one manifest, its defaults and its mistakes; recordings that cannot be used are told and left out."""
+"""data/corpus.py: one manifest, its defaults and mistakes; what cannot be used is told and left out."""
 
 import json
 
@@ -54,8 +54,8 @@ def test_seconds_are_measured_only_where_they_are_missing(tmp_path, monkeypatch)
 
 
 def test_what_is_written_is_read(tmp_path):
-    rows = [{"id": "a", "wav": "a.wav", "text": "Héllo.", "speaker": 1, "split": "rendition", "kind": "question",
-             "family": "plus", "seconds": 1.5, "answer": "x"}]  # fmt: skip
+    rows = [{"id": "a", "wav": "a.wav", "text": "Héllo.", "speaker": 1, "split": "rendition",
+             "kind": "question", "family": "plus", "seconds": 1.5, "answer": "x"}]  # fmt: skip
     corpus.write_manifest(tmp_path, rows)
     assert corpus.read_manifest(tmp_path) == rows
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.jsonl"]
@@ -70,7 +70,7 @@ def test_what_is_written_is_read(tmp_path):
     ({"wav": "b.wav", "text": "x", "split": "test"}, ["row 2", "split is 'test'", "heldout"]),
     ({"wav": "b.wav", "text": "x", "speaker": "Ann"}, ["row 2", "\"speaker\" is 'Ann'", "whole number"]),
     ({"wav": "b.wav", "text": "x", "speaker": -1}, ["row 2", "0 or more"]),
-    ({"wav": "b.wav", "text": "x", "speaker": True}, ["row 2", "whole number"]),
+    ({"wav": "b.wav", "text": "x", "speaker": True}, ["row 2", '"speaker" is True', "whole number"]),
     ({"wav": "b.wav", "text": "x", "id": 7}, ["row 2", '"id" is 7']),
     ({"wav": "b.wav", "text": "x", "seconds": "long"}, ["row 2", "seconds"]),
     ({"wav": "b.wav", "text": "x", "seconds": float("nan")}, ["row 2", "seconds"]),

@@ -1,4 +1,4 @@
-"""data/tiny: the grammar tells the truth, nothing of the test is in the training set, the corpus can be repeated."""
+"""data/tiny: the grammar is right, nothing of the test is in the training set, the corpus is repeatable."""
 
 import json
 import re

@@ -3,26 +3,29 @@
     python data/tiny/prepare.py out/corpus
     python data/tiny/prepare.py out/ci --sentences 20      # three minutes of audio, for a quick test
 
-This stands in for the speech of the paper (LibriLight, Gigaspeech, CommonVoice; §4.1, §5.1) and for its spoken
-instructions (§3.2, made from text with a TTS, as here). The voice is hibari (Apache-2.0, inside its wheel). Further
-speakers are the same voice resampled by a factor r: pitch and formants move together, as with a shorter or longer vocal
-tract, while the pace is set independently. Speaker 0 (r = 1) is the target speaker, in whose voice the model answers:
-it speaks every answer, at an even pace. Everything else is spoken by all speakers, faster and slower.
+This stands in for the speech of the paper (LibriLight, Gigaspeech, CommonVoice; §4.1, §5.1) and for its
+spoken instructions (§3.2, made from text with a TTS, as here). The voice is hibari (Apache-2.0, inside its
+wheel). Further speakers are the same voice resampled by a factor r: pitch and formants move together, as with
+a shorter or longer vocal tract, while the pace is set independently. Speaker 0 (r = 1) is the target speaker,
+in whose voice the model answers: it speaks every answer, at an even pace. Everything else is spoken by all
+speakers, faster and slower.
 
     OUT/wav/ID.wav        16 kHz, 16 bit, mono
     OUT/manifest.jsonl    {"id": "plus-5b0c81d2f3a4e697", "wav": "wav/plus-5b0c81d2f3a4e697.wav",
                            "text": "What is three plus four?", "answer": "Three plus four is seven.",
-                           "speaker": 3, "seconds": 1.4, "kind": "question", "split": "train", "family": "plus"}
-                          kind: question (with its answer), answer, statement, or reading: a statement that only
-                          the target speaker reads, so that TTS sees sentences that are no answers
+                           "speaker": 3, "seconds": 1.4, "kind": "question", "split": "train",
+                           "family": "plus"}
+                          kind: question (with its answer), answer, statement, or reading: a statement that
+                          only the target speaker reads, so that TTS sees sentences that are no answers
     OUT/dialogues.jsonl   {"question": ..., "answer": ..., "family": ..., "split": ..., "spoken": true}
                           every wording of every question; only some of them have recordings ("spoken")
 
-Splits: train and heldout as in world.py, and rendition: other recordings (another speaker, pace, noise) of questions
-and statements of train, which are not trained on themselves. Only rows whose split is train may be trained on.
+Splits: train and heldout as in world.py, and rendition: other recordings (another speaker, pace, noise) of
+questions and statements of train. Only rows whose split is train may be trained on.
 
-Every random choice is a hash of the text it is made for. So the same seed gives the same bytes, a file's name stands
-for one content, and a run that was killed, or is repeated with another size, makes only the files that are missing.
+Every random choice is a hash of the text it is made for. So the same seed gives the same bytes, a file's name
+stands for one content, and a run that was killed, or is repeated with another size, makes only the files that
+are missing.
 """
 
 import multiprocessing
@@ -102,8 +105,8 @@ def render(
 def plan(
     sentences: int = 3000, renditions: int = 2, seed: int = 0, readings: int = 0
 ) -> tuple[list[Utterance], list[dict]]:
-    """(utterances, rows of dialogues.jsonl). All families get about the same number of recordings: where there are few
-    sentences, more of each."""
+    """(utterances, rows of dialogues.jsonl). All families get about the same number of recordings: where
+    there are few sentences, more of each."""
     utterances, rows = [], []
     families = world.dialogues(echoes=max(8, sentences // 20))
     share = max(1, round(0.6 * sentences / len(families)))  # spoken training questions of one family
@@ -183,7 +186,7 @@ _voice = None  # one in each process: loading takes half a second
 
 
 def start_worker() -> None:
-    """Prepares a worker process: Ctrl-C is for its parent to handle, it ends when its parent dies, and it can speak."""
+    """A worker process leaves Ctrl-C to its parent, ends when its parent dies, and loads the voice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     load_voice()
@@ -212,10 +215,9 @@ def speak(u: Utterance) -> np.ndarray:
 
 
 def trim(wav: np.ndarray, before: float, after: float) -> np.ndarray:
-    """wav (N,) at 16 kHz with exactly `before` and `after` seconds around what is louder than -40 dB of its peak.
+    """wav (N,) at 16 kHz, from `before` s before to `after` s after what is louder than -40 dB of its peak.
 
-    The voice puts 0.3 s of silence before and 0.45 s after every sentence: a third of the corpus would be silence.
-    """
+    The voice adds 0.3 s of silence before and 0.45 s after every sentence, a third of the corpus."""
     hop = audio.RATE // 100
     level = np.sqrt((wav[: len(wav) // hop * hop].reshape(-1, hop) ** 2).mean(axis=1))
     loud = np.flatnonzero(level > 0.01 * np.abs(wav).max())
@@ -244,12 +246,11 @@ def prepare(
 ) -> None:
     """Makes the corpus in folder `out`, or what is missing of it.
 
-    `sentences` is about the number of different sentences recorded for train, most of them questions and answers, in
-    equal parts from each family; `renditions` how often questions and statements are recorded, at least; `readings` the
-    number of further sentences that only the target speaker reads, once; if there are any, the dialogues have sums
-    beyond the tables, too (`world.beyond`). ValueError or OSError, one line each, when the voice is not installed, a
-    number makes no sense, or a file cannot be written.
-    """
+    `sentences` is about the number of different sentences recorded for train, most of them questions and
+    answers, in equal parts from each family; `renditions` how often questions and statements are recorded, at
+    least; `readings` the number of further sentences that only the target speaker reads, once; if there are
+    any, the dialogues have sums beyond the tables, too (`world.beyond`). ValueError or OSError, one line
+    each, when the voice is not installed, a number makes no sense, or a file cannot be written."""
     for name, value in (("sentences", sentences), ("renditions", renditions), ("workers", workers)):
         if value < 1:
             raise ValueError(f"--{name} is {value}: it must be at least 1")

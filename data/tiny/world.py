@@ -1,21 +1,23 @@
-"""A tiny world in sentences: what can be asked, what is answered, and which combinations are kept for the test.
+"""A tiny world in sentences: what can be asked, what is answered, and what is held out for the test.
 
-Sixteen families of questions over some 350 words, each a small grammar: tables (sums, differences, comparisons,
-counting), facts (days, months, capitals, opposites, colors, animals) and questions that hold their own answer (names,
-places, word problems, repeating a sentence). An answer is a full sentence, so that it is easily recognized as speech.
+Sixteen families of questions over some 350 words, each a small grammar: tables (sums, differences,
+comparisons, counting), facts (days, months, capitals, opposites, colors, animals) and questions that hold
+their own answer (names, places, word problems, repeating a sentence). An answer is a full sentence, so that
+it is easily recognized as speech.
 
     plus     How much is three plus four?                        Three plus four is seven.
     capitals Which city is the capital of Peru?                  The capital of Peru is Lima.
     sum      Tom has six coins and loses two. How many now?      Tom has four coins.
 
-Splits, decided by a hash of the text alone, so that no seed and no size moves a sentence from one to the other:
+Splits, decided by a hash of the text alone, so that no seed and no size moves a sentence to another:
 
 train    what may be trained on, as audio or as text.
-heldout  combinations that are in no training example in ANY wording, neither as speech nor as text; a tenth of all.
-         In the families of BY_ANSWER a combination is the answer sentence, such as "Three plus four is seven.": if it
-         is held out, no question with that answer and no statement with that text is in train.
+heldout  combinations that are in no training example in ANY wording, neither as speech nor as text; a tenth
+         of all.
+         In the families of BY_ANSWER a combination is the answer sentence, such as "Three plus four is
+         seven.": if it is held out, no question with that answer and no statement with that text is in train.
          Families of facts would become unanswerable that way: the capital of Peru cannot be guessed. There a
-         combination is one wording of a fact, and the fact is in train in its other wordings, with the same answer.
+         combination is one wording of a fact, and its other wordings are in train, with the same answer.
 
 Statements, for ASR and TTS without a question, are held out sentence by sentence by the same hash.
 """
@@ -55,9 +57,9 @@ CAPITALS = {
     "Peru": "Lima",
 }
 OPPOSITES = (
-    "hot cold, big small, fast slow, happy sad, old young, high low, long short, light dark, open closed, full empty, "
-    "rich poor, deep shallow, early late, easy hard, clean dirty, wet dry, loud quiet, good bad, thick thin, "
-    "left right, wide narrow, sweet bitter, up down, first last"
+    "hot cold, big small, fast slow, happy sad, old young, high low, long short, light dark, open closed,"
+    " full empty, rich poor, deep shallow, early late, easy hard, clean dirty, wet dry, loud quiet, good "
+    "bad, thick thin, left right, wide narrow, sweet bitter, up down, first last"
 )
 COLORS = {
     "the grass": "green",
@@ -306,7 +308,7 @@ def dialogues(echoes: int = 150) -> dict[str, dict[str, list[str]]]:
 
 
 def statements(number: int, tag: str = "statement") -> list[str]:
-    """The first `number` sentences of an endless list: somebody does something to a thing, somewhere, sometime."""
+    """The first `number` sentences of an endless list: who does what to which thing, where and when."""
     found: dict[str, None] = {}  # a set that remembers its order
     for k in count():
         if len(found) >= number:
@@ -320,6 +322,7 @@ def statements(number: int, tag: str = "statement") -> list[str]:
         animal, adjective, amount = one(*list(ANIMALS)[:9]), one(*ADJECTIVES), one(*NUMBERS[2:])
         verb = one("puts", "finds", "drops", "leaves", "keeps", "wants")
         moment = one(*[f"on {day}" for day in DAYS], *[f"in {month}" for month in MONTHS])
+        look = one("new", "old", "big", "small", "clean", "dirty")
         things = thing + ("es" if thing == "box" else "s")
         templates = (
             f"{name} {verb} the {color} {thing} in the {place}.",
@@ -329,7 +332,7 @@ def statements(number: int, tag: str = "statement") -> list[str]:
             f"{name} and {friend} go to the {place} {moment}.",
             f"{moment} {name} travels from {one(*CAPITALS.values())} to {one(*CAPITALS)}.",
             f"{name} gives {amount} {goods} to {friend}.",
-            f"The {thing} in the {place} is {color} and {one('new', 'old', 'big', 'small', 'clean', 'dirty')}.",
+            f"The {thing} in the {place} is {color} and {look}.",
             f"{moment} {name} needs {amount} {goods}.",
             f"{name} has {amount} {things} for the {adjective} {animal}.",
         )
@@ -338,8 +341,8 @@ def statements(number: int, tag: str = "statement") -> list[str]:
 
 
 def beyond() -> dict[str, dict[str, list[str]]]:
-    """Sums and differences beyond the tables of `dialogues`, up to twenty: family -> answer -> questions; as text only.
-    A model trained on them answers more of the held-out differences (LOG.md)."""
+    """Sums and differences beyond the tables of `dialogues`, up to twenty: family -> answer -> questions; as
+    text only. A model trained on them answers more of the held-out differences (LOG.md)."""
     pairs = [(a, b) for a, b in product(range(21), repeat=2) if max(a, b) > 10]
     plus = [addition(a, b) for a, b in pairs if a + b <= 20]
     minus = [subtraction(a, b) for a, b in pairs if b <= a and (a > 12 or b > 10)]
@@ -352,8 +355,8 @@ def beyond() -> dict[str, dict[str, list[str]]]:
 
 
 def unasked() -> list[str]:
-    """Sentences of the same patterns as answers, but of no recorded question: larger numbers, other people, counting
-    out of order. To read them aloud a model has to follow the text, it cannot recite a known answer."""
+    """Sentences like answers, but to no recorded question: larger numbers, other people, numbers in disorder.
+    To read them aloud a model has to follow the text; it cannot recite a known answer."""
     found = []
     for k in range(500):
         length = 3 + int(chance("list", k) * 4)
