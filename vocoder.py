@@ -566,8 +566,8 @@ def deduplicate(codes: Tensor, n_units: int | None = None) -> tuple[Tensor, Tens
 
 
 def round_keeping_sum(frames: Tensor) -> Tensor:
-    """Durations (U,) as whole numbers of at least 1 whose running sum is that of `frames`, rounded. Each alone,
-    many units of 1.4 frames would be rounded to hurried speech."""
+    """Durations (U,) as whole numbers of at least 1 whose running sum is that of `frames`, rounded. Rounding
+    each alone would make hurried speech of many units of 1.4 frames."""
     rounded = []
     used = 0
     for end in frames.cumsum(0).tolist():  # what one unit is rounded off, the next ones get

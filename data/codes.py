@@ -4,7 +4,7 @@
     crop of 4 frames               3 9 9 9            with 4 * 320 samples of its waveform
     with a margin of 2         7 7 3 9 9 9 4 4        and still 4 * 320 samples
 
-Reads the manifest.jsonl of a corpus (id, wav, speaker, split) and what the stage "units" wrote, units.jsonl:
+Reads the manifest of a corpus (data/corpus.py) and what the stage "units" wrote into its folder, units.jsonl:
 
     {"id": "0001", "units": [7, 3, 9, 4], "durations": [2, 1, 3, 2]}
 """

@@ -1,5 +1,7 @@
 """Batches of crops and of whole recordings: the codes, waveforms and spectra of one place belong together."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,19 @@ def test_a_batch_is_a_function_of_its_random_numbers(corpus):
     assert a.codes.shape == (4, 8) and a.target.shape == (4, 8 * 320) and a.speakers.shape == (4,)
     assert a.units.shape == a.durations.shape and a.lengths.tolist() == [8] * 4
     assert all(row["split"] == "train" for row in dataset.rows)
+
+
+def test_a_manifest_may_leave_out_what_has_a_default(corpus):
+    whole = CodeDataset(corpus, "train")
+    path = corpus / "manifest.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["id"]  # then it is the name of the file
+        if row["speaker"] == 0:
+            del row["speaker"]
+        if row["split"] == "train":
+            del row["split"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bare = CodeDataset(corpus, "train")
+    assert [row["id"] for row in bare.rows] == [row["id"] for row in whole.rows]
+    assert [row["speaker"] for row in bare.rows] == [row["speaker"] for row in whole.rows]
