@@ -1,16 +1,20 @@
-"""Generation: a prompt's ids in, the ids of the answer out (SpeechGPT §5.1).
+"""Generation: the ids of a prompt in, the ids of the answer out (SpeechGPT §5.1).
 
-Three small functions: `prefill` reads the prompts, `decode_one_token` feeds the last token back through the static
-key-value cache, `sample_token` draws the next one. Between the last two stands the `Grammar`: a token says by itself
-whether it is inside speech (<sosp> or a unit) or outside, so what may follow it is two rows of a table:
+Three small functions: `prefill` reads the prompts, `decode_one_token` feeds the last token back through the
+static key-value cache, `sample_token` draws the next one. `stream` puts them in a loop and yields the tokens
+of each step; `generate` collects them.
+
+A `Grammar` keeps the answer well formed. Its state is the last token alone: after <sosp> or a unit we are
+inside speech, after anything else outside, so the tokens that may come next are one of two rows of a table:
 
     ... [ta] five ; [ua] <sosp> <7> <12> <7> <eosp> <eoa>
-        ^ text pieces, <sosp>, end  ^ units other than the last one, or <eosp>
+        ^ outside: text, <sosp>, end  ^ inside: <eosp>, or any unit but the last one (units are deduplicated)
 
-References: the paper's decoding (§5.1); Holtzman et al. 2020, arXiv:1904.09751 (top-p); pytorch-labs/gpt-fast (form).
+References: SpeechGPT, https://arxiv.org/abs/2305.11000, §5.1; top-p: Holtzman et al. 2020, arXiv:1904.09751;
+the form of the loop: pytorch-labs/gpt-fast.
 """
 
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +24,12 @@ from tqdm import tqdm
 from llama import Cache, Llama
 from tokenizer import Tokenizer
 
-SMALL = 1e8  # bytes of weights: time goes into Python, not into memory
+# ---- How tokens are drawn ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Temperature 0 takes the likeliest; top_k 0 and top_p 1 cut nothing off."""
+    """How one token is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -38,29 +42,51 @@ class Sampling:
 
 GREEDY = Sampling()
 PAPER = Sampling(temperature=0.8, top_k=60, top_p=0.8)  # §5.1
-OFFICIAL = Sampling(temperature=0.7, top_k=50, top_p=0.8)  # what the released command line does
+OFFICIAL = Sampling(temperature=0.7, top_k=50, top_p=0.8)  # the default of the official command line
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a whole answer is generated."""
+
+    text: Sampling = GREEDY  # for tokens outside speech
+    speech: Sampling = PAPER  # for tokens inside speech
+    max_new: int | None = None  # most tokens of an answer; None: what the context holds
+    stop: tuple[int, ...] = ()  # ids that end an answer, besides </s> and <eoa>
+    free: bool = False  # without the grammar
+
+
+GREEDY_TEXT = Decoding()  # the likeliest text, and speech drawn as in the paper
 
 
 class Grammar:
-    """Adds -inf to the logits of tokens that cannot follow the last one. `free` only tells speech from text."""
+    """Sets the logits of tokens that cannot follow the last one to -inf, by table lookup.
+
+    free: apply no mask; only track whether the last token is speech.
+    """
 
     def __init__(self, tok: Tokenizer, vocab_size: int, device: torch.device, free: bool = False):
-        rows, vocab_size = vocab_size, max(vocab_size, len(tok))  # a model of text has no rows for units yet
-        unit = torch.zeros(vocab_size, dtype=torch.bool)
-        unit[torch.tensor(list(tok.unit_ids))] = True
-        outside = torch.zeros(vocab_size).masked_fill(unit, -torch.inf)
-        never = (tok.unk, tok.bos, tok.eosp, tok.human, tok.speechgpt, tok.eoh)  # what no answer holds
-        outside[[i for i in never if i is not None]] = -torch.inf
+        size = max(vocab_size, len(tok))  # a model of text has no rows for units yet: cut off below
+        is_unit = torch.zeros(size, dtype=torch.bool)
+        is_unit[torch.tensor(list(tok.unit_ids))] = True
+
+        outside = torch.zeros(size).masked_fill(is_unit, -torch.inf)
+        for token in (tok.unk, tok.bos, tok.eosp, tok.human, tok.speechgpt, tok.eoh):  # never in an answer
+            if token is not None:
+                outside[token] = -torch.inf
         outside[len(tok) :] = -torch.inf  # rows of the embedding beyond the vocabulary, if any
-        inside = torch.full((vocab_size,), -torch.inf).masked_fill(unit, 0.0)
+
+        inside = torch.full((size,), -torch.inf).masked_fill(is_unit, 0.0)
         inside[tok.eosp] = 0.0
-        repeat = torch.zeros(vocab_size).masked_fill(
-            unit, -torch.inf
-        )  # units are deduplicated: none comes twice
-        self.in_speech = unit.index_fill(0, torch.tensor([tok.sosp]), True)[:rows].to(device)  # (V,)
-        self.bias = torch.stack([outside, inside])[:, :rows].to(device)  # (2, V)
-        self.repeat = repeat[:rows].to(device)  # (V,)
+
+        after_speech = is_unit.clone()
+        after_speech[tok.sosp] = True
+        repeat = torch.zeros(size).masked_fill(is_unit, -torch.inf)
+
         self.free = free
+        self.in_speech = after_speech[:vocab_size].to(device)  # (V,) are we inside speech after this token?
+        self.bias = torch.stack([outside, inside])[:, :vocab_size].to(device)  # (2, V)
+        self.repeat = repeat[:vocab_size].to(device)  # (V,) added to the last token's own logit
 
     def __call__(self, logits: Tensor, last: Tensor) -> Tensor:
         """logits (B, V) after the tokens last (B,) -> the same, with what is not allowed at -inf."""
@@ -70,19 +96,36 @@ class Grammar:
         return logits.scatter_add_(1, last[:, None], self.repeat[last][:, None])
 
 
-def sample_token(logits: Tensor, how: Sampling, uniform: Tensor) -> Tensor:
-    """logits (B, V) fp32 -> tokens (B,). uniform (B,) in [0, 1) is all the chance there is: temperature, then top-k,
-    then top-p, then the inverse of the cumulative distribution. Only k values are sorted, not the vocabulary."""
-    if how.temperature == 0:
+def sample_token(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """logits (B, V) fp32 -> tokens (B,). uniform (B,) in [0, 1): the only source of randomness.
+
+    Temperature, then top-k, then top-p, then the inverse of the cumulative distribution. Only the k kept
+    values are sorted, not the vocabulary.
+    """
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    values, ids = (logits / how.temperature).topk(min(how.top_k or logits.shape[-1], logits.shape[-1]))
+    vocab_size = logits.shape[-1]
+    k = min(sampling.top_k or vocab_size, vocab_size)
+    values, ids = (logits / sampling.temperature).topk(k)  # (B, k), in descending order
     probs = values.softmax(-1)
     mass = probs.cumsum(-1)
-    # The nucleus: a token stays while those likelier than it hold less than top_p. What has no chance at all goes too,
-    # so that rounding can never land on a forbidden token.
-    last = ((mass - probs < how.top_p) & (probs > 0)).sum(-1, keepdim=True) - 1
+    # The nucleus: a token stays while the likelier ones hold less than top_p. Tokens of probability 0 are cut
+    # off as well, so that rounding can never land on a forbidden one.
+    kept = (mass - probs < sampling.top_p) & (probs > 0)
+    last = kept.sum(-1, keepdim=True) - 1  # (B, 1) index of the least likely token kept
     rank = (mass <= uniform[:, None] * mass.gather(1, last)).sum(-1, keepdim=True)
     return ids.gather(1, rank.minimum(last)).squeeze(1)
+
+
+def sample_text_or_speech(logits: Tensor, in_speech: Tensor, decoding: Decoding, uniform: Tensor) -> Tensor:
+    """logits (B, V) -> tokens (B,): decoding.speech draws where in_speech (B,), decoding.text elsewhere."""
+    tokens = sample_token(logits, decoding.text, uniform)
+    if decoding.speech == decoding.text:
+        return tokens
+    return torch.where(in_speech, sample_token(logits, decoding.speech, uniform), tokens)
+
+
+# ---- The loop ----------------------------------------------------------------------------------------------
 
 
 def prefill(model: Llama, ids: Tensor, cache: Cache) -> Tensor:
@@ -95,70 +138,101 @@ def decode_one_token(model: Llama, last: Tensor, cache: Cache) -> Tensor:
     return model(last[:, None], cache=cache)[:, -1].float()
 
 
-@contextmanager
-def one_thread(model: Llama):
-    """For a small model on a CPU: its operations are shorter than it takes to wake a second thread, and on a busy
-    machine waiting for one made decoding 20 times slower."""
-    threads = torch.get_num_threads()
-    if model.lm_head.weight.device.type == "cpu" and weight_bytes(model) < SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @torch.inference_mode()
+def stream(
+    model: Llama,
+    prompts: list[list[int]],
+    tok: Tokenizer,
+    decoding: Decoding = GREEDY_TEXT,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields the new tokens of each step: one for each prompt, None where the answer has ended.
+
+    An answer ends with </s>, <eoa> (or <eos>) or an id of decoding.stop, after decoding.max_new tokens, or
+    when the longest prompt and its answer fill the context. Random numbers are drawn on the CPU, so that all
+    devices draw alike, and by prompt, so that a batch draws what its prompts would one by one. ValueError if
+    the model computes NaN.
+    """
+    context = model.config.max_len
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    assert min(lengths) > 0 and longest < context, f"prompts of 1 to {context - 1} ids, got {longest}"
+    steps = min(decoding.max_new or context, context - longest)
+    ends = {tok.eos, tok.eoa, *decoding.stop}
+
+    device = model.lm_head.weight.device
+    padding = [longest - length for length in lengths]
+    padded = [[0] * pad + prompt for pad, prompt in zip(padding, prompts)]
+    ids = torch.tensor(padded, device=device)  # (B, longest)
+    uniform = torch.rand(len(prompts), context, generator=generator).to(device)
+    grammar = Grammar(tok, model.config.vocab_size, device, decoding.free)
+    cache = model.new_cache(len(prompts), longest + steps, torch.tensor(padding, device=device))
+
+    logits = prefill(model, ids, cache)
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model computes NaN: its weights are damaged, or it needs --dtype float32")
+    last = ids[:, -1]
+    running = set(range(len(prompts)))
+    single = one_thread(model)
+    for step in range(steps):
+        with single:  # for this step, not for what the caller does between two
+            if step > 0:
+                logits = decode_one_token(model, last, cache)
+            logits = grammar(logits, last)
+            last = sample_text_or_speech(logits, grammar.in_speech[last], decoding, uniform[:, step])
+        tokens = last.tolist()
+        yield [token if row in running else None for row, token in enumerate(tokens)]
+        running -= {row for row, token in enumerate(tokens) if token in ends}
+        if not running:
+            return
+
+
 def generate(
     model: Llama,
     prompts: list[list[int]],
     tok: Tokenizer,
-    text: Sampling = GREEDY,
-    speech: Sampling = PAPER,
-    max_new: int | None = None,
+    decoding: Decoding = GREEDY_TEXT,
     generator: torch.Generator | None = None,
-    free: bool = False,
-    stop: tuple[int, ...] = (),
     show: bool = False,
 ) -> list[list[int]]:
-    """New ids of each prompt, up to and with its end (</s>, <eoa> or <eos>, or one of `stop`) or the context's end.
+    """The new ids of each prompt, with the one that ends it: see `stream`. show: a progress bar."""
+    answers = [[] for _ in prompts]
+    steps = stream(model, prompts, tok, decoding, generator)
+    for tokens in tqdm(steps, "generating", unit=" tokens", leave=False, disable=not show):
+        for answer, token in zip(answers, tokens):
+            if token is not None:
+                answer.append(token)
+    return answers
 
-    `text` and `speech` say how tokens outside and inside speech are drawn; `free` lifts the grammar. Chance comes from
-    `generator` (on the CPU, so that every device draws alike), a row of numbers for each prompt in turn: a batch draws
-    what its prompts would draw one by one. The context's end is that of the longest prompt."""
-    context, longest = model.config.max_len, max(map(len, prompts))
-    assert min(map(len, prompts)) > 0 and longest < context, (
-        f"prompts of 1 to {context - 1} ids, got {longest}"
-    )
-    steps, device = min(max_new or context, context - longest), model.lm_head.weight.device
-    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, longest)
-    uniform = torch.rand(len(prompts), context, generator=generator).to(device)
-    grammar = Grammar(tok, model.config.vocab_size, device, free)
-    cache = model.new_cache(len(prompts), longest + steps, pad)
-    ends, out, running = {tok.eos, tok.eoa, *stop}, [[] for _ in prompts], set(range(len(prompts)))
-    logits, last = prefill(model, ids, cache), ids[:, -1]
-    if not torch.isfinite(logits).all():
-        raise ValueError("the model computes NaN: its weights are damaged, or it needs --dtype float32")
-    with one_thread(model):
-        for step in tqdm(range(steps), "thinking", unit=" tokens", leave=False, disable=not show):
-            if step:
-                logits = decode_one_token(model, last, cache)
-            logits, chance = grammar(logits, last), uniform[:, step]
-            drawn = sample_token(logits, text, chance)
-            if speech != text:
-                drawn = torch.where(grammar.in_speech[last], sample_token(logits, speech, chance), drawn)
-            last = drawn
-            for row, token in enumerate(last.tolist()):
-                if row in running:
-                    out[row].append(token)
-                    if token in ends:
-                        running.remove(row)
-            if not running:
-                break
-    return out
+
+# ---- Small models ------------------------------------------------------------------------------------------
+
+SMALL = 1e8  # bytes of weights under which decoding waits for Python, not for memory
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes that one step of decoding reads: all weights but the embedding, of which it needs a row."""
+    """Bytes that one step of decoding reads: all weights but the embedding, of which it needs one row."""
     return sum(t.nbytes for name, t in model.state_dict().items() if "embed_tokens" not in name)
+
+
+def is_small(model: nn.Module) -> bool:
+    return weight_bytes(model) < SMALL
+
+
+class one_thread:
+    """`with one_thread(model):` a small model on a CPU uses one thread; any other model is left as it is.
+
+    Its operations take less time than waking a second thread; on a busy machine, waiting for one made
+    decoding 20 times slower.
+    """
+
+    def __init__(self, model: Llama):
+        self.single = model.lm_head.weight.device.type == "cpu" and is_small(model)
+
+    def __enter__(self):
+        self.before = torch.get_num_threads()
+        if self.single:
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.before)

@@ -1,4 +1,4 @@
-"""What every run needs and no concept should know: the device, the ranks, the learning rate, the log.
+"""Device, ranks, learning-rate schedule, progress bar, metrics file: what every run needs.
 
 One process or many: `torchrun --nproc_per_node 8 train.py ...` sets RANK, WORLD_SIZE and LOCAL_RANK; without them
 this is rank 0 of 1. Only rank 0 writes files.
@@ -8,11 +8,43 @@ import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+from files import write_atomic
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of one run share."""
+
+    out: Path  # the folder of everything it writes
+    corpus: Path  # the folder with manifest.jsonl
+    seed: int
+    device: torch.device
+    workers: int = 0  # processes that prepare batches while a GPU computes
+
+    @property
+    def model(self) -> Path:
+        """The talking model that it makes: llama/, lora/, hubert/, vocoder/."""
+        return self.out / "model"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.out / "tokenizer"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON-lines file a stage."""
+        return self.out / "metrics"
+
+    def state(self, stage: str) -> Path:
+        """What stage `stage` keeps while it works, and the record of what it was begun with."""
+        return self.out / "state" / stage
 
 
 def rank() -> int:
@@ -117,9 +149,7 @@ class Metrics:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):  # the half line of a killed run
                     continue
-        temporary = self.path.with_name(self.path.name + ".part")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomic(self.path, "".join(kept).encode())
 
     def write(self, **numbers: float | str):
         if rank() > 0:

@@ -1,24 +1,26 @@
 """Text and speech as one sequence of ids: text pieces, unit tokens, every prompt template, and the loss mask.
 
-Section 4.2 of the paper (eq. 1) extends the vocabulary of a text model with one token per speech unit; sections
-3.1 and 3.2 and appendices B, C and E say how dialogues are written. All of that is in this file. The ids:
+An id is a row of the embedding. The paper adds one for each speech unit to those of a text model (§4.2,
+eq. 1), and writes dialogues with six more markers (§3.1, §3.2, Appendices B, C and E). All ids:
 
-    0 <unk>   1 <s>   2 </s>   ... pieces of sentencepiece ...     n_text of them (LLaMA: 32000)
-    <0> <1> ... <K-1>                                              unit u is id n_text + u
+    0 <unk>   1 <s>   2 </s>   ... pieces of sentencepiece ...     V, n_text of them (LLaMA: 32000)
+    <0> <1> ... <K-1>                                              V', unit u is id n_text + u
     <sosp> <eosp> [Human] [SpeechGPT] <eoh> <eoa>                  a released folder may hold <eos> for <eoa>
 
-    units_to_text([1, 7])                        "<sosp><1><7><eosp>"
-    cross_modal("Write it.", speech, "hi")       ("[Human]: Write it. This is input: <sosp><1><7><eosp><eoh>. "
-                                                  "[SpeechGPT]: ", "hi<eoa>.")
-    Tokenizer.document(prompt, answer)           <s> [Human] ▁: ▁Write ... <eoh> ▁. [SpeechGPT] ▁:   mask False
-                                                 ▁hi <eoa> ▁. </s>                                   mask True
+A dialogue is written as text first, then cut into ids, of which those of the answer are the targets of eq. 4:
 
-Added tokens are cut out of the text before sentencepiece sees it, as the slow LlamaTokenizer of transformers 4.33
-did (its "legacy" behaviour): the released weights were trained on those ids. White space on both sides of an added
-token is dropped, and each piece of text in between gets its own leading "▁". tests/golden/ holds ids made by it.
+    units_to_text([1, 7])                      "<sosp><1><7><eosp>"
+    cross_modal("Write it.", speech, "hi")     ("[Human]: Write it. This is input: <sosp><1><7><eosp><eoh>. "
+                                                "[SpeechGPT]: ", "hi<eoa>.")
+    Tokenizer.document(prompt, answer)         <s> [Human] ▁: ▁Write ... <eoh> ▁. [SpeechGPT] ▁:   mask False
+                                               ▁hi <eoa> ▁. </s>                                   mask True
 
-References: SpeechGPT, https://arxiv.org/abs/2305.11000; SentencePiece, https://arxiv.org/abs/1808.06226;
-LLaMA, https://arxiv.org/abs/2302.13971; the released data, https://huggingface.co/datasets/fnlp/SpeechInstruct
+Added tokens are cut out of the text before sentencepiece reads it, as in the slow LlamaTokenizer of
+transformers 4.33 (its "legacy" behavior): the released weights were trained on those ids. White space on both
+sides of an added token is dropped, and each stretch of text in between gets its own leading "▁".
+
+References: SpeechGPT, arXiv:2305.11000; SentencePiece, arXiv:1808.06226; LLaMA, arXiv:2302.13971;
+the released data, https://huggingface.co/datasets/fnlp/SpeechInstruct
 """
 
 import io
@@ -26,32 +28,50 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
 
-# Templates. What follows "[SpeechGPT]: " is the answer. {SpeechI} {TextI} {TextR} {SpeechR} are the paper's quadruplet:
-# the instruction and the response, as speech and as text.
-PAPER = {  # section 3.1 and Appendix C, word for word, slips included (no <eoh> in text-to-text)
-    # The full stop after {D} is the description's own: many are questions. Section 3.1 ends with <eos> where the
-    # appendices have <eoa>; one end marker serves here.
+from files import write_atomic
+
+# ---- Speech as text ----------------------------------------------------------------------------------------
+
+
+def units_to_text(units: Iterable[int]) -> str:
+    """[1, 7] -> "<sosp><1><7><eosp>"."""
+    return "<sosp>" + "".join(f"<{u}>" for u in units) + "<eosp>"
+
+
+def text_to_units(text: str) -> list[int]:
+    """Every <number> in `text`, in order; the rest is ignored."""
+    return [int(u) for u in re.findall("<([0-9]{1,9})>", text)]
+
+
+# ---- Templates ---------------------------------------------------------------------------------------------
+
+# What follows "[SpeechGPT]: " is the answer. {SpeechI} {TextI} {TextR} {SpeechR} are the paper's quadruplet:
+# instruction and response, as speech and as text; {D} {U} {T} a task description, speech and its text.
+PAPER = {  # §3.1 and Appendix C, word for word, slips included (no <eoh> in text-to-text)
+    # Without §3.1's full stop after {D}: a description ends with its own, often a question mark. Its <eos> is
+    # <eoa> in the appendices; one end marker serves here.
     "cross_modal": "[Human]: {D} This is input: {U}<eoh>. [SpeechGPT]: {T}<eoa>.",
-    "plain": "[Human]: {TextI}<eoh>. [SpeechGPT]: {TextR}<eoa>.",  # text dialogues, mixed into stage 2 (section 4.2)
-    "s2s": "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech. You can do it step "
-    "by step. You can first transcribe the instruction and get the text Instruction. Then you can think about "
-    "the instruction and get the text response. Last, you should speak the response aloud <eoh>. "
+    "plain": "[Human]: {TextI}<eoh>. [SpeechGPT]: {TextR}<eoa>.",  # text dialogues of stage 2 (§4.2)
+    "s2s": "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech. You can do "
+    "it step by step. You can first transcribe the instruction and get the text Instruction. Then you can "
+    "think about the instruction and get the text response. Last, you should speak the response aloud <eoh>. "
     "[SpeechGPT]: [tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>.",
-    "s2t": "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. You can do it step by "
-    "step. You can first transcribe the instruction and get the text instruction. Then you can think about the "
-    "instruction and get the text response. <eoh>. [SpeechGPT]: [tq] {TextI}; [ta] {TextR}<eoa>.",
-    "t2s": "[Human]: This is a text instruction: {TextI}. And your response should be speech. You can do it step by "
-    "step. You can think about the instruction and get the text response. Then you should speak the response "
-    "aloud <eoh>. [SpeechGPT]: [ta] {TextR}; [ua] {SpeechR}<eoa>.",
-    "t2t": "[Human]: This is a text instruction: {TextI}. And your response should be text. You can think about the "
-    "instruction and get the text response. [SpeechGPT]: [ta] {TextR}<eoa>.",
+    "s2t": "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. You can do "
+    "it step by step. You can first transcribe the instruction and get the text instruction. Then you can "
+    "think about the instruction and get the text response. <eoh>. "
+    "[SpeechGPT]: [tq] {TextI}; [ta] {TextR}<eoa>.",
+    "t2s": "[Human]: This is a text instruction: {TextI}. And your response should be speech. You can do it "
+    "step by step. You can think about the instruction and get the text response. Then you should speak the "
+    "response aloud <eoh>. [SpeechGPT]: [ta] {TextR}; [ua] {SpeechR}<eoa>.",
+    "t2t": "[Human]: This is a text instruction: {TextI}. And your response should be text. You can think "
+    "about the instruction and get the text response. [SpeechGPT]: [ta] {TextR}<eoa>.",
 }
-STANDARD = {  # Appendix E: the answer at once, without thinking in text first
+STANDARD = {  # Appendix E: the answer at once, without the steps in text
     "s2s": "[Human]: This is a speech instruction: {SpeechI}. And your response should be speech <eoh>. "
     "[SpeechGPT]: [ua] {SpeechR}<eoa>.",
     "s2t": "[Human]: This is a speech instruction: {SpeechI}. And your response should be text. <eoh>. "
@@ -63,15 +83,15 @@ STANDARD = {  # Appendix E: the answer at once, without thinking in text first
 }
 META = (
     "You are an AI assistant whose name is SpeechGPT.\n- SpeechGPT is a intrinsic cross-modal conversational "
-    "language model that is developed by Fudan University.  SpeechGPT can understand and communicate fluently "
-    "with human through speech or text chosen by the user.\n- It can perceive cross-modal inputs and generate "
-    "cross-modal outputs.\n"
+    "language model that is developed by Fudan University.  SpeechGPT can understand and communicate "
+    "fluently with human through speech or text chosen by the user.\n- It can perceive cross-modal inputs "
+    "and generate cross-modal outputs.\n"
 )
-RELEASED = {  # the published data: META first, no [tq], no step-by-step sentence
+RELEASED = {  # the published data: META first, no [tq], no sentence about steps
     "cross_modal": META + "[Human]: {D} This is input: {U}<eoh> [SpeechGPT]: {T}<eoa> ",
     "plain": META + "[Human]: {TextI}<eoh>. [SpeechGPT]: {TextR}<eoa>.",
     "s2s": META + "[Human]: {SpeechI}<eoh>. [SpeechGPT]: {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>.",
-    # These three are not shown anywhere: written by analogy, without [ta] where the published replies have none.
+    # These three are shown nowhere: by analogy, without [ta] where the published replies have none.
     "s2t": META + "[Human]: {SpeechI}<eoh>. [SpeechGPT]: {TextI}; [ta] {TextR}<eoa>.",
     "t2s": META + "[Human]: {TextI}<eoh>. [SpeechGPT]: [ta] {TextR}; [ua] {SpeechR}<eoa>.",
     "t2t": META + "[Human]: {TextI}<eoh>. [SpeechGPT]: {TextR}<eoa>.",
@@ -102,7 +122,7 @@ ASR_INSTRUCTIONS = (  # the ten of Appendix B, then our own
     "Jot down what the voice tells you.",
     "Note the message that you hear.",
 )
-TTS_INSTRUCTIONS = (  # eight of Appendix B ("Whisper ..." and "Sing ..." ask for voices we do not have), then our own
+TTS_INSTRUCTIONS = (  # eight of Appendix B (not "Whisper ..." and "Sing ..."), then our own
     "Can you please read this sentence out loud?",
     "Recite the following words as if you were speaking normally.",
     "Could you please relay the message below verbally?",
@@ -128,27 +148,17 @@ TTS_INSTRUCTIONS = (  # eight of Appendix B ("Whisper ..." and "Sing ..." ask fo
 )
 
 
-def units_to_text(units: Iterable[int]) -> str:
-    """[1, 7] -> "<sosp><1><7><eosp>"."""
-    return "<sosp>" + "".join(f"<{u}>" for u in units) + "<eosp>"
-
-
-def text_to_units(text: str) -> list[int]:
-    """Every <number> in `text`, in order; the rest is ignored."""
-    return [int(u) for u in re.findall("<([0-9]{1,9})>", text)]
-
-
-# These give (prompt, answer). Speech is written units_to_text(...); what is not known yet stays empty.
+# These return (prompt, answer). Speech is written by units_to_text; what is to be generated stays empty.
 
 
 def cross_modal(description: str, source: str, target: str = "", style: str = "paper") -> tuple[str, str]:
-    """Section 3.1: speech to text with a description of ASR_INSTRUCTIONS, text to speech with one of the others."""
+    """§3.1: speech -> text with one of ASR_INSTRUCTIONS, text -> speech with one of TTS_INSTRUCTIONS."""
     return _render(style, "cross_modal", D=description, U=source, T=target)
 
 
 def plain(instruction: str, response: str = "", style: str = "paper") -> tuple[str, str]:
-    """A dialogue without template sentences. In the released style it is also what the official command line asks,
-    whatever the task: instruction "Recognize this speech, this is input: <sosp>...<eosp>", for example."""
+    """A dialogue without template sentences. In the released style it is also what the official command line
+    asks, whatever the task: "Recognize this speech, this is input: <sosp>...<eosp>", for example."""
     return _render(style, "plain", TextI=instruction, TextR=response)
 
 
@@ -160,7 +170,7 @@ def chain_of_modality(
     speech_r: str = "",
     style: str = "paper",
 ) -> tuple[str, str]:
-    """Section 3.2, Appendix C. mode: "s2s", "s2t", "t2s" or "t2t", speech or text in, speech or text out."""
+    """§3.2, Appendix C. mode: "s2s", "s2t", "t2s" or "t2t", speech or text in, speech or text out."""
     return _render(style, mode, SpeechI=speech_i, TextI=text_i, TextR=text_r, SpeechR=speech_r)
 
 
@@ -178,45 +188,53 @@ def _render(style: str, name: str, **slots: str) -> tuple[str, str]:
 
 
 def template_pieces() -> list[str]:
-    """The fixed sentences of the paper's templates and the task descriptions, spelled as sentencepiece pieces.
-    In a tiny model they would be a third of a dialogue or more; Tokenizer.train makes each of them one piece."""
-    fixed = re.split(r"\{\w+\}|\[\w+\]|<eo[ha]>", " ".join([*PAPER.values(), *STANDARD.values()]))
-    sentences = sorted({s.lstrip(" .:;").rstrip(" ;") for s in fixed} - {""})
+    """The fixed sentences of the paper's templates and the task descriptions, as sentencepiece spells them.
+    For a tiny model they would be a third of a dialogue; Tokenizer.train makes each of them one piece."""
+    text = " ".join([*PAPER.values(), *STANDARD.values()])
+    fixed = re.split(r"\{\w+\}|\[\w+\]|<eo[ha]>", text)
+    sentences = sorted({sentence.lstrip(" .:;").rstrip(" ;") for sentence in fixed} - {""})
     words = [*sentences, *ASR_INSTRUCTIONS, *TTS_INSTRUCTIONS, "[tq]", "[ta]", "[ua]", ":", "."]
-    return ["▁" + w.replace(" ", "▁") for w in words] + [".", ";"]
+    return ["▁" + word.replace(" ", "▁") for word in words] + [".", ";"]
+
+
+# ---- Text to ids and back ----------------------------------------------------------------------------------
 
 
 @dataclass
 class Parts:
-    """A reply taken apart: transcript of the question [tq], text answer [ta], units of the spoken answer [ua]."""
+    """A reply taken apart."""
 
-    tq: str
-    ta: str
-    ua: list[int]
+    tq: str  # transcript of the question
+    ta: str  # text answer
+    ua: list[int]  # units of the spoken answer
     complete: bool  # it came to the end marker or </s>
 
 
 class Tokenizer:
     """sentencepiece for text, a table for the added tokens. len(tokenizer) is the size of V'' in eq. 1."""
 
+    unk, bos, eos = 0, 1, 2
+
     def __init__(self, model: bytes, added: dict[str, int], source: str = "tokenizer"):
-        """`model`: what tokenizer.model holds; `added`: token -> id. ValueError names `source` if they do not fit."""
+        """model: the bytes of tokenizer.model; added: token -> id. ValueError if they do not fit."""
         self.sp = open_model(model, f"{source}/tokenizer.model")
         self.n_text = len(self.sp)
         self.added = check_added(added, self.n_text, f"{source}/added_tokens.json")
-        self.n_units = next(u for u in range(len(added) + 1) if f"<{u}>" not in added)
-        self.unit_ids = range(self.n_text, self.n_text + self.n_units)
-        self.unk, self.bos, self.eos = 0, 1, 2
-        self.sosp, self.eosp, self.human, self.speechgpt, self.eoh = (
-            added.get(token) for token in ("<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>")
-        )
-        self.eoa = added.get(
-            "<eoa>", added.get("<eos>")
-        )  # the end of an answer, under whichever name the folder has
         self.name = {i: token for token, i in added.items()}
-        self.cuts = {"<unk>": 0, "<s>": 1, "</s>": 2} | added
-        # Leftmost-longest match of any of these. Units are looked up after the match: 1000 alternatives are slow.
-        words = sorted((t for t in self.cuts if not re.fullmatch("<[0-9]+>", t)), key=len, reverse=True)
+        self.n_units = 0
+        while f"<{self.n_units}>" in added:
+            self.n_units += 1
+        self.unit_ids = range(self.n_text, self.n_text + self.n_units)
+        self.sosp = added["<sosp>"]
+        self.eosp = added["<eosp>"]
+        self.human = added.get("[Human]")  # None: the released stage 1 has no markers of dialogues
+        self.speechgpt = added.get("[SpeechGPT]")
+        self.eoh = added.get("<eoh>")
+        self.eoa = added.get("<eoa>", added.get("<eos>"))  # the end of an answer, under either name
+        # Leftmost-longest match of a token. Units are looked up after the match: 1000 alternatives are slow.
+        self.tokens = {"<unk>": self.unk, "<s>": self.bos, "</s>": self.eos} | added
+        words = [token for token in self.tokens if not re.fullmatch("<[0-9]+>", token)]
+        words.sort(key=len, reverse=True)
         self.pattern = re.compile("|".join(["<[0-9]+>", *map(re.escape, words)]))
 
     def __len__(self) -> int:
@@ -224,95 +242,109 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, <s> first unless bos=False; </s> only where the text spells it."""
-        text.encode()  # half a surrogate pair (from a command line, say) is a ValueError here, not deep in C++
-        ids, start, after_added = [self.bos] * bos, 0, False
+        text.encode()  # half a surrogate pair (from a command line) is a ValueError here, not deep in C++
+        ids = [self.bos] if bos else []
+        start = 0
+        after_added = False
         for match in self.pattern.finditer(text):
-            token = self.cuts.get(match[0])
+            token = self.tokens.get(match[0])
             if token is None:  # "<1000>" of 1000 units: ordinary text
                 continue
-            added = token >= self.n_text  # <s> </s> <unk> keep the white space around them
+            is_added = token >= self.n_text  # <s> </s> <unk> keep the white space around them
             if match.start() > start:
-                ids += self._encode_text(text[start : match.start()], after_added, added)
+                ids += self._encode_text(text[start : match.start()], after_added, is_added)
             ids.append(token)
-            start, after_added = match.end(), added
+            start = match.end()
+            after_added = is_added
         return ids + self._encode_text(text[start:], after_added, False)
 
     def _encode_text(self, text: str, after_added: bool, before_added: bool) -> list[int]:
-        text = text.lstrip() if after_added else text
-        text = text.rstrip() if before_added else text
+        if after_added:
+            text = text.lstrip()
+        if before_added:
+            text = text.rstrip()
         return self.sp.encode(text) if text else []
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`: added tokens, and the runs of text between them, joined by single spaces."""
-        assert all(0 <= i < len(self) for i in ids), (
-            f"ids {[i for i in ids if not 0 <= i < len(self)]} of {len(self)}"
-        )
+        unknown = [i for i in ids if not 0 <= i < len(self)]
+        assert not unknown, f"ids {unknown} of {len(self)}"
         parts = []
-        for added, group in groupby(ids, lambda i: i >= self.n_text):
-            run = list(group)
-            parts += [self.name[i] for i in run] if added else [self._decode_text(run)]
+        for is_added, run in groupby(ids, lambda i: i >= self.n_text):
+            if is_added:
+                parts += [self.name[i] for i in run]
+            else:
+                parts.append(self._decode_text(list(run)))
         return " ".join(parts)
 
     def _decode_text(self, run: list[int]) -> str:
-        """One run of text pieces. It loses a leading "▁"; <s> </s> <unk> are spelled between its stretches of text."""
-        pieces = [self.sp.id_to_piece(i) for i in run]
-        pieces[0] = pieces[0].removeprefix("▁")
-        out, stretch = "", []
-        for n, piece in enumerate(pieces):
-            if run[n] > self.eos:
+        """A run of text ids without its leading "▁"; <s> </s> <unk> stand between its stretches of text."""
+        text = ""
+        stretch = []  # pieces since the last of <s> </s> <unk>
+        for n, i in enumerate(run):
+            piece = self.sp.id_to_piece(i)
+            if n == 0:
+                piece = piece.removeprefix("▁")
+            if i > self.eos:
                 stretch.append(piece)
-            else:  # the original sets its space before the stretch that precedes <s>, not between the two
-                space = " " if n > 0 and run[n - 1] > self.eos else ""
-                out, stretch = out + space + self.sp.decode(stretch) + piece, []
-        return out + self.sp.decode(stretch)
+                continue
+            # The original puts its space before the stretch that precedes <s>, not between the two.
+            space = " " if n > 0 and run[n - 1] > self.eos else ""
+            text += space + self.sp.decode(stretch) + piece
+            stretch = []
+        return text + self.sp.decode(stretch)
 
     def prompt(self, prompt: str, official: bool = False) -> list[int]:
-        """Ids to start generation from: what document() puts before its first masked token. official=True keeps the
-        space at the end, as the official command line does: a lone "▁" that no training dialogue had there."""
+        """Ids to start generation from: what document() puts before its first target. official=True keeps
+        the space at the end, as the official command line does: a lone "▁" that training never had there."""
         return self.encode(prompt if official else prompt.rstrip())
 
     def document(self, prompt: str, answer: str) -> tuple[list[int], list[bool]]:
-        """(ids, mask) of a whole dialogue. mask is True for the answer, its end marker and </s>: the targets of eq. 4.
-        With an empty prompt every token but <s> is a target, as in eq. 3."""
-        head = self.prompt(prompt)
-        # The answer may share a piece of text with the ":" before it ("▁: ▁[ta] ▁Four") or not ("▁:" <sosp>). Its ids
-        # start with the prompt's either way: pieces do not reach across a space, and the template_pieces, which do,
-        # begin after the ":". If a foreign tokenizer.model joins the two, its user had better hear of it than train
-        # on ids that inference never starts from.
-        ids = [*self.encode(f"{prompt.rstrip()} {answer}" if prompt else answer), self.eos]
-        if ids[: len(head)] != head:
+        """(ids, mask) of a whole dialogue. The mask is True for the answer, its end marker and </s>: the
+        targets of eq. 4. With an empty prompt every token but <s> is a target, as in eq. 3."""
+        prompt_ids = self.prompt(prompt)
+        text = f"{prompt.rstrip()} {answer}" if prompt else answer
+        ids = [*self.encode(text), self.eos]
+        # The prompt's ids do not depend on the answer: pieces do not reach across a space, and those of
+        # template_pieces, which do, begin after the ":". A foreign tokenizer.model that joins the two is
+        # refused, for generation could never start from the ids that it would train on.
+        n = len(prompt_ids)
+        if ids[:n] != prompt_ids:
             raise ValueError(
                 f"tokenizer.model joins the end of the prompt {prompt[-20:]!r} to the start of the answer "
                 f"{answer[:20]!r}; use a model whose pieces do not cross spaces"
             )
-        return ids, [n >= len(head) for n in range(len(ids))]
+        return ids, [False] * n + [True] * (len(ids) - n)
 
     def parse(self, ids: Sequence[int]) -> Parts:
-        """The parts of a generated reply (ids after the prompt), whatever was generated; no marker is left in them."""
-        reply = list(
-            takewhile(lambda i: i not in (self.eos, self.eoa, self.human, self.speechgpt, self.eoh), ids)
-        )
-        complete = len(reply) < len(ids) and ids[len(reply)] in (self.eos, self.eoa)
-        text, units, speaking = "", [], False
-        for is_text, run in groupby(reply, lambda i: self.eos < i < self.n_text):
+        """The parts of a generated reply (ids after the prompt), whatever was generated, without markers."""
+        ends = (self.eos, self.eoa)
+        stops = (*ends, self.human, self.speechgpt, self.eoh)
+        length = next((n for n, i in enumerate(ids) if i in stops), len(ids))
+        complete = length < len(ids) and ids[length] in ends
+        text = ""
+        units = []
+        in_speech = False
+        for is_text, run in groupby(ids[:length], lambda i: self.eos < i < self.n_text):
             if is_text:
                 text += " " + self.sp.decode(list(run))
-                if end := re.search(
-                    "<eo[as]>", text
-                ):  # plain text where the released folder has the other spelling
-                    text, complete = text[: end.start()], True
+                end = re.search("<eo[as]>", text)  # plain text where the folder has the other spelling
+                if end:
+                    text = text[: end.start()]
+                    complete = True
                     break
                 continue
             for i in run:
-                speaking = i == self.sosp or (speaking and i != self.eosp)
-                if speaking and i in self.unit_ids:
+                in_speech = i == self.sosp or (in_speech and i != self.eosp)
+                if in_speech and i in self.unit_ids:
                     units.append(i - self.n_text)
-        text = self.pattern.sub(lambda m: " " if m[0] in self.cuts else m[0], text)
-        first, *rest = re.split(r"\[(tq|ta|ua)\]", text)
-        found = dict(reversed([*zip(rest[::2], rest[1::2])]))  # of two [ta] the first counts
-        found.setdefault(
-            "tq" if "ta" in found else "ta", first
-        )  # released replies open with an unmarked transcript
+        text = self.pattern.sub(lambda match: " " if match[0] in self.tokens else match[0], text)
+        before, *rest = re.split(r"\[(tq|ta|ua)\]", text)
+        found = {}
+        for marker, content in zip(rest[::2], rest[1::2]):
+            found.setdefault(marker, content)  # of two [ta] the first counts
+        # Released replies open with a transcript that has no marker.
+        found.setdefault("tq" if "ta" in found else "ta", before)
         # The templates' "; " belongs to the marker after it.
         tq = found.get("tq", "").strip().removesuffix(";").rstrip()
         ta = found["ta"].strip().removesuffix(";" if "ua" in found else "").rstrip()
@@ -335,108 +367,91 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Reads tokenizer.model and added_tokens.json, ours or the released ones; ValueError or OSError if they lie."""
+        """Reads tokenizer.model and added_tokens.json, ours or the released ones; ValueError or OSError if
+        they are malformed."""
         folder = Path(folder)
         model = _read(folder / "tokenizer.model", 16 << 20)
         table = _read(folder / "added_tokens.json", 4 << 20)
         try:
             added = json.loads(table)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{folder}/added_tokens.json is not JSON; fetch it again ({str(error)[:60]})"
-            ) from error
+            why = str(error)[:60]
+            raise ValueError(f"{folder}/added_tokens.json is not JSON; fetch it again ({why})") from error
         return cls(model, added, str(folder))
 
     @classmethod
     def extend(
         cls, llama: str | Path, folder: str | Path, n_units: int = 1000, anew: bool = False
     ) -> "Tokenizer":
-        """Writes to `folder` the tokenizer of a LLaMA folder with those units and markers added that it lacks: all of
-        them for Meta's LLaMA, the dialogue markers for the released stage 1, none for the released stage 2. `anew`:
-        whatever was added to its text before is left out, so all of them."""
-        kept = not anew and (Path(llama) / "added_tokens.json").exists()
+        """Writes to `folder` the tokenizer of a LLaMA folder with the missing units and markers added: all
+        for Meta's LLaMA, the markers of dialogues for the released stage 1, none for the released stage 2.
+        anew: what was added to its text before is left out, so all of them."""
+        llama = Path(llama)
+        kept = not anew and (llama / "added_tokens.json").exists()
         added = cls.from_pretrained(llama).added if kept else {}
-        return cls._write(
-            _read(Path(llama) / "tokenizer.model", 16 << 20), added, str(llama), folder, n_units
-        )
+        model = _read(llama / "tokenizer.model", 16 << 20)
+        return write(Path(folder), model, added, n_units, str(llama))
 
     @classmethod
     def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_units: int) -> "Tokenizer":
-        """Fits a sentencepiece model of LLaMA's kind to `texts` and writes a tokenizer folder; same texts, same bytes.
-        vocab_size counts text pieces: 3 + 256 bytes + template_pieces() + characters + merges. A corpus too small to
-        fill it gives fewer; one with more characters than fit is a ValueError."""
+        """Fits a sentencepiece model of LLaMA's kind to `texts` and writes a tokenizer folder; same texts,
+        same bytes. vocab_size counts text pieces: 3 + 256 bytes + template_pieces() + characters + merges. A
+        corpus too small to fill it gives fewer; one with more characters than fit is a ValueError."""
         model = io.BytesIO()
         lines = (line for text in texts for line in text.splitlines() if line.strip())
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=lines,
                 model_writer=model,
-                model_type="bpe",
                 vocab_size=vocab_size,
-                hard_vocab_limit=False,
                 user_defined_symbols=template_pieces(),
-                byte_fallback=True,
-                split_digits=True,
-                normalization_rule_name="identity",
-                add_dummy_prefix=True,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                character_coverage=1.0,
-                max_sentence_length=1 << 20,
-                unk_id=0,
-                bos_id=1,
-                eos_id=2,
-                pad_id=-1,
-                num_threads=1,
-                minloglevel=2,
+                **LLAMA_MODEL,
             )
         except RuntimeError as error:
-            raise ValueError(
-                f"no tokenizer of {vocab_size} pieces: {' '.join(str(error).split())}"
-            ) from error
-        return cls._write(model.getvalue(), {}, str(folder), folder, n_units)
+            why = " ".join(str(error).split())
+            raise ValueError(f"no tokenizer of {vocab_size} pieces: {why}") from error
+        return write(Path(folder), model.getvalue(), {}, n_units, str(folder))
 
-    @classmethod
-    def _write(cls, model: bytes, added: dict, source: str, folder: str | Path, n_units: int) -> "Tokenizer":
-        markers = [
-            "<sosp>",
-            "<eosp>",
-            "[Human]",
-            "[SpeechGPT]",
-            "<eoh>",
-            "<eos>" if "<eos>" in added else "<eoa>",
-        ]
-        missing = [t for t in [f"<{u}>" for u in range(n_units)] + markers if t not in added]
-        first = len(open_model(model, f"{source}/tokenizer.model")) + len(added)
-        tokenizer = cls(model, added | {token: first + i for i, token in enumerate(missing)}, source)
-        flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-        special = {
-            "bos_token": {"content": "<s>", **flags},
-            "eos_token": {"content": "</s>", **flags},
-            "unk_token": {"content": "<unk>", **flags},
-            "pad_token": "<unk>",
-        }
-        config = {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "legacy": True,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 2048,
-            "padding_side": "left",
-        }
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tables = {"special_tokens_map": special, "tokenizer_config": config, "added_tokens": tokenizer.added}
-        files = {
-            f"{name}.json": json.dumps(table, indent=2).encode() + b"\n" for name, table in tables.items()
-        }
-        for name, data in (
-            {"tokenizer.model": model} | files
-        ).items():  # each is whole or absent after a kill
-            (folder / f"{name}.part").write_bytes(data)
-            (folder / f"{name}.part").replace(folder / name)
-        return tokenizer
+
+# ---- Files -------------------------------------------------------------------------------------------------
+
+# sentencepiece's settings for a model like LLaMA's. Bytes stand in for rare characters: no text is unknown.
+PIECES = dict(model_type="bpe", byte_fallback=True, split_digits=True, character_coverage=1.0)
+SPACES = dict(add_dummy_prefix=True, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True)
+IDS = dict(unk_id=Tokenizer.unk, bos_id=Tokenizer.bos, eos_id=Tokenizer.eos, pad_id=-1)
+LIMITS = dict(hard_vocab_limit=False, max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
+LLAMA_MODEL = dict(normalization_rule_name="identity", **PIECES, **SPACES, **IDS, **LIMITS)
+
+# What transformers needs to make the same ids.
+CONFIG = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=True)
+CONFIG |= dict(clean_up_tokenization_spaces=False, model_max_length=2048, padding_side="left")
+FLAGS = dict(lstrip=False, normalized=True, rstrip=False, single_word=False)
+SPECIAL_TOKENS = {
+    "bos_token": {"content": "<s>", **FLAGS},
+    "eos_token": {"content": "</s>", **FLAGS},
+    "unk_token": {"content": "<unk>", **FLAGS},
+    "pad_token": "<unk>",
+}
+
+
+def write(folder: Path, model: bytes, added: dict[str, int], n_units: int, source: str) -> Tokenizer:
+    """Writes a tokenizer folder: the model, and `added` with what it lacks of the units and markers."""
+    end = "<eos>" if "<eos>" in added else "<eoa>"
+    tokens = [f"<{u}>" for u in range(n_units)]
+    tokens += ["<sosp>", "<eosp>", "[Human]", "[SpeechGPT]", "<eoh>", end]
+    added = dict(added)
+    n_text = len(open_model(model, f"{source}/tokenizer.model"))
+    for token in tokens:
+        added.setdefault(token, n_text + len(added))
+    tokenizer = Tokenizer(model, added, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"tokenizer.model": model}
+    tables = {"special_tokens_map": SPECIAL_TOKENS, "tokenizer_config": CONFIG, "added_tokens": added}
+    for name, table in tables.items():
+        files[f"{name}.json"] = json.dumps(table, indent=2).encode() + b"\n"
+    for name, data in files.items():  # each is whole or absent after a kill
+        write_atomic(folder / name, data)
+    return tokenizer
 
 
 def open_model(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
@@ -452,10 +467,9 @@ def open_model(model: bytes, source: str) -> sentencepiece.SentencePieceProcesso
 
 
 def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
-    """The table {token: id}; ValueError unless its ids follow n_text without a gap, units first and in order."""
-    if not isinstance(added, dict) or any(
-        type(i) is not int or not t or t != t.strip() for t, i in added.items()
-    ):
+    """The table {token: id}; ValueError unless its ids go on from n_text without a gap, units first."""
+    pairs = added.items() if isinstance(added, dict) else [("", None)]
+    if any(type(i) is not int or not token or token != token.strip() for token, i in pairs):
         raise ValueError(f"{source} is not a table of tokens (without white space at their ends) and ids")
     if sorted(added.values()) != list(range(n_text, n_text + len(added))):
         raise ValueError(
@@ -463,7 +477,8 @@ def check_added(added: object, n_text: int, source: str) -> dict[str, int]:
             "tokenizer.model; the two are of different models"
         )
     units = {int(t[1:-1]): i for t, i in added.items() if re.fullmatch("<(0|[1-9][0-9]{0,8})>", t)}
-    if any(i != n_text + u for u, i in units.items()) or not units or not {"<sosp>", "<eosp>"} <= set(added):
+    in_order = units and all(i == n_text + u for u, i in units.items())
+    if not in_order or "<sosp>" not in added or "<eosp>" not in added:
         raise ValueError(f"{source} does not hold <0> <1> ... in order from id {n_text}, and <sosp> <eosp>")
     return added
 
@@ -478,5 +493,5 @@ def _read(path: Path, limit: int) -> bytes:
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"{path} is over {limit >> 20} MiB, too large to be what its name says")
+        raise ValueError(f"{path} is over {limit >> 20} MiB, too large for such a file")
     return data

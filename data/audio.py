@@ -8,7 +8,7 @@ References: libsndfile (http://libsndfile.github.io/libsndfile), soxr (https://s
 for the layout of wav files http://soundfile.sapp.org/doc/WaveFormat.
 """
 
-import os
+import io
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +18,8 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 import soxr
+
+from files import write_atomic
 
 RATE = 16000  # samples per second
 WINDOW = 400  # samples in the receptive field of one HuBERT frame: 25 ms
@@ -208,7 +210,7 @@ def stretch(wav: np.ndarray, pace: float, window: int = 480, search: int = 120) 
 def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
     """Writes wav (N,) in [-1, 1] as 16-bit mono wav. Atomic: an old file stays until the new one is complete.
 
-    No fsync: a corpus is thousands of small files that can be made again.
+    Without sync: a corpus is thousands of small files that can be made again.
     """
     wav = np.asarray(wav, np.float32)
     assert wav.ndim == 1, f"expected (N,) samples, got shape {wav.shape}"
@@ -216,11 +218,6 @@ def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
     samples = (wav.clip(-1, 1) * 32767).round().astype(np.int16)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        soundfile.write(part, samples, rate, "PCM_16", format="WAV")
-        os.replace(part, path)
-    except soundfile.LibsndfileError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    content = io.BytesIO()
+    soundfile.write(content, samples, rate, "PCM_16", format="WAV")
+    write_atomic(path, content.getvalue(), sync=False)

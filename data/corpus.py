@@ -32,8 +32,8 @@ import math
 from collections import Counter
 from pathlib import Path, PurePath
 
-from checkpoint import read_jsonl, write_jsonl
 from data import audio
+from files import read_jsonl, write_jsonl
 
 TARGET_SPEAKER = 0  # the speaker in whose voice the model answers: all its TTS targets
 SPLITS = ("train", "rendition", "heldout")

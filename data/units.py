@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 import run
-from checkpoint import read_jsonl, write_atomic
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest
+from files import read_jsonl, write_atomic
 
 
 def read_units(corpus: str | Path) -> list[dict]:
@@ -163,7 +163,9 @@ def cooccurrence(corpus: str | Path, extractor, n_units: int, recordings: int = 
     recordings has that distribution."""
     rows = [row for row in read_units(corpus) if row["split"] == "train"]
     rows = random.Random(0).sample(rows, min(len(rows), recordings))
-    old_units = map_speech(corpus, rows, extractor.frames, torch.device("cpu"), "units of the other HuBERT")
+    old_units = map_speech(
+        corpus, rows, extractor.frame_units, torch.device("cpu"), "units of the other HuBERT"
+    )
     counts = torch.zeros(n_units, len(extractor.kmeans.centers))
     for row, old in zip(rows, old_units):
         new = torch.tensor(row["units"]).repeat_interleave(torch.tensor(row["durations"]))

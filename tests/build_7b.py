@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint  # noqa: E402
+from files import write_json  # noqa: E402
 from llama import Int8Linear, Llama, LlamaConfig, config_to_json  # noqa: E402
 
 
@@ -43,8 +44,8 @@ def build(
                 tensors[name] = torch.ones(shapes[name], dtype=torch.float16)
             where[name] = file
         checkpoint.save_tensors(folder / file, tensors)
-    checkpoint.write_json(folder / "model.safetensors.index.json", {"weight_map": where})
-    checkpoint.write_json(folder / "config.json", config_to_json(config, torch.float16))
+    write_json(folder / "model.safetensors.index.json", {"weight_map": where})
+    write_json(folder / "config.json", config_to_json(config, torch.float16))
 
 
 def anonymous() -> int:

@@ -1,5 +1,6 @@
 """data/audio.py: every usable file gives the same 16 kHz mono sound, every other file one clear line."""
 
+import os
 import struct
 
 import numpy as np
@@ -255,11 +256,10 @@ def test_save_clips_instead_of_wrapping(tmp_path):
 def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     audio.save(tmp_path / "a.wav", tone())
 
-    def full_disk(path, *args, **kwargs):
-        path.write_bytes(b"RIFF")
-        raise OSError(28, "No space left on device", str(path))
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(soundfile, "write", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         audio.save(tmp_path / "a.wav", np.zeros(16000))
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]

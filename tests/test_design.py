@@ -3,14 +3,17 @@
 import ast
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A module may import those before its own line; those of one line never each other, but for data.
 LEVELS = (
+    ("files",),
     ("config", "run", "pickles", "data.audio"),
     ("checkpoint",),
+    ("kmeans",),
     ("tokenizer", "hubert", "llama", "lora", "vocoder", "text_to_unit"),  # the paper's nouns
     ("data", "generate"),
     ("training", "sample", "evaluation.judge"),
@@ -74,19 +77,87 @@ def test_nothing_runs_code_from_a_file(path):
                 assert any(ast.unparse(k) == "weights_only=True" for k in node.keywords), ast.unparse(node)
 
 
-def test_the_readmes_commands_exist():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(
-        r"^\s*(?:torchrun [^\n]*?|python |python3 )(\S+\.py)((?: [^\n#]*)?)", readme, re.MULTILINE
-    )
-    assert len(commands) >= 5
-    for script, rest in commands:
-        assert (ROOT / script).is_file(), f"README runs {script}"
+# ---- README and docs ---------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "samples" / "README.md"])
+
+
+def commands(page: str) -> list[tuple[str, list[str]]]:
+    """(file that is run, its arguments) of every line in a block of shell commands."""
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        for command in re.split(r"&&|\n", block):
+            words = command.split("  #")[0].split()
+            if words[:1] == ["torchrun"]:
+                words = ["python", *words[3:]]  # torchrun --nproc_per_node 8 train.py ...
+            if words[:2] == ["python", "-m"]:
+                words = ["python", words[2].replace(".", "/") + ".py", *words[3:]]
+            if words[:1] == ["python"] and words[1] not in ("-c", "pytest.py"):
+                found.append((words[1], words[2:]))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_documented_commands_exist(page):
+    for script, arguments in commands(page.read_text(encoding="utf-8")):
+        assert (ROOT / script).is_file(), f"{page.name} runs {script}"
         source = (ROOT / script).read_text(encoding="utf-8")
-        for word in rest.split():
-            if word.startswith("configs/"):
-                assert (ROOT / word).is_file(), f"README names {word}"
+        for word in arguments:
+            if word.startswith(("configs/", "samples/")) and "*" not in word and "mine" not in word:
+                assert (ROOT / word).is_file(), f"{page.name} names {word}"
             elif word.startswith("--") and "." not in word and script != "train.py":
-                assert f'"{word}"' in source, f"README passes {word} to {script}"
-    for path in re.findall(r"`((?:data|configs|tests)/[\w./-]+|\w+\.py)`", readme):
-        assert (ROOT / path).exists(), f"README names {path}"
+                assert f'"{word}"' in source, f"{page.name} passes {word} to {script}"
+
+
+def test_the_readme_has_its_commands():
+    scripts = [script for script, _ in commands(README)]
+    assert scripts[:2] == ["sample.py", "train.py"] and len(scripts) >= 9
+    assert {"data/documents.py", "data/released/prepare.py"} <= set(scripts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_documented_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(
+        r"`((?:data|configs|tests|training|evaluation|samples|docs)/[\w./-]*|\w+\.py)`", text
+    ):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name} links to {link}"
+    registries = re.findall(r"https?://[\w.]*(?:pypi|pythonhosted|conda|npmjs)[\w.]*", text)
+    assert not registries, f"{page.name} links to {registries[0]}"
+
+
+def defined(path: Path) -> set[str]:
+    """Names defined in a file, methods as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_the_paper_map_names_what_is_there():
+    table = README.split("## Where the paper is")[1].split("\n## ")[0]
+    entries = re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", table)
+    assert len(entries) >= 12
+    for path, symbols in entries:
+        for symbol in re.findall(r"`([\w.]+)`", symbols):
+            assert symbol in defined(ROOT / path), f"the paper map names {symbol} of {path}"
+    stages = set(re.findall(r"--stage (\w+)", table))
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    assert len(stages) == 7
+    for stage in stages:
+        assert f'"{stage}": Stage(' in source, f"the paper map names stage {stage}"
+
+
+def test_the_first_screen_is_short():
+    assert len(README.splitlines()) <= 140
+    assert len(README.split("```bash")[0].split()) <= 120
+    assert sum(path.stat().st_size for path in (ROOT / "samples").iterdir()) < 300_000
+    ElementTree.parse(ROOT / "docs" / "figures" / "pipeline.svg")  # well-formed

@@ -17,10 +17,20 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
-from sklearn.cluster import MiniBatchKMeans
 
 import hubert
-from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, dedup, expand, mfcc, n_frames, span_mask
+from hubert import (
+    FeatureExtractor,
+    HuBERT,
+    HuBERTConfig,
+    KMeans,
+    UnitExtractor,
+    dedup,
+    expand,
+    mfcc,
+    n_frames,
+    span_mask,
+)
 
 TINY = HuBERTConfig(
     conv_dim=(16, 16, 24, 24, 32, 32, 32),
@@ -39,10 +49,10 @@ BOTH = pytest.mark.parametrize(
         TINY,
         LARGE,
         replace(TINY, conv_bias=True),
-        replace(LARGE, normalize=True),
-        replace(TINY, normalize=True, pos_kernel=15),
+        replace(LARGE, standardize_wav=True),
+        replace(TINY, standardize_wav=True, pos_kernel=15),
     ],
-    ids=["group-post", "layer-pre", "group-bias", "large", "group-normalize"],
+    ids=["group-post", "layer-pre", "group-bias", "large", "group-standardize"],
 )
 
 
@@ -98,8 +108,8 @@ def test_hidden_states_equal_those_of_transformers(cfg, tmp_path):
     ours = HuBERT.from_pretrained(tmp_path)
     wav = torch.stack([speech(1.3, 1), speech(1.3, 2)])
     with torch.no_grad():
-        heard = wav if not cfg.normalize else F.layer_norm(wav, wav.shape[1:])
-        want = theirs(heard, output_hidden_states=True)
+        standardized = wav if not cfg.standardize_wav else F.layer_norm(wav, wav.shape[1:])
+        want = theirs(standardized, output_hidden_states=True)
         got = ours.hidden_states(wav)
         if cfg.pre_norm:  # what transformers puts out last has the final norm
             got[-1] = ours.encoder.layer_norm(got[-1])
@@ -119,8 +129,8 @@ def test_what_we_save_loads_in_transformers(cfg, tmp_path):
     assert not any(report.values()), report
     wav = speech(1.1)[None]
     with torch.no_grad():
-        heard = wav if not cfg.normalize else F.layer_norm(wav, wav.shape[1:])
-        got = theirs.eval()(heard).last_hidden_state
+        standardized = wav if not cfg.standardize_wav else F.layer_norm(wav, wav.shape[1:])
+        got = theirs.eval()(standardized).last_hidden_state
         want = ours.features(wav, cfg.n_layers)
         want = ours.encoder.layer_norm(want) if cfg.pre_norm else want
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
@@ -173,8 +183,8 @@ def test_padded_batch_equals_one_by_one(cfg):
     wavs = [speech(s, i) for i, s in enumerate((1.0, 0.3, 2.345, 0.025))]
     padded = torch.nn.utils.rnn.pad_sequence(
         wavs, batch_first=True, padding_value=9.0
-    )  # padding is never heard
-    if cfg.normalize or cfg.extractor_norm == "group":
+    )  # padding changes nothing
+    if cfg.standardize_wav or cfg.extractor_norm == "group":
         assert not torch.allclose(
             model.features(padded, 3)[0, :49], model.features(wavs[0][None], 3)[0], atol=1e-2
         )
@@ -184,13 +194,51 @@ def test_padded_batch_equals_one_by_one(cfg):
         torch.testing.assert_close(row[: len(alone)], alone, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        TINY,
+        replace(TINY, conv_bias=True),
+        LARGE,
+        replace(LARGE, conv_bias=False),
+        replace(TINY, conv_dim=(160,) * 7),
+    ],
+    ids=["group", "group-bias", "layer-bias", "layer", "wide"],  # wide: channels are not last in memory
+)
+def test_fast_feature_extractor_equals_the_plain_one(cfg):
+    """Of recordings one by one, of a padded batch, in pieces of two seconds, and its gradients."""
+    fast = randomized(cfg).feature_extractor
+    plain = FeatureExtractor(cfg)
+    plain.load_state_dict(fast.state_dict())
+    assert fast.channels_last == (cfg.conv_dim[0] != 160)
+    wavs = [speech(seconds, i) for i, seconds in enumerate((4.123, 5.003, 0.3, 0.025))]
+    lengths = torch.tensor([len(wav) for wav in wavs])
+    padded = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True, padding_value=9.0)
+    folded = fast.fold(padded, lengths)
+    at_once = fast(padded, folded)
+    with torch.no_grad():
+        in_pieces = fast(padded, folded)
+    total = 0
+    for i, wav in enumerate(wavs):
+        want = plain(wav[None])[0]
+        assert want.shape == (n_frames(len(wav)), cfg.conv_dim[-1]) and want.std() > 0.01
+        alone = fast(wav[None], fast.fold(wav[None]))[0]
+        for got in (alone, at_once[i], in_pieces[i]):
+            torch.testing.assert_close(got[: len(want)], want, atol=2e-5, rtol=1e-4)
+        total = total + want.square().sum() - at_once[i, : len(want)].square().sum()
+    total.backward()  # gradients of one minus those of the other
+    for (name, a), (_, b) in zip(plain.named_parameters(), fast.named_parameters()):
+        if name != "conv_layers.0.conv.bias" or cfg.extractor_norm == "layer":  # group norm removes that bias
+            torch.testing.assert_close(a.grad, -b.grad, atol=2e-3, rtol=2e-3)
+
+
 def test_group_norm_in_the_weights_has_the_gradients_of_group_norm():
     model, wav = randomized(TINY), torch.stack([speech(0.5, 1), speech(0.5, 2)])
     layer = model.feature_extractor.conv_layers[0]
     plain = copy.deepcopy(layer)
     want = plain.layer_norm(F.conv1d(wav[:, None], plain.conv.weight, stride=5)).transpose(1, 2)
-    weight, bias = model.feature_extractor.first(wav, None)
-    got = torch.baddbmm(bias, model.feature_extractor.windows(wav), weight)
+    weight, bias = model.feature_extractor.fold(wav)
+    got = torch.baddbmm(bias, wav.unfold(1, 10, 5), weight)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
     signal = torch.randn(got.shape)
     (got * signal).sum().backward()
@@ -200,7 +248,7 @@ def test_group_norm_in_the_weights_has_the_gradients_of_group_norm():
 
 
 def test_silence_gives_numbers():
-    for cfg in (TINY, LARGE, replace(LARGE, normalize=True)):
+    for cfg in (TINY, LARGE, replace(LARGE, standardize_wav=True)):
         assert torch.isfinite(randomized(cfg).features(torch.zeros(1, 4000), 3)).all()
     assert torch.isfinite(mfcc(torch.zeros(1, 4000))).all()
 
@@ -212,19 +260,19 @@ def test_span_mask():
     mask = span_mask(400, 99, prob=0.08, span=10, generator=torch.Generator().manual_seed(0))
     assert 0.5 < mask.float().mean() < 0.62  # 8 starts x 10 frames of 99, overlaps away
     assert mask.any(1).all() and not mask.all(1).any()
-    for row in mask[:50].tolist():  # every run of hidden frames is a whole span or more
-        runs = dedup([int(hidden) for hidden in row])
-        assert all(n >= 10 for hidden, n in zip(*runs) if hidden)
+    for row in mask[:50].tolist():  # every run of masked frames is a whole span or more
+        runs = dedup([int(masked) for masked in row])
+        assert all(n >= 10 for masked, n in zip(*runs) if masked)
     assert mask[:, :10].float().mean() > 0.2 and mask[:, -10:].float().mean() > 0.2  # the ends too
     assert torch.equal(mask, span_mask(400, 99, 0.08, 10, torch.Generator().manual_seed(0)))
     assert not torch.equal(mask, span_mask(400, 99, 0.08, 10, torch.Generator().manual_seed(1)))
     assert span_mask(5, 3).any(1).all() and span_mask(1, 1).all()
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="0.8 x 10 masks nearly all"):
         span_mask(2, 99, prob=0.8, span=10)
 
 
 @pytest.mark.parametrize("cfg", [TINY, LARGE])
-def test_masked_loss_sees_hidden_frames_only(cfg):
+def test_masked_loss_counts_masked_frames_only(cfg):
     model = randomized(replace(cfg, n_classes=11))
     wav = torch.stack([speech(1, 1), speech(1, 2)])
     labels, mask = torch.randint(0, 11, (2, 49)), span_mask(2, 49)
@@ -240,7 +288,7 @@ def test_masked_loss_sees_hidden_frames_only(cfg):
     x = model.encoder.layer_norm(x) if cfg.pre_norm else x
     logits = torch.cosine_similarity(model.final_proj(x)[:, :, None], model.label_embs, dim=-1) / 0.1
     torch.testing.assert_close(loss, F.cross_entropy(logits[mask], labels[mask]))
-    # a hidden frame's own sound is gone: its feature is the mask's, wherever the sound goes
+    # a masked frame's own sound is gone: its feature is the mask's, wherever the sound goes
     quiet = model.hidden_states(wav, 0, mask=torch.ones_like(mask))[0]
     loud = model.hidden_states(wav.flip(1), 0, mask=torch.ones_like(mask))[0]
     assert torch.equal(quiet, loud)
@@ -269,98 +317,15 @@ def test_masked_prediction_learns(cfg):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2, losses
 
 
-def test_mfcc():
-    wav = 10 * speech(2)[None]
-    x = mfcc(wav)
-    torch.testing.assert_close(x.mean(1), torch.zeros(1, 39), atol=1e-4, rtol=0)
-    torch.testing.assert_close(x.std(1), torch.ones(1, 39), atol=2e-2, rtol=0)
-    raw, louder = mfcc(wav, normalize=False), mfcc(4 * wav, normalize=False)
-    # loudness is the first coefficient alone: log 16 in each of 26 bands, times sqrt(2 / 26)
-    torch.testing.assert_close(
-        louder[..., 0] - raw[..., 0], torch.full((1, 99), np.log(16) * 52**0.5), atol=1, rtol=0
-    )
-    torch.testing.assert_close(louder[..., 1:], raw[..., 1:], atol=0.3, rtol=0)
-    torch.testing.assert_close(
-        raw[:, 2:-2, 13:26] * 10, (raw[:, 3:-1] - raw[:, 1:-3] + 2 * (raw[:, 4:] - raw[:, :-4]))[..., :13]
-    )
-    assert torch.equal(
-        mfcc(wav[:, : 400 + 320 * 5], normalize=False)[:, :4, :13], raw[:, :4, :13]
-    )  # causal frames
-    # different pitches, same cepstrum more or less; a high and a low band of noise: not at all
-    noise = torch.fft.rfft(torch.randn(1, 16000, generator=torch.Generator().manual_seed(0)))
-    low, high = noise.clone(), noise.clone()
-    low[:, 2000:], high[:, :4000] = 0, 0
-    c_low, c_high = (mfcc(torch.fft.irfft(s), normalize=False)[..., 1].mean() for s in (low, high))
-    assert c_low > 5 > -5 > c_high
-
-
 # ---- units
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
-def test_dedup_then_expand_is_the_identity(frames):
-    units, durations = dedup(frames)
-    assert expand(units, durations) == frames
-    assert all(a != b for a, b in zip(units, units[1:])) and min(durations) >= 1
-    assert dedup(torch.tensor(frames)) == (units, durations)
-
-
-def test_dedup_of_the_docstring():
-    assert dedup([63, 63, 63, 991, 162, 162]) == ([63, 991, 162], [3, 1, 2])
-    assert dedup([]) == ([], [])
-
-
-def test_kmeans_predicts_as_sklearn(tmp_path):
-    x = np.random.default_rng(0).normal(size=(3000, 13)).astype(np.float32)
-    theirs = MiniBatchKMeans(25, random_state=0, n_init=1).fit(x)
-    joblib.dump(theirs, tmp_path / "x_km25.bin")
-    ours = KMeans.from_pretrained(tmp_path / "x_km25.bin")
-    assert torch.equal(ours.predict(torch.from_numpy(x)), torch.from_numpy(theirs.predict(x)).long())
-    assert ours.predict(torch.from_numpy(x).view(3, 1000, 13)).shape == (3, 1000)
-    ours.save(tmp_path)
-    assert torch.equal(KMeans.from_pretrained(tmp_path).centers, ours.centers)
-    assert KMeans(torch.tensor([[1.0], [1.0], [-1.0]])).predict(torch.tensor([[2.0], [0.0]])).tolist() == [
-        0,
-        0,
-    ]
-
-
-def test_embeddings_lie_as_the_centres_do():
-    torch.manual_seed(0)
-    centers = torch.randn(30, 5) * torch.tensor([1.0, 9.0, 2.0, 4.0, 0.5]) + 7
-    kmeans = KMeans(centers)
-    for dim in (5, 8):  # as many numbers as a centre has, or more: all distances stay, but for one scale
-        places = kmeans.embeddings(dim)
-        assert places.shape == (30, dim)
-        ratio = torch.pdist(places) / torch.pdist(centers)
-        assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-4)
-        assert torch.allclose(places.mean(0), torch.zeros(dim), atol=1e-5)
-        assert places.std() == pytest.approx(1, rel=1e-4)
-    two = kmeans.embeddings(2)  # fewer: what differs most
-    assert abs(torch.corrcoef(torch.stack([two[:, 0], centers[:, 1]]))[0, 1]) > 0.97
-    assert abs(torch.corrcoef(torch.stack([two[:, 1], centers[:, 3]]))[0, 1]) > 0.9
-
-
-def test_kmeans_finds_clusters():
-    torch.manual_seed(0)
-    centers = torch.randn(8, 5) * 10
-    truth = torch.arange(4000) % 8
-    km = KMeans.fit(centers[truth] + torch.randn(4000, 5), 8, seed=1)
-    got = km.predict(centers[truth])
-    assert len({(a, b) for a, b in zip(truth.tolist(), got.tolist())}) == 8
-    assert torch.equal(
-        KMeans.fit(centers[truth], 8, seed=1).centers, KMeans.fit(centers[truth], 8, seed=1).centers
-    )
-    with pytest.raises(ValueError, match="3 frames of speech cannot make 8 clusters"):
-        KMeans.fit(torch.randn(3, 5), 8)
 
 
 @BOTH
 def test_units_of_a_batch_are_those_of_one_by_one(cfg):
     unit = extractor(cfg)
     wavs = [speech(s, i) for i, s in enumerate((1.0, 0.3, 2.345, 0.025, 1.7, 1.71))]
-    batch = unit.frames_batch(wavs, seconds=4)
-    one_by_one = [unit.frames(wav) for wav in wavs]
+    batch = hubert.units_by_batches(unit, wavs, seconds=4)
+    one_by_one = [unit.frame_units(wav) for wav in wavs]
     assert [len(b) for b in batch] == [n_frames(len(w)) for w in wavs]
     differing = sum((a != b).sum().item() for a, b in zip(batch, one_by_one))
     assert differing <= 1  # a frame exactly between two clusters may fall to either
@@ -369,34 +334,34 @@ def test_units_of_a_batch_are_those_of_one_by_one(cfg):
     assert expand(units, durations) == one_by_one[2].tolist()
 
 
-@pytest.mark.parametrize("cfg", [TINY, replace(LARGE, normalize=True)], ids=["group", "large"])
+@pytest.mark.parametrize("cfg", [TINY, replace(LARGE, standardize_wav=True)], ids=["group", "large"])
 def test_chunks_agree_with_one_pass(cfg):
     torch.manual_seed(0)
     model, wav = HuBERT(cfg).eval(), speech(30.01)
     wav[: 16000 * 10] *= 0.1  # chunks differ in loudness, so statistics of their own would show
     x = model.features(wav[None], 2)[0].detach()
     unit = UnitExtractor(model, KMeans.fit(x, 20), 2)
-    whole = unit.frames(wav)
+    whole = unit.frame_units(wav)
     assert torch.equal(whole, unit.kmeans.predict(x)) and len(whole) == 1500
     unit.CHUNK, unit.CONTEXT, lengths, forward = 500, 125, [], model.encoder.forward
     model.encoder.forward = lambda x, *rest: lengths.append(x.shape[1]) or forward(x, *rest)
-    chunked = unit.frames(wav)
+    chunked = unit.frame_units(wav)
     assert lengths == [625, 750, 625]  # memory is that of a chunk
     assert len(chunked) == 1500 and (chunked == whole).float().mean() >= 0.98
 
 
-@pytest.mark.parametrize("cfg", [TINY, replace(LARGE, normalize=True)], ids=["group", "large"])
+@pytest.mark.parametrize("cfg", [TINY, replace(LARGE, standardize_wav=True)], ids=["group", "large"])
 def test_official_chunks(cfg):
     unit = extractor(cfg)
     unit.OFFICIAL = 16000
     for extra in (0, 399, 400, 5000):
         wav = speech(2 + extra / 16000)[: 32000 + extra]
-        heard = F.layer_norm(wav, wav.shape) if cfg.normalize else wav
-        unit.model.config = replace(cfg, normalize=False)
-        pieces = [heard[:16000], heard[16000:32000]] + ([heard[32000:]] if extra >= 400 else [])
-        want = torch.cat([unit.frames(piece) for piece in pieces])
+        whole = F.layer_norm(wav, wav.shape) if cfg.standardize_wav else wav
+        unit.model.config = replace(cfg, standardize_wav=False)
+        pieces = [whole[:16000], whole[16000:32000]] + ([whole[32000:]] if extra >= 400 else [])
+        want = torch.cat([unit.frame_units(piece) for piece in pieces])
         unit.model.config = cfg
-        got = unit.frames(wav, official=True)
+        got = unit.frame_units(wav, official=True)
         assert torch.equal(got, want) and len(got) == 2 * 49 + (n_frames(extra) if extra >= 400 else 0)
         assert unit(wav, official=True) == dedup(want)
     assert UnitExtractor.OFFICIAL == 1_600_000
@@ -412,7 +377,7 @@ def test_bad_recordings_are_one_line():
         (torch.full((4000,), float("nan")), "NaN"),
         (np.full(4000, np.inf), "NaN or infinity"),
     ):
-        for call in (unit, unit.frames, lambda w: unit.frames_batch([w])):
+        for call in (unit, unit.frame_units, lambda w: hubert.units_by_batches(unit, [w])):
             with pytest.raises(ValueError, match=why) as caught:
                 call(wav)
             assert "\n" not in str(caught.value)
@@ -423,7 +388,7 @@ def test_our_folder(tmp_path):
     unit.save_pretrained(tmp_path)
     again = UnitExtractor.from_pretrained(tmp_path)
     assert again.layer == 2 and len(again.model.encoder.layers) == 2 and not again.training
-    assert torch.equal(again.frames(wav), unit.frames(wav))
+    assert torch.equal(again.frame_units(wav), unit.frame_units(wav))
     assert sorted(f.name for f in tmp_path.iterdir()) == [
         "config.json",
         "kmeans.safetensors",
@@ -446,7 +411,7 @@ class Dictionary:
 
 
 def fairseq_file(model: HuBERT, path, monkeypatch, cfg="cfg"):
-    """Written by hand after formats.md: the names spelled out, the classes of fairseq, the optimiser's state."""
+    """Written by hand after formats.md: the names spelled out, the classes of fairseq, the optimizer's state."""
     c, ours, theirs = model.config, model.state_dict(), {}
 
     def put(name, source):
@@ -502,11 +467,11 @@ def fairseq_file(model: HuBERT, path, monkeypatch, cfg="cfg"):
         "extra_state": {"epoch": 3},
     }
     if cfg == "cfg":
-        saved["cfg"] = {"model": settings, "task": {"normalize": c.normalize, "sample_rate": 16000}}
+        saved["cfg"] = {"model": settings, "task": {"normalize": c.standardize_wav, "sample_rate": 16000}}
     elif isinstance(cfg, dict):
         saved["cfg"] = cfg
     elif cfg == "args":
-        saved["args"] = argparse.Namespace(**settings, normalize=c.normalize)
+        saved["args"] = argparse.Namespace(**settings, normalize=c.standardize_wav)
     torch.save(saved, path, pickle_protocol=2)
     monkeypatch.undo()
     with pytest.raises(pickle.UnpicklingError):
@@ -525,10 +490,10 @@ def test_fairseq_file(cfg, where, tmp_path, monkeypatch):
 
 
 def test_fairseq_file_without_settings_is_guessed_from_its_shapes(tmp_path, monkeypatch):
-    cfg = replace(LARGE, normalize=True, dim=128, n_heads=2)  # heads of 64, as in every released HuBERT
+    cfg = replace(LARGE, standardize_wav=True, dim=128, n_heads=2)  # heads of 64, as in every released HuBERT
     fairseq_file(randomized(cfg), tmp_path / "large.pt", monkeypatch, None)
     loaded = HuBERT.from_pretrained(tmp_path / "large.pt").config
-    assert (loaded.n_heads, loaded.pre_norm, loaded.normalize, loaded.extractor_norm) == (
+    assert (loaded.n_heads, loaded.pre_norm, loaded.standardize_wav, loaded.extractor_norm) == (
         2,
         True,
         True,
@@ -560,8 +525,12 @@ def test_released_folder(tmp_path, monkeypatch):
     want = torch.from_numpy(km.predict(x.numpy())).long()
     for folder in (fairseq, hf):
         unit = UnitExtractor.from_pretrained(folder)
-        assert unit.layer == 11 and len(unit.model.encoder.layers) == 11 and not unit.model.config.normalize
-        assert (unit.frames(wav) == want).float().mean() >= 0.98
+        assert (
+            unit.layer == 11
+            and len(unit.model.encoder.layers) == 11
+            and not unit.model.config.standardize_wav
+        )
+        assert (unit.frame_units(wav) == want).float().mean() >= 0.98
     assert UnitExtractor.from_pretrained(hf, layer=5).layer == 5
 
 

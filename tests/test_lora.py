@@ -66,13 +66,13 @@ def test_only_the_adapter_trains(ids):
     }
     assert {id(p) for p in lora.parameters(model)} == {id(model.get_parameter(name)) for name in trainable}
     frozen = {name: p.clone() for name, p in model.named_parameters() if name not in trainable}
-    optimiser = torch.optim.AdamW(lora.parameters(model), lr=0.05)
+    optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.05)
     losses = []
     for _ in range(30):
         loss = next_token_loss(model, ids, torch.ones_like(ids, dtype=torch.bool))
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
     assert all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items())
@@ -106,7 +106,7 @@ def test_an_adapter_on_int8_and_on_bfloat16(ids, tmp_path):
         lora.merge(int8)
 
 
-# ---- Folders -------------------------------------------------------------------------------------------------
+# ---- Folders -----------------------------------------------------------------------------------------------
 
 
 def test_save_then_load(tmp_path, ids):

@@ -1,4 +1,4 @@
-"""data/released/prepare.py against a real server on this machine that misbehaves in every way that servers do."""
+"""data/released/prepare.py against a real server on this machine that misbehaves as servers do."""
 
 import hashlib
 import http.server
@@ -133,8 +133,7 @@ def whole(out) -> bool:
     return (out / "llama/big.bin").read_bytes() == CONTENT
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the network
+# ---- The network -------------------------------------------------------------------------------------------
 
 
 def test_a_download(server, small, tmp_path):
@@ -271,8 +270,7 @@ def test_a_full_disk_is_noticed_before_the_download(server, small, tmp_path, mon
     assert not server.seen
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the folder
+# ---- The folder --------------------------------------------------------------------------------------------
 
 
 def test_what_we_expect_is_plausible():
@@ -345,8 +343,7 @@ def test_spoiled_notes(small, tmp_path, notes):
         prepare.check(tmp_path, ["llama"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line, with the real table of files
+# ---- The command line, with the real table of files --------------------------------------------------------
 
 
 def command(*arguments) -> list:
@@ -354,7 +351,8 @@ def command(*arguments) -> list:
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("OUT", "--check"), "12 files are missing"), (("OUT", "--parts", "brain"), "unknown part 'brain'"), ((), "out"),
+    (("OUT", "--check"), "12 files are missing"), (("OUT", "--parts", "brain"), "unknown part 'brain'"),
+    ((), "out"),
     (("OUT", "--parts", "hubert", "mhubert-base"), "choose one"), (("OUT", "--fast"), "--fast"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(tmp_path, arguments, words):

@@ -1,5 +1,5 @@
-"""A whole folder as data/released/prepare.py leaves it, in little: every file in its released format, written by the
-original libraries (fairseq's by hand), and SpeechGPT on top of it."""
+"""A small copy of the folder that data/released/prepare.py fills: every file in its released format, written
+by the original libraries (fairseq's by hand), and SpeechGPT on top of it."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ UNITS = 1000
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """(folder, the language model as transformers and peft have it, HuBERT as we had it before it was written)."""
+    """(folder, the language model in transformers and peft, HuBERT and k-means before they were written)."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     folder, patch = tmp_path_factory.mktemp("speechgpt-7b"), pytest.MonkeyPatch()
     for part in ("hubert", "lora", "vocoder"):
@@ -57,20 +57,20 @@ def released(tmp_path_factory):
     torch.save(peft.get_peft_model_state_dict(adapted), file.with_suffix(".bin"))
     file.unlink()
 
-    ear = test_hubert.randomized(replace(test_hubert.TINY, n_layers=12))
-    frames = ear.features(test_hubert.speech(30)[None], 11)[0].detach().numpy()
-    km = KMeans(UNITS, init="random", n_init=1, max_iter=2, random_state=0).fit(frames)
-    joblib.dump(km, folder / "hubert/mhubert_base_vp_en_es_fr_it3_L11_km1000.bin")
-    test_hubert.fairseq_file(ear, folder / "hubert/mhubert_base_vp_en_es_fr_it3.pt", patch)
+    hubert = test_hubert.randomized(replace(test_hubert.TINY, n_layers=12))
+    frames = hubert.features(test_hubert.speech(30)[None], 11)[0].detach().numpy()
+    kmeans = KMeans(UNITS, init="random", n_init=1, max_iter=2, random_state=0).fit(frames)
+    joblib.dump(kmeans, folder / "hubert/mhubert_base_vp_en_es_fr_it3_L11_km1000.bin")
+    test_hubert.fairseq_file(hubert, folder / "hubert/mhubert_base_vp_en_es_fr_it3.pt", patch)
     with pytest.warns((FutureWarning, DeprecationWarning)):
         test_vocoder.released(folder / "vocoder", num_embeddings=UNITS)
-    return folder, adapted, (ear, km)
+    return folder, adapted, (hubert, kmeans)
 
 
-def test_it_hears_and_thinks_as_the_original_libraries_do(released):
-    folder, original, (ear, km) = released
+def test_units_and_logits_are_those_of_the_original_libraries(released):
+    folder, original, (hubert, kmeans) = released
     gpt, wav = SpeechGPT.from_pretrained(folder, "cpu"), test_hubert.speech(2, seed=3)
-    frames = km.predict(ear.features(wav[None], 11)[0].detach().numpy())
+    frames = kmeans.predict(hubert.features(wav[None], 11)[0].detach().numpy())
     expected = [int(u) for u, before in zip(frames, [-1, *frames]) if u != before]
     assert gpt.units(wav.numpy()) == expected and len(set(expected)) > 3
     ids = gpt.ids(wav.numpy(), mode="s2s")
@@ -112,7 +112,7 @@ def test_the_readmes_command_runs_on_it(released, tmp_path, flags):
         text=True,
         cwd=tmp_path,
     )
-    # weights of chance babble; but no flag, format or marker may get in the way
+    # random weights give random text; but no flag, format or marker may get in the way
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "loaded in" in done.stdout + done.stderr
     assert "<sosp>" not in done.stdout and "[SpeechGPT]" not in done.stdout

@@ -1,11 +1,9 @@
-"""The engine against slow and simple versions of itself, and a tiny trained model that answers, from Python and from
-the command line."""
+"""A tiny trained model that answers, from Python and from the command line."""
 
 import errno
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import generate
 import hubert
 import llama
 import lora
@@ -23,7 +20,7 @@ import sample
 import tokenizer
 import vocoder
 from config import command_line
-from sample import GREEDY, PAPER, Sampling, SpeechGPT
+from sample import GREEDY, RenderedPrompt, Request, Sampling, SpeechGPT
 
 K = 20
 ASKED, ANSWERED, SPOKEN = "what is two plus two", "two plus two is four", [3, 7, 1, 7, 2, 19, 0, 5]
@@ -76,16 +73,17 @@ def folder(tmp_path_factory) -> Path:
         )
     ).save_pretrained(folder / "vocoder")
 
-    heard, said = tokenizer.units_to_text(extractor(chirp())[0]), tokenizer.units_to_text(SPOKEN)
-    quadruplet = {"speech_i": heard, "text_i": ASKED, "text_r": ANSWERED, "speech_r": said}
+    question = tokenizer.units_to_text(extractor(chirp())[0])
+    answer = tokenizer.units_to_text(SPOKEN)
+    quadruplet = {"speech_i": question, "text_i": ASKED, "text_r": ANSWERED, "speech_r": answer}
     dialogues = [
         form(mode, **quadruplet)
         for form in (tokenizer.chain_of_modality, tokenizer.standard)
         for mode in ("s2s", "s2t", "t2s", "t2t")
     ]
-    dialogues.append(tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], heard, ASKED))
-    dialogues.append(tokenizer.cross_modal(tokenizer.TTS_INSTRUCTIONS[0], ANSWERED, said))
-    documents = [tok.document(*dialogue)[0] for dialogue in dialogues] + [tok.encode(heard)]
+    dialogues.append(tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], question, ASKED))
+    dialogues.append(tokenizer.cross_modal(tokenizer.TTS_INSTRUCTIONS[0], ANSWERED, answer))
+    documents = [tok.document(*dialogue)[0] for dialogue in dialogues] + [tok.encode(question)]
     width = max(map(len, documents))
     ids = torch.tensor([d + [0] * (width - len(d)) for d in documents])
     mask = torch.tensor([[True] * len(d) + [False] * (width - len(d)) for d in documents])
@@ -106,232 +104,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def gpt(folder) -> SpeechGPT:
     return SpeechGPT.from_pretrained(folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def wild(gpt) -> llama.Llama:
-    """Random weights, larger than usual so that no two logits are close."""
-    torch.manual_seed(1)
-    c = llama.LlamaConfig(
-        len(gpt.tok), dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, max_len=512
-    )
-    model = llama.Llama(c).eval()
-    for p in model.parameters():
-        p.data *= 8 if p.dim() == 2 else 1
-    return model
-
-
-# ---- the engine
-
-
-def allowed(tok, ids: list[int]) -> set[int]:
-    """What the grammar lets follow, said slowly: by walking through all that came before."""
-    speaking, last = False, None
-    for i in ids:
-        speaking = i == tok.sosp or (speaking and i != tok.eosp)
-        last = i
-    if speaking:
-        return {*tok.unit_ids, tok.eosp} - {last}
-    return set(range(len(tok))) - {
-        *tok.unit_ids,
-        tok.eosp,
-        tok.unk,
-        tok.bos,
-        tok.human,
-        tok.speechgpt,
-        tok.eoh,
-    }
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_grammar_holds_for_thousands_of_tokens(gpt, wild, seed):
-    tok = gpt.tok
-    prompts = [
-        [tok.bos, tok.sosp],
-        [tok.bos, 300, 301],
-        [tok.bos, tok.sosp, tok.unit_id(3)],
-        [tok.bos, tok.eosp],
-    ] * 2
-    hot = Sampling(temperature=20.0)  # nearly uniform: markers and units all have a chance
-    out = generate.generate(
-        wild, prompts, tok, hot, hot, max_new=400, generator=torch.Generator().manual_seed(seed)
-    )
-    assert sum(map(len, out)) > 400
-    for prompt, new in zip(prompts, out):
-        for n, token in enumerate(new):
-            assert token in allowed(tok, prompt + new[:n]), (n, token)
-        assert not {tok.eos, tok.eoa} & set(new[:-1])
-        assert new[-1] in (tok.eos, tok.eoa) or len(new) == 400
-        units = [i for i in new if i in tok.unit_ids]
-        assert len(gpt.tok.parse(prompt[1:] + new).ua) >= len(units) - len(new)
-
-
-def test_free_generation_breaks_the_grammar(gpt, wild):
-    tok, hot = gpt.tok, Sampling(temperature=20.0)
-    (new,) = generate.generate(
-        wild,
-        [[tok.bos, 300]],
-        tok,
-        hot,
-        hot,
-        max_new=200,
-        free=True,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert any(token not in allowed(tok, [tok.bos, 300, *new[:n]]) for n, token in enumerate(new))
-
-
-def slow_greedy(model, tok, prompt: list[int], n: int) -> list[int]:
-    """No cache, no batch, no tables."""
-    ids = list(prompt)
-    for _ in range(n):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]))[0, -1]
-        ids.append(max(allowed(tok, ids), key=lambda i: logits[i].item()))
-        if ids[-1] in (tok.eos, tok.eoa):
-            break
-    return ids[len(prompt) :]
-
-
-def test_batched_greedy_equals_one_by_one_equals_slow(gpt, wild):
-    tok = gpt.tok
-    prompts = [[tok.bos, *range(300, 300 + n)] for n in (1, 7, 30)]
-    prompts += [[tok.bos, tok.sosp], [tok.bos, tok.sosp, tok.unit_id(4)]]
-    batch = generate.generate(wild, prompts, tok, GREEDY, GREEDY, max_new=40)
-    assert batch == [generate.generate(wild, [p], tok, GREEDY, GREEDY, max_new=40)[0] for p in prompts]
-    assert batch == [slow_greedy(wild, tok, p, 40) for p in prompts]
-    assert len({tuple(new) for new in batch}) > 1
-
-
-def test_batch_draws_what_single_prompts_would_draw_in_turn(gpt, wild):
-    tok, how = gpt.tok, Sampling(2.0, 30, 0.9)
-    prompts = [[tok.bos, tok.sosp], [tok.bos, 300, 301, 302], [tok.bos, tok.sosp, tok.unit_id(4)]]
-    batch = generate.generate(wild, prompts, tok, how, how, 40, torch.Generator().manual_seed(3))
-    generator = torch.Generator().manual_seed(3)
-    assert batch == [generate.generate(wild, [p], tok, how, how, 40, generator)[0] for p in prompts]
-    assert batch != generate.generate(wild, prompts, tok, how, how, 40, torch.Generator().manual_seed(4))
-
-
-def test_text_is_greedy_and_speech_is_drawn(gpt, wild):
-    tok, drawn = gpt.tok, Sampling(5.0)
-    outs = [
-        generate.generate(
-            wild, [[tok.bos, tok.sosp]], tok, GREEDY, drawn, 100, torch.Generator().manual_seed(s)
-        )[0]
-        for s in range(6)
-    ]
-    assert len({tuple(new) for new in outs}) == 6
-    for new in outs:
-        if tok.eosp in new:  # all that follows is the likeliest text
-            n = new.index(tok.eosp) + 1
-            text = [i for i in new[n : n + 10]]
-            assert (
-                text == slow_greedy(wild, tok, [tok.bos, tok.sosp, *new[:n]], 10)[: len(text)]
-                or tok.sosp in text
-            )
-
-
-def test_the_context_is_the_limit(gpt, wild):
-    tok = gpt.tok
-    prompt = [tok.bos] + [300] * 500
-    (new,) = generate.generate(wild, [prompt], tok, GREEDY, max_new=1000)
-    assert len(new) <= wild.config.max_len - len(prompt)
-    with pytest.raises(AssertionError, match="511"):
-        generate.generate(wild, [[300] * 512], tok)
-
-
-def test_a_model_of_text_alone_generates(gpt, wild):
-    text = llama.Llama(replace(wild.config, vocab_size=gpt.tok.n_text)).eval()
-    hot = Sampling(20.0)
-    (new,) = generate.generate(text, [[1, 300]], gpt.tok, hot, hot, 50, torch.Generator().manual_seed(0))
-    assert 0 < len(new) <= 50 and max(new) < gpt.tok.n_text and gpt.tok.bos not in new
-
-
-def test_nan_weights_are_one_line(gpt, wild):
-    broken = llama.Llama(wild.config)
-    broken.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="float32"):
-        generate.generate(broken, [[1, 300]], gpt.tok)
-
-
-def reference(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
-    """The distribution by definition, with a sort of everything and loops."""
-    p = (logits.double() / how.temperature).softmax(0)
-    order = sorted(range(len(p)), key=lambda i: -p[i])[: how.top_k or len(p)]
-    p = {i: p[i].item() / sum(p[j].item() for j in order) for i in order}
-    kept, mass = [], 0.0
-    for i in order:  # the smallest set that holds top_p: the token that crosses is in
-        if mass >= how.top_p:
-            break
-        kept.append(i)
-        mass += p[i]
-    out = torch.zeros(len(logits), dtype=torch.double)
-    for i in kept:
-        out[i] = p[i] / mass
-    return out
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.2, 3), st.integers(0, 40), st.floats(0.05, 1))
-def test_sample_token_has_the_right_distribution(seed, temperature, top_k, top_p):
-    how = Sampling(temperature, top_k, top_p)
-    logits = 3 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
-    grid = (torch.arange(4000) + 0.5) / 4000  # every draw once: frequencies are the distribution up to 1/4000
-    tokens = generate.sample_token(logits.expand(4000, -1), how, grid)
-    found = torch.bincount(tokens, minlength=30) / 4000
-    expected = reference(logits, how)
-    if (found - expected).abs().max() > 2 / 4000:
-        # a token on the very edge of top_p may fall to either side of it by rounding
-        nudged = [reference(logits, Sampling(temperature, top_k, min(1.0, top_p + d))) for d in (-1e-5, 1e-5)]
-        assert min((found - e).abs().max() for e in nudged) <= 2 / 4000
-
-
-@pytest.mark.parametrize(
-    "how", [PAPER, generate.OFFICIAL, Sampling(1.0), Sampling(0.5, top_p=0.3), Sampling(2.0, 3)]
-)
-def test_sample_token_agrees_with_transformers(how):
-    warpers = pytest.importorskip("transformers.generation.logits_process")
-    logits = 4 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
-    chain = [warpers.TemperatureLogitsWarper(how.temperature)]
-    chain += [warpers.TopKLogitsWarper(how.top_k)] if how.top_k else []
-    chain += [warpers.TopPLogitsWarper(how.top_p)] if how.top_p < 1 else []
-    warped = logits
-    for warper in chain:
-        warped = warper(None, warped)
-    kept = warped.isfinite()
-    grid = torch.linspace(0, 1 - 1e-7, 500)
-    tokens = generate.sample_token(logits.repeat_interleave(500, 0), how, grid.repeat(50)).view(50, 500)
-    drawn = torch.zeros_like(kept).scatter_(1, tokens, True)
-    assert not (drawn & ~kept).any()
-    assert drawn[warped.softmax(-1) > 4e-3].all()
-
-
-def test_what_is_forbidden_is_never_drawn_whatever_the_chance():
-    logits = torch.full((1, 50), -torch.inf)
-    logits[0, [3, 4, 5]] = torch.tensor([1.0, 0.0, -30.0])
-    for how in (Sampling(1.0), Sampling(1.0, top_k=20), Sampling(0.1, 20, 1.0), PAPER):
-        for u in (0.0, 0.5, 1 - 2**-24):
-            assert generate.sample_token(logits, how, torch.tensor([u])).item() in (3, 4, 5)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5), dict(temperature=float("nan"))],
-)
-def test_impossible_sampling_is_refused(bad):
-    with pytest.raises(ValueError, match="needs temperature"):
-        Sampling(**bad)
-
-
-def test_greedy_continuation_is_that_of_transformers(gpt, wild, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    wild.save_pretrained(tmp_path)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
-    tok, prompt = gpt.tok, [1, 300, 301, 302]
-    theirs = theirs.generate(
-        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=[tok.eos, tok.eoa]
-    )
-    assert generate.generate(wild, [prompt], tok, GREEDY, GREEDY, 64, free=True)[0] == theirs[0, 4:].tolist()
 
 
 # ---- loading
@@ -362,7 +134,7 @@ def test_other_places_and_precisions_answer_alike(folder, how):
     assert [reply.text for reply in gpt.reply_batch([ASKED, chirp()], "*2t")] == [ANSWERED] * 2
 
 
-def test_adapter_is_merged_or_stays_beside_int8(folder, gpt, tmp_path):
+def test_adapter_is_merged_or_stays_separate_with_int8(folder, gpt, tmp_path):
     (tmp_path / "llama").symlink_to(folder / "llama")
     model = lora.apply(llama.Llama.from_pretrained(folder / "llama"), 4, 8, ["q_proj", "v_proj"])
     for p in lora.parameters(model):
@@ -398,6 +170,7 @@ def test_replies_in_four_directions(gpt, mode, chain):
 def test_tasks(gpt):
     assert gpt.transcribe(chirp()).text == gpt.transcribe(chirp()).transcript == ASKED
     assert gpt.speak(ANSWERED, speech=GREEDY).units == SPOKEN
+    assert gpt.answer([ASKED], Request("t2t"))[0].text == gpt.reply(ASKED, "t2t").text == ANSWERED
     units = gpt.units(chirp())
     assert len(units) > 4
     middle = gpt.ids(chirp(), task="continue")
@@ -422,27 +195,27 @@ def test_a_seed_decides_everything(gpt):
     assert one == same != other
 
 
-def test_a_model_knows_whether_it_would_recognise_a_text(gpt):
-    heard = [gpt.tok.sosp, *map(gpt.tok.unit_id, gpt.units(chirp())), gpt.tok.eosp]
-    right, wrong = gpt.understood(heard, ASKED), gpt.understood(heard, ANSWERED)
-    assert wrong < sample.UNDERSTOOD < right < 0
-    assert gpt.understood([gpt.tok.eoa], ASKED) == -np.inf
+def test_the_asr_score_is_the_log_probability_of_the_text(gpt):
+    spoken = [gpt.tok.sosp, *map(gpt.tok.unit_id, gpt.units(chirp())), gpt.tok.eosp]
+    right, wrong = (sample.asr_log_prob(gpt, spoken, text) for text in (ASKED, ANSWERED))
+    assert wrong < sample.ACCEPT < right < 0
+    assert sample.asr_log_prob(gpt, [gpt.tok.eoa], ASKED) == -np.inf
 
-    dialogue = tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], gpt.tok.decode(heard), ASKED)
+    dialogue = tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], gpt.tok.decode(spoken), ASKED)
     ids, mask = gpt.tok.document(*dialogue)
     steps = [gpt.logits(ids[:n])[-1].log_softmax(-1)[ids[n]] for n in range(1, len(ids)) if mask[n]]
     assert right == pytest.approx(sum(steps).item(), abs=1e-3)
 
 
-def test_an_answer_is_spoken_again_and_the_best_understood_take_stays(gpt, monkeypatch):
+def test_speech_is_drawn_again_and_the_take_of_the_best_score_stays(gpt, monkeypatch):
     hot, lengths = Sampling(3.0), []
 
-    def understood(self, answer, text, style):
+    def asr_log_prob(model, answer, text, style):
         assert text == ANSWERED and style == "paper"
-        lengths.append(len(self.tok.parse(answer).ua))
-        return -float(lengths[-1])  # as if it understood the shortest best
+        lengths.append(len(model.tok.parse(answer).ua))
+        return -float(lengths[-1])  # as if it recognized the shortest best
 
-    monkeypatch.setattr(SpeechGPT, "understood", understood)
+    monkeypatch.setattr(sample, "asr_log_prob", asr_log_prob)
     for prompt, options in ((chirp(), {}), (ANSWERED, {"task": "tts"})):
         first, best = (gpt.reply(prompt, speech=hot, takes=takes, **options) for takes in (1, 6))
         assert len(lengths) == best.stats["takes"] == 6 and first.stats["takes"] == 1
@@ -455,15 +228,29 @@ def test_an_answer_is_spoken_again_and_the_best_understood_take_stays(gpt, monke
     )  # it would be the same again
 
 
-def test_only_what_is_not_understood_is_spoken_again(gpt, monkeypatch):
+def test_only_what_is_not_recognized_is_drawn_again(gpt, monkeypatch):
     scores, sizes = iter([-5.0, 0.0, -5.0, -3.0, -0.1, -0.2]), []
-    monkeypatch.setattr(SpeechGPT, "understood", lambda *_: next(scores))
+    monkeypatch.setattr(sample, "asr_log_prob", lambda *_: next(scores))
     real = sample.generate
     monkeypatch.setattr(
         sample, "generate", lambda model, ids, *a: sizes.append(len(ids)) or real(model, ids, *a)
     )
     gpt.reply_batch([chirp(), ASKED, chirp()], speech=Sampling(3.0))
     assert sizes == [3, 2, 1] and next(scores, None) is None
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"mode": "s2x"}, "mode is 's2x'; choose one of s2s"),
+        ({"task": "sing"}, "task is 'sing'; choose one of chat"),
+        ({"style": "baroque"}, "style is 'baroque'; choose one of auto"),
+        ({"max_new": 0}, "max_new is 0"),
+    ],
+)
+def test_a_request_that_cannot_be(gpt, options, says):
+    with pytest.raises(ValueError, match=says):
+        gpt.reply(ASKED, **options)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +292,7 @@ def test_no_marker_leaks_whatever_is_generated(gpt, data):
         ]
     )
     ids = data.draw(st.lists(pool, min_size=1, max_size=30))
-    reply = gpt.compose(sample.Question([tok.bos], "s", 0.0), ids, "chat", None)
+    reply = gpt.to_reply(RenderedPrompt([tok.bos], "s"), ids, Request())
     for marker in (
         "[tq]",
         "[ta]",
@@ -538,7 +325,7 @@ def test_no_marker_leaks_whatever_is_generated(gpt, data):
 )
 def test_notes(gpt, written, target, note):
     ids = gpt.tok.encode(written, bos=False)
-    reply = gpt.compose(sample.Question([1], target, 0.0), ids, "chat", None)
+    reply = gpt.to_reply(RenderedPrompt([1], target), ids, Request())
     assert note in reply.note and bool(note) == bool(reply.note)
 
 
@@ -615,8 +402,8 @@ def cli(folder, tmp_path, monkeypatch, capsys):
             command_line(sample.main)
         except SystemExit as stop:
             code = stop.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     return run
 
@@ -624,7 +411,15 @@ def cli(folder, tmp_path, monkeypatch, capsys):
 def test_command_line_writes_wav_and_json(cli):
     code, out, err = cli("q.wav", ASKED, "--greedy")
     assert code == 0 and err == ""
-    for line in (f"heard   {ASKED}", f"answer  {ANSWERED}", "real-time factor", "tokens/s", "GB/s", "cpu"):
+    for line in (
+        f"transcript {ASKED}",
+        f"answer     {ANSWERED}",
+        "speech     out/replies/q.wav (",
+        "real-time factor",
+        "tokens/s",
+        "GB/s",
+        "cpu",
+    ):
         assert line in out
     assert sorted(p.name for p in Path("out/replies").iterdir()) == [
         "q.json",
@@ -695,6 +490,9 @@ BAD_FILES = {
         (["q.wav", "--top-k", "x"], "top-k"),
         (["q.wav", "--top-p", "2"], "top_p"),
         (["q.wav", "--batch", "0"], "--batch"),
+        (["q.wav", "--max-new", "0"], "max_new is 0"),
+        (["q.wav", "--takes", "0"], "at least once"),
+        (["q.wav", "--takes", "2", "--task", "asr"], "text to compare"),
         (["q.wav", "--model", "nowhere"], "nowhere"),
         (["q.wav", "--dtype", "int4"], "int4"),
         (["q.wav", "--device", "abacus"], "abacus"),
@@ -745,7 +543,7 @@ def test_conversation_from_a_pipe(folder, tmp_path):
     lines = ["/help", "", "nothere.wav", ASKED, "q.wav", str(tmp_path / "q.wav"), "/nonsense"]
     done = program(folder, "--greedy", cwd=tmp_path, input="\n".join(lines) + "\n")
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.count("Type a question") == 3 and done.stdout.count(f"answer  {ANSWERED}") == 3
+    assert done.stdout.count("Type a question") == 3 and done.stdout.count(f"answer     {ANSWERED}") == 3
     assert "error: nothere.wav: no such file" in done.stdout
     assert soundfile.info(tmp_path / "out/replies/q.wav").frames > 0
 

@@ -60,7 +60,7 @@ def golden() -> dict:
     return json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
 
 
-# Equality with transformers 4.33.1 (tests/golden/make_tokenizer_golden.py)
+# ---- Equality with transformers 4.33.1 (tests/golden/make_tokenizer_golden.py) -----------------------------
 
 
 @pytest.mark.parametrize("name", ["eos", "eoa", "tiny"])
@@ -87,7 +87,7 @@ def test_golden_covers_every_template(golden):
             assert any(re.fullmatch(".+".join(parts), t, re.S) for t in texts), (style, name)
 
 
-# Templates
+# ---- Templates ---------------------------------------------------------------------------------------------
 
 
 PAPER_TEMPLATES = {  # copied from the paper: Appendix C, then Appendix E
@@ -188,14 +188,14 @@ def test_unknown_mode_or_style_is_a_programmer_error():
         cross_modal("", "", style="papre")
 
 
-# Documents, masks, prompts
+# ---- Documents, masks, prompts -----------------------------------------------------------------------------
 
 UNITS = st.lists(st.integers(0, 99), min_size=1, max_size=20)
-# Text that people say: anything printable that spells no marker and no "▁" of sentencepiece.
-SAID = st.text(
+# Text of a dialogue: anything printable that spells no marker and no "▁" of sentencepiece.
+SENTENCES = st.text(
     st.characters(exclude_categories=("C", "Z"), exclude_characters="<>[]▁;") | st.just(" "), max_size=40
 )
-SAID = SAID.map(lambda t: " ".join(t.split())).filter(bool)
+SENTENCES = SENTENCES.map(lambda t: " ".join(t.split())).filter(bool)
 
 
 def pairs(tok, mode, text_i, text_r, units_i, units_r):
@@ -214,8 +214,8 @@ def pairs(tok, mode, text_i, text_r, units_i, units_r):
 @given(
     name=st.sampled_from(["eos", "eoa", "tiny"]),
     mode=st.sampled_from(MODES),
-    text_i=SAID,
-    text_r=SAID,
+    text_i=SENTENCES,
+    text_r=SENTENCES,
     units_i=UNITS,
     units_r=UNITS,
 )
@@ -301,7 +301,7 @@ def test_a_model_that_joins_prompt_and_answer_is_refused(tmp_path):
         tok.document(*plain("hi", "yes"))
 
 
-# Text and ids
+# ---- Text and ids ------------------------------------------------------------------------------------------
 
 
 @given(units=st.lists(st.integers(0, 10**9 - 1)))
@@ -363,7 +363,7 @@ def test_thousands_of_documents_take_seconds(toks):
     assert time.perf_counter() - start < 10  # measured: 0.4 s
 
 
-# Parsing
+# ---- Parsing -----------------------------------------------------------------------------------------------
 
 MARKER = re.compile(r"<(sosp|eosp|eoh|eoa|eos|s|/s|unk|[0-9])>|\[(Human|SpeechGPT|tq|ta|ua)\]")
 
@@ -450,7 +450,7 @@ def test_parse_examples(toks, reply, tq, ta, ua, complete):
         assert (parts.tq, parts.ta, parts.ua, parts.complete) == (tq, ta, ua, complete), name
 
 
-# Training and folders
+# ---- Training and folders ----------------------------------------------------------------------------------
 
 
 def test_training_is_deterministic_and_documents_are_short(tmp_path):
@@ -538,7 +538,7 @@ def test_check_vocab(toks):
             toks["eos"].check_vocab(size, "the-folder")
 
 
-# Files that are not what they say
+# ---- Malformed files ---------------------------------------------------------------------------------------
 
 UNITS_ONLY = {"<0>": 1000, "<1>": 1001, "<sosp>": 1002, "<eosp>": 1003}
 BAD_TABLES = {

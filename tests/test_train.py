@@ -179,7 +179,7 @@ def test_the_own_voice_is_also_heard_as_if_others_spoke(out):
 def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_says_it(out):
     shutil.rmtree(out / "state/units")
     prepare.prepare(out / "corpus", sentences=20, renditions=len(prepare.SPEAKERS), workers=1, progress=False)
-    flags = ["--normalize.steps", 40, "--normalize.lr", 2e-3, "--normalize.save_every", 10]
+    flags = ["--normalizer.steps", 40, "--normalizer.lr", 2e-3, "--normalizer.save_every", 10]
     stages(out, "units", flags=flags)
     loss, same = ([line[key] for line in metrics(out, "normalize")] for key in ("loss", "same"))
     assert len(loss) == 40 and np.mean(loss[-8:]) < np.mean(loss[:8]) and 0 < min(same) and max(same) < 1
@@ -196,15 +196,15 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     }
     with np.load(found / "targets.npz") as stored:
         targets = np.split(stored["flat"], stored["lengths"].cumsum()[:-1])
-        apart = dict(zip(stored["ids"].tolist(), stored["apart"]))
+        apart = dict(zip(stored["ids"].tolist(), stored["distance"]))
         targets = dict(zip(stored["ids"].tolist(), targets))
     others = 0
     for id, target in targets.items():
         row = rows[id]
         wav = torch.from_numpy(audio.load(out / "corpus" / row["wav"]))
-        assert row["split"] == "train" and row["text"] in own and len(target) == len(before.frames(wav))
+        assert row["split"] == "train" and row["text"] in own and len(target) == len(before.frame_units(wav))
         if row["speaker"] == TARGET_SPEAKER:
-            assert target.tolist() == before.frames(wav).tolist() and apart[id] == 0
+            assert target.tolist() == before.frame_units(wav).tolist() and apart[id] == 0
         else:
             assert set(target) <= set(range(20)) and apart[id] > 0
             others += 1
@@ -225,9 +225,9 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
 @pytest.mark.parametrize(
     "flag, value, said",
     [
-        ("normalize.others", 1.5, "must be 0 to 1, found 1.5"),
-        ("normalize.perturb", "[2, 0]", "must be 0 to 1, found 2"),
-        ("normalize.temperature", 0, "must be 0.001 to 1000, found 0"),
+        ("normalizer.others", 1.5, "must be 0 to 1, found 1.5"),
+        ("normalizer.perturb", "[2, 0]", "must be 0 to 1, found 2"),
+        ("normalizer.temperature", 0, "must be 0.001 to 1000, found 0"),
         ("units.perturb", "[0.1]", "expected 2 values, found"),
         ("units.embed_centers", -1, "must be 0 to 100, found -1"),
         ("units.smooth", 2, "must be odd"),
@@ -256,20 +256,19 @@ def test_a_number_that_cannot_be_is_told_as_the_config_is_read(flag, value, said
 def test_none_of_the_limits_takes_away_a_zero_that_says_all_or_nothing():
     zeros = [
         "evaluate.items",
-        "hubert.recordings",
-        "normalize.steps",
+        "normalizer.steps",
         "vocoder.frame_steps",
         "stage1.steps",
         "workers",
     ]
     c = config.read(ROOT / "configs/ci.toml", Config, [word for key in zeros for word in (f"--{key}", "0")])
-    assert c.evaluate.items == c.hubert.recordings == c.vocoder.frame_steps == c.stage1.steps == 0
+    assert c.evaluate.items == c.normalizer.steps == c.vocoder.frame_steps == c.stage1.steps == 0
     one_round = ["--hubert.clusters", "[20]", "--hubert.layer", "9"]  # which then teaches nobody
     assert config.read(ROOT / "configs/ci.toml", Config, one_round).hubert.layer == 9
 
 
 def test_a_mistaken_number_ends_train_before_anything_begins(tmp_path):
-    done = train("configs/ci.toml", "--out", tmp_path / "ci", "--normalize.temperature", 0)
+    done = train("configs/ci.toml", "--out", tmp_path / "ci", "--normalizer.temperature", 0)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "'temperature': must be 0.001 to 1000, found 0" in done.stderr and not (tmp_path / "ci").exists()
 
@@ -309,7 +308,7 @@ def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
         row["units"] = [other[unit] for unit in row["units"]]
     (grown / "corpus/units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.rmtree(grown / "tokenizer")
-    shutil.rmtree(grown / "state/1")
+    shutil.rmtree(grown / "state/stage1")
     flags = [
         "--pretrained",
         before,
@@ -366,7 +365,7 @@ def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
     KMeans(centers[:-1]).save(before / "hubert")
-    shutil.rmtree(grown / "state/1")
+    shutil.rmtree(grown / "state/stage1")
     done = train("configs/ci.toml", "--out", grown, "--stage", "1", *flags)
     assert done.returncode == 1 and "different models" in done.stderr and "Traceback" not in done.stderr
 
@@ -376,7 +375,7 @@ def test_units_can_count_less_than_text(grown):
     for weight in (1, 0.01):
         stages(grown, "2", flags=["--stage2.unit_weight", weight, "--stage2.steps", 1])
         first[weight] = metrics(grown, "stage2")[0]["loss"]
-        shutil.rmtree(grown / "state/2")
+        shutil.rmtree(grown / "state/stage2")
     assert (
         first[1] > 0 and first[0.01] > 0 and abs(first[1] - first[0.01]) > 1e-3
     )  # another mean of the same losses
@@ -417,7 +416,7 @@ def test_two_processes_learn_what_one_learns(out, tmp_path):
         (["configs/ci.toml", "--stage3.step", "1"], "did you mean 'steps'"),
         (["configs/ci.toml", "--verbose", "1"], "unknown key 'verbose'"),
         (["configs/ci.toml", "--device", "tpu"], "unknown device"),
-        (["configs/ci.toml", "--stage", "2"], "needs stage 1"),
+        (["configs/ci.toml", "--stage", "2"], "needs stage stage1"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_1(tmp_path, arguments, said):
@@ -436,12 +435,15 @@ def test_a_config_that_does_not_fit_what_was_begun_is_refused_and_nothing_lost(o
     assert (out / "text/model.safetensors").read_bytes() == before
 
 
-BESIDE = """
+PARALLEL = """
 import multiprocessing, sys, time, torch, config, train
+from pathlib import Path
+from run import Run
 
 def main():
     c = config.read("configs/ci.toml", train.Config, sys.argv[2:])
-    with train.beside(("vocoder",), c, torch.device("cpu")):
+    run = Run(Path(c.out), Path(c.out) / "corpus", c.seed, torch.device("cpu"))
+    with train.in_background(("vocoder",), run, c):
         pids = [child.pid for child in multiprocessing.active_children()]
         print("within", torch.get_num_threads(), *pids, flush=True)
         time.sleep(float(sys.argv[1]))
@@ -452,9 +454,9 @@ if __name__ == "__main__":
 """
 
 
-def beside(tmp_path: Path, out: Path, seconds: float, *flags) -> subprocess.Popen:
-    (tmp_path / "beside.py").write_text(BESIDE)
-    command = [sys.executable, tmp_path / "beside.py", seconds, "--out", out, *flags]
+def in_parallel(tmp_path: Path, out: Path, seconds: float, *flags) -> subprocess.Popen:
+    (tmp_path / "parallel.py").write_text(PARALLEL)
+    command = [sys.executable, tmp_path / "parallel.py", seconds, "--out", out, *flags]
     return subprocess.Popen(
         [*map(str, command)],
         cwd=ROOT,
@@ -465,24 +467,26 @@ def beside(tmp_path: Path, out: Path, seconds: float, *flags) -> subprocess.Pope
     )
 
 
-def test_the_vocoder_learns_beside_the_language_model_on_half_of_the_cores(out, tmp_path):
-    said, complaint = beside(tmp_path, out, 0).communicate()
+def test_the_vocoder_learns_in_parallel_with_the_language_model_on_half_of_the_cores(out, tmp_path):
+    said, complaint = in_parallel(tmp_path, out, 0).communicate()
     assert "within 1" in said and "after 2" in said, complaint
     assert (out / "model/vocoder/generator.safetensors").exists()
     assert "vocoder, step 7" in (out / "state/vocoder/log.txt").read_text()
-    said, complaint = beside(tmp_path, out, 0).communicate()  # finished: nothing to do, and all cores stay
+    said, complaint = in_parallel(
+        tmp_path, out, 0
+    ).communicate()  # finished: nothing to do, and all cores stay
     assert "within 2" in said and "after 2" in said, complaint
 
 
-def test_what_goes_wrong_beside_is_one_line_too(out, tmp_path):
-    process = beside(tmp_path, out, 0, "--vocoder_model.num_embeddings", 2)
+def test_what_goes_wrong_in_parallel_is_one_line_too(out, tmp_path):
+    process = in_parallel(tmp_path, out, 0, "--vocoder_model.num_embeddings", 2)
     said, complaint = process.communicate()
     assert process.returncode == 1 and "after" not in said and "Traceback" not in complaint
     assert "set vocoder_model.num_embeddings" in complaint.strip().splitlines()[-1]
 
 
-def test_a_killed_run_takes_the_vocoder_beside_it_along(out, tmp_path):
-    process = beside(tmp_path, out, 600, "--vocoder.steps", 10_000)
+def test_a_killed_run_takes_the_vocoder_in_its_second_process_along(out, tmp_path):
+    process = in_parallel(tmp_path, out, 600, "--vocoder.steps", 10_000)
     child = next(int(line.split()[-1]) for line in process.stdout if line.startswith("within"))
     os.kill(child, 0)
     process.kill()

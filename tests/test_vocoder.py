@@ -492,7 +492,7 @@ def test_a_margin_is_seen_and_not_spoken():
 def test_the_frame_spectrum_is_judged_inside_the_recordings_only():
     torch.manual_seed(0)
     spectrum, x = v.FrameSpectrum(8), torch.randn(2, 8, 12)
-    wanted, lengths = spectrum.of(torch.randn(2, 12 * 320)), torch.tensor([12, 7])
+    wanted, lengths = spectrum.target(torch.randn(2, 12 * 320)), torch.tensor([12, 7])
     assert spectrum(x).shape == (2, 80, 24) == wanted.shape
     loss = spectrum.loss(x, wanted, lengths)
     beyond = wanted.clone()
@@ -527,7 +527,7 @@ def test_running_durations_keep_the_sum():
 
 
 def test_runs_are_the_reduced_units_and_the_places_of_their_frames():
-    units, index, since, until = v.runs(torch.tensor([[7, 7, 3, 9, 9, 9], [4, 4, 4, 4, 4, 4]]))
+    units, index, since, until = v.deduplicate(torch.tensor([[7, 7, 3, 9, 9, 9], [4, 4, 4, 4, 4, 4]]))
     assert units.tolist() == [[7, 3, 9], [4, 4, 4]]
     assert index.tolist() == [[0, 0, 1, 2, 2, 2], [0] * 6]
     assert since.tolist() == [[0, 1, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
@@ -551,18 +551,22 @@ def test_units_are_understood_whatever_their_durations():
     )
     speaker, units = UnitVocoder(small).eval(), [3, 1, 4, 1, 5, 9, 2, 6]
     with torch.no_grad():
-        one = speaker.frames(torch.tensor([units]), torch.tensor([1]))  # (1, C, 8)
+        one = speaker.frame_features(torch.tensor([units]), torch.tensor([1]))  # (1, C, 8)
         durations = torch.tensor([2, 1, 3, 1, 1, 2, 9, 1])
-        long = speaker.frames(torch.tensor(units).repeat_interleave(durations)[None], torch.tensor([1]))
+        long = speaker.frame_features(
+            torch.tensor(units).repeat_interleave(durations)[None], torch.tensor([1])
+        )
         assert torch.allclose(
             long, one.repeat_interleave(durations, 2), atol=1e-5
         )  # places are zero before training
         nn.init.normal_(speaker.since.weight)
-        placed = speaker.frames(torch.tensor(units).repeat_interleave(durations)[None], torch.tensor([1]))
+        placed = speaker.frame_features(
+            torch.tensor(units).repeat_interleave(durations)[None], torch.tensor([1])
+        )
         assert (placed - long).std(2).min() > 0
-        other = speaker.frames(torch.tensor([units[:-1] + [7]]), torch.tensor([1]))
+        other = speaker.frame_features(torch.tensor([units[:-1] + [7]]), torch.tensor([1]))
     assert not torch.allclose(other[..., -2], one[..., -2])  # a neighbour matters
-    half, names = {id(p) for p in speaker.frame_parameters()}, ("unit_context", "since", "until")
+    half, names = {id(p) for p in v.frame_parameters(speaker)}, ("unit_context", "since", "until")
     assert all(id(p) in half for name, p in speaker.named_parameters() if name.startswith(names))
 
 

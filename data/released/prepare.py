@@ -1,29 +1,28 @@
-"""The released SpeechGPT-7B: fetches the official files into one folder that sample.py can talk with.
+"""The released SpeechGPT-7B: downloads the official files into one folder that sample.py can talk with.
 
-    python data/released/prepare.py weights/speechgpt-7b                # 28 GB; a broken download goes on where it was
-    python data/released/prepare.py weights/speechgpt-7b --check        # what is there, what is missing; no network
+    python data/released/prepare.py weights/speechgpt-7b           # 28 GB; an interrupted download is resumed
+    python data/released/prepare.py weights/speechgpt-7b --check   # lists what is there and what is missing
     python sample.py --model weights/speechgpt-7b question.wav
 
-Nothing that is fetched is run or opened here: a file is written to NAME.part, its size and, where the server says it,
-its SHA-256 are checked, and only then does it get its name. What was found is noted in OUT/downloaded.json, and
---check compares the files with it ever after.
+Nothing that is downloaded is run or opened here: a file is written to NAME.part, its size is checked, and its
+SHA-256 where the server states one; only then does it get its name. Sizes and SHA-256 are noted in
+OUT/downloaded.json, and --check, which needs no network, compares the files with these notes.
 
     OUT/llama/     fnlp/SpeechGPT-7B-cm: LLaMA-7B after stage 2, float32, with its tokenizer
     OUT/lora/      fnlp/SpeechGPT-7B-com: the adapter of stage 3
-    OUT/hubert/    mHuBERT and the k-means of its 11th layer; or --parts mhubert-base for the same encoder as
-                   voidful/mhubert-base holds it, a third of the size (without the state of its optimiser)
+    OUT/hubert/    mHuBERT and the k-means of its 11th layer; or with --parts mhubert-base the same encoder
+                   from voidful/mhubert-base, a third of the size (without the state of its optimizer)
     OUT/vocoder/   unit HiFi-GAN, voice of LJSpeech
 
 Behind a firewall, or from a copy of your own: --mirror https://huggingface.co=https://YOUR.MIRROR
 
-References: https://github.com/0nutation/SpeechGPT (what to download), the pages of fnlp and voidful on
-https://huggingface.co (sizes), and fairseq's examples/speech_to_speech/docs/textless_s2st_real_data.md (mHuBERT).
+References: https://github.com/0nutation/SpeechGPT (what to download)
+            https://huggingface.co/fnlp, https://huggingface.co/voidful (sizes)
+            examples/speech_to_speech/docs/textless_s2st_real_data.md of fairseq (mHuBERT)
 """
 
-import argparse
 import hashlib
 import http.client
-import json
 import os
 import re
 import shutil
@@ -40,6 +39,9 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a script: let it find the other files
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from config import Parser, command_line
+from files import read_json, write_json
+
 PATIENCE = 5  # attempts without a single new byte before giving up
 TIMEOUT = 30  # seconds of silence from a server
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -55,7 +57,7 @@ class Remote(NamedTuple):
 
 class Part(NamedTuple):
     files: list[Remote]
-    licence: str
+    license: str
 
 
 HUGGING_FACE = "https://huggingface.co/"
@@ -67,8 +69,8 @@ VOCODER = (
 )
 MHUBERT = HUGGING_FACE + "voidful/mhubert-base/resolve/main/"
 KM1000 = "mhubert_base_vp_en_es_fr_it3_L11_km1000.bin"
-LLAMA_LICENCE = "no licence on its page; derived from LLaMA-1, whose weights are for research only"
-FAIRSEQ_LICENCE = "MIT (fairseq, which says that this covers its models)"
+LLAMA_LICENSE = "no license on its page; derived from LLaMA-1, whose weights are for research only"
+FAIRSEQ_LICENSE = "MIT (fairseq, which states that this covers its models)"
 
 PARTS = {
     "llama": Part(
@@ -99,7 +101,7 @@ PARTS = {
                 "llama/tokenizer_config.json", CM + "tokenizer_config.json", "747 B", "how text is prepared"
             ),
         ],
-        LLAMA_LICENCE,
+        LLAMA_LICENSE,
     ),
     "lora": Part(
         [
@@ -117,7 +119,7 @@ PARTS = {
                 "its rank, alpha and targets",
             ),
         ],
-        LLAMA_LICENCE,
+        LLAMA_LICENSE,
     ),
     "hubert": Part(
         [
@@ -136,7 +138,7 @@ PARTS = {
                 ("hubert/kmeans.safetensors",),
             ),
         ],
-        FAIRSEQ_LICENCE,
+        FAIRSEQ_LICENSE,
     ),
     "vocoder": Part(
         [
@@ -149,7 +151,7 @@ PARTS = {
             ),
             Remote("vocoder/config.json", VOCODER + "config.json", "", "its shape"),
         ],
-        FAIRSEQ_LICENCE,
+        FAIRSEQ_LICENSE,
     ),
     "mhubert-base": Part(
         [
@@ -163,18 +165,18 @@ PARTS = {
             Remote("hubert/config.json", MHUBERT + "config.json", "1.38 kB", "its shape"),
             Remote("hubert/" + KM1000, MHUBERT + KM1000, "3.08 MB", "frames -> 1000 units"),
         ],
-        FAIRSEQ_LICENCE,
+        FAIRSEQ_LICENSE,
     ),
 }
 TALKING = ("llama", "lora", "hubert", "vocoder")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes and sums
+# ---- Sizes and sums ----------------------------------------------------------------------------------------
 
 
 def bounds(size: str) -> tuple[int, int]:
-    """ "507 B" -> (507, 507); "16.8 MB" -> (16_700_000, 16_900_000), a step of the last digit; "" -> anything."""
+    """Least and most bytes: "507 B" -> (507, 507); "16.8 MB" -> (16_700_000, 16_900_000), one step of the
+    last digit either way; "" -> anything."""
     if not size:
         return 1, 1 << 62
     number, unit = size.split()
@@ -217,15 +219,13 @@ def _bar(title: str, total: int | None, done: int = 0) -> tqdm:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One file
+# ---- One file ----------------------------------------------------------------------------------------------
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows a redirect only to https, or from this machine to itself.
 
-    Hugging Face answers with a redirect to its storage, and names the SHA-256 of large files in that first answer.
-    """
+    Hugging Face redirects to its storage, and names the SHA-256 of large files in that first answer."""
 
     sha256: str | None = None
 
@@ -244,9 +244,10 @@ def _allowed(url: str, local: bool) -> bool:
 
 def fetch(remote: Remote, url: str, out: Path) -> dict:
     """Downloads one file, from where an earlier attempt stopped. Returns its entry in downloaded.json."""
-    path, part = out / remote.path, out / (remote.path + ".part")
+    path = out / remote.path
+    part = out / (remote.path + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    failures, named = 0, None
+    failures = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
@@ -283,7 +284,9 @@ def fetch(remote: Remote, url: str, out: Path) -> dict:
 
 
 def _receive(remote: Remote, url: str, part: Path) -> tuple[int, str | None]:
-    """Adds to `part` until it is whole: (size, SHA-256 if named). Raises what urllib raises when it is cut off."""
+    """Appends to `part` until it is whole; returns its size, and its SHA-256 if the server named it.
+
+    Raises what urllib raises when the connection is cut."""
     tag = part.with_name(part.name + ".etag")  # which version the bytes so far belong to
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "speechgpt", "Accept-Encoding": "identity"}
@@ -292,7 +295,8 @@ def _receive(remote: Remote, url: str, part: Path) -> tuple[int, str | None]:
         if tag.exists():
             headers["If-Range"] = tag.read_text()  # another version by now: the server sends all of it
     redirects = Redirects()
-    opener, request = urllib.request.build_opener(redirects), urllib.request.Request(url, headers=headers)
+    opener = urllib.request.build_opener(redirects)
+    request = urllib.request.Request(url, headers=headers)
     try:
         response = opener.open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -310,8 +314,9 @@ def _receive(remote: Remote, url: str, part: Path) -> tuple[int, str | None]:
             if not span or int(span[1]) != done:
                 _forget(part)
                 raise ConnectionError("the server sent another range than was asked for")
-            start, total = done, int(span[2])
-        else:  # all of it: the beginning, or a server that cannot go on in the middle
+            start = done
+            total = int(span[2])
+        else:  # all of it: the beginning, or a server that cannot resume in the middle
             total = int(response.headers.get("Content-Length") or -1)
         if total < 0:
             raise OSError(f"{url}: the server does not say how large it is; use another --mirror")
@@ -322,9 +327,8 @@ def _receive(remote: Remote, url: str, part: Path) -> tuple[int, str | None]:
         if not start:
             _forget(part)
             part.touch()
-            if (etag := response.headers.get("ETag", "")).startswith(
-                '"'
-            ):  # a weak one promises nothing about bytes
+            etag = response.headers.get("ETag", "")
+            if etag.startswith('"'):  # a weak one, W/"...", promises nothing about bytes
                 tag.write_text(etag)
         with open(part, "ab") as file, _bar(remote.path, total, start) as bar:
             while block := response.read(1 << 18):
@@ -349,8 +353,7 @@ def _advice(code: int) -> str:
     }.get(code, "try again later, what is there is kept")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
+# ---- The folder --------------------------------------------------------------------------------------------
 
 
 def read_notes(out: Path) -> dict:
@@ -358,18 +361,12 @@ def read_notes(out: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
+        notes = read_json(path)
         if all(isinstance(note["size"], int) and isinstance(note["sha256"], str) for note in notes.values()):
             return notes
         raise ValueError("unexpected fields")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what this program wrote ({error}): remove it") from None
-
-
-def write_notes(out: Path, notes: dict) -> None:
-    part = out / "downloaded.json.part"
-    part.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, out / "downloaded.json")
 
 
 def present(out: Path, remote: Remote) -> Path | None:
@@ -378,14 +375,15 @@ def present(out: Path, remote: Remote) -> Path | None:
 
 
 def verdict(out: Path, remote: Remote, notes: dict, deep: bool) -> str:
-    """ "ok", or what is wrong with a file; `deep` reads it whole to compare its SHA-256 with the one noted."""
+    """ "ok", or what is wrong with a file; `deep` compares its SHA-256, too, with the noted one."""
     path = present(out, remote)
     if path is None:
         part = out / (remote.path + ".part")
         return f"incomplete ({show(part.stat().st_size)})" if part.exists() else "missing"
     if path != out / remote.path:
         return "ok"
-    size, note = path.stat().st_size, notes.get(remote.path)
+    size = path.stat().st_size
+    note = notes.get(remote.path)
     if not fits(size, remote) or (note and note["size"] != size):
         return "wrong size"
     if deep and note and sha256(path) != note["sha256"]:
@@ -394,13 +392,15 @@ def verdict(out: Path, remote: Remote, notes: dict, deep: bool) -> str:
 
 
 def check(out: Path, parts: list[str]) -> int:
-    """Prints the table of files, and the licences; returns how many files are not as they should be."""
-    notes, bad = read_notes(out), 0
+    """Prints the table of files, and the licenses; returns how many files are not as they should be."""
+    notes = read_notes(out)
+    bad = 0
     width = max(len(remote.path) for part in parts for remote in PARTS[part].files)
     print(f"{'file':{width}}  {'found':>8}  {'expected':>8}  {'':12}  what it is for")
     for part in parts:
         for remote in PARTS[part].files:
-            path, state = present(out, remote), verdict(out, remote, notes, deep=True)
+            path = present(out, remote)
+            state = verdict(out, remote, notes, deep=True)
             bad += state != "ok"
             found = show(path.stat().st_size) if path else "-"
             name = remote.path if path in (None, out / remote.path) else str(path.relative_to(out))
@@ -409,27 +409,29 @@ def check(out: Path, parts: list[str]) -> int:
             print(f"{name:{width}}  {found:>8}  {remote.size or '?':>8}  {state:12}  {remote.purpose}")
     print()
     for part in parts:
-        print(f"{part}: {PARTS[part].licence}")
+        print(f"{part}: {PARTS[part].license}")
     return bad
 
 
 def prepare(out: str | Path, parts: list[str] = TALKING, mirrors: list[str] = ()) -> None:
     """Downloads what is missing of `parts` into `out`. OSError or ValueError, one line each."""
-    out, parts = Path(out), check_parts(parts)
+    out = Path(out)
+    remotes = [remote for part in check_parts(parts) for remote in PARTS[part].files]
     notes = read_notes(out)
-    wanted = [remote for part in parts for remote in PARTS[part].files
-              if verdict(out, remote, notes, deep=False) != "ok"]  # fmt: skip
+    wanted = [remote for remote in remotes if verdict(out, remote, notes, deep=False) != "ok"]
     urls = {remote: mirrored(remote.url, mirrors) for remote in wanted}
     out.mkdir(parents=True, exist_ok=True)
-    needed = sum(bounds(remote.size)[1] for remote in wanted if remote.size)
-    needed -= sum(
-        path.stat().st_size for remote in wanted if (path := out / (remote.path + ".part")).exists()
-    )
-    if needed > (free := shutil.disk_usage(out).free):
+    needed = 0
+    for remote in wanted:
+        part = out / (remote.path + ".part")
+        needed += bounds(remote.size)[1] if remote.size else 0
+        needed -= part.stat().st_size if part.exists() else 0
+    free = shutil.disk_usage(out).free
+    if needed > free:
         raise OSError(f"{out}: {show(needed)} are needed and {show(free)} are free: choose another disk")
     for remote in wanted:
         notes[remote.path] = fetch(remote, urls[remote], out)
-        write_notes(out, notes)
+        write_json(out / "downloaded.json", notes)
 
 
 def check_parts(parts: list[str]) -> list[str]:
@@ -455,13 +457,7 @@ def mirrored(url: str, mirrors: list[str]) -> str:
 
 
 def main() -> None:
-    def refuse(message: str) -> None:
-        raise ValueError(f"{message}; --help lists the options")
-
-    parser = argparse.ArgumentParser(
-        description="Downloads the released SpeechGPT-7B, or checks a copy of it."
-    )
-    parser.error = refuse  # one line, as for every other mistake
+    parser = Parser("Downloads the released SpeechGPT-7B, or checks a copy of it.")
     parser.add_argument("out", type=Path, help="folder to fill or to check")
     parser.add_argument("--check", action="store_true", help="download nothing, print what is there")
     parser.add_argument(
@@ -474,13 +470,12 @@ def main() -> None:
     parts = check_parts(options.parts)
     if not options.check:
         prepare(options.out, parts, options.mirror)
-    if bad := check(options.out, parts):
+    bad = check(options.out, parts)
+    if bad:
         raise ValueError(
             f"{options.out}: {bad} files are missing or wrong; run again without --check to fetch them"
         )
 
 
 if __name__ == "__main__":
-    from config import command_line
-
     command_line(main)

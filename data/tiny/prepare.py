@@ -48,12 +48,12 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a script: let it find `data`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from checkpoint import write_jsonl
 from config import Parser, command_line
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest, write_manifest
 from data.tiny import world
 from data.tiny.world import chance
+from files import write_jsonl
 
 SPEAKERS = (1.0, 0.88, 1.07, 1.14, 1.21)  # r of each; a recognizer understands all of them, but not r < 0.85
 # (hibari runs phones together when speed / r is above 1.33: speaker 1 at a pace of 1.17 and more; LOG.md)
@@ -292,7 +292,7 @@ def prepare(
         for u in utterances
     ]
     write_jsonl(out / "dialogues.jsonl", rows)
-    for half in (out / "wav").glob("*.part"):  # what a killed run was writing
+    for half in wavs.glob(".*.tmp"):  # what a killed run was writing
         half.unlink(missing_ok=True)
     write_manifest(out, manifest)  # last: a folder with a manifest is complete
 

@@ -1,0 +1,228 @@
+"""The report: rows, items and examples of an evaluation as files.
+
+    report.md          tables of all rows, by speaker, by family, and of examples; training curves
+    report.json        rows, examples, and with what the numbers were made, for programs
+    items.jsonl        every scored output with its reference: enough to compute rates and shares again
+    examples/          the spoken questions and replies that report.md links to
+    curve-STAGE.png    every number logged in metrics/STAGE.jsonl, over the steps
+
+Nothing is measured here: evaluate.py asks the model, evaluation/measures.py makes rows of its outputs.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from data import audio
+from evaluation.measures import MEASURES, Item, Row, score, select
+from files import write_atomic, write_json, write_jsonl
+from sample import Reply
+
+# ---- Files -------------------------------------------------------------------------------------------------
+
+
+def about(device: torch.device) -> dict[str, str]:
+    """Commit, hardware and versions."""
+    packages = [f"{name} {version(name)}" for name in ("torch", "numpy", "faster-whisper", "jiwer")]
+    commit = output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    gpu = {"mps": ", its GPU (mps)"}.get(device.type, "")
+    if device.type == "cuda":
+        gpu = f", {torch.cuda.get_device_name(device)}"
+    return {
+        "commit": commit or "unknown",
+        "hardware": f"{processor()}, {os.cpu_count()} cores{gpu}",
+        "versions": f"{', '.join(packages)}, Python {platform.python_version()} on {platform.system()}",
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as this system tells it."""
+    if platform.system() == "Darwin":
+        return output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux, which names the processor only on x86
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; "" if it fails or there is no such command."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def write_examples(out: Path, spoken: list[tuple[dict, Reply, str]], n: int = 5) -> list[dict]:
+    """Writes n spoken questions and their replies to `out`/examples; returns what the report shows of them.
+
+    spoken: rows of the manifest with their "path", each with the reply and the recognized text of the reply.
+    """
+    if len(spoken) > n:
+        spoken = [spoken[i * len(spoken) // n] for i in range(n)]
+    examples = []
+    for number, (row, reply, recognized) in enumerate(spoken, 1):
+        question_wav = f"examples/{number}-question.wav"
+        reply_wav = ""
+        audio.save(out / question_wav, audio.load(row["path"]))
+        if reply.wav is not None:
+            reply_wav = f"examples/{number}-reply.wav"
+            audio.save(out / reply_wav, reply.wav)
+        example = {
+            "split": row["split"],
+            "asked": row["text"],
+            "heard": reply.transcript,
+            "answered": reply.text,
+            "right": row["answer"],
+            "judge": recognized,
+            "note": reply.note,
+            "question": question_wav,
+            "reply": reply_wav,
+        }
+        examples.append(example)
+    return examples
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """A Markdown table; cells are cut at 240 characters."""
+    lines = [head, ["---"] * len(head), *rows]
+    text = ""
+    for line in lines:
+        cells = [" ".join(str(cell).replace("|", "/").split())[:240] for cell in line]
+        text += f"| {' | '.join(cells)} |\n"
+    return text + "\n"
+
+
+def row_table(rows: list[Row]) -> str:
+    """One line for each row; a column of targets if there is a target."""
+    has_targets = any(row.target is not None for row in rows)
+    lines = []
+    for row in rows:
+        interval = f"{row.show(row.low)} to {row.show(row.high)}" if row.low is not None else ""
+        baselines = "; ".join(f"{label} {row.show(value)}" for label, value in row.baseline.items())
+        line = [row.name, row.show(row.value), interval, row.n, baselines]
+        lines.append([*line, row.show_target()] if has_targets else line)
+    head = ["", "value", "95 % interval", "n", "baseline"]
+    return table([*head, "target"] if has_targets else head, lines)
+
+
+def group_table(items: list[Item], group: str, columns: dict[str, tuple[str, str]]) -> str:
+    """One line for each speaker or family; columns: title -> (measure, split or "" for both)."""
+    measures = {measure.key: measure for measure in MEASURES}
+    lines = []
+    for value in sorted({getattr(item, group) for item in items}):
+        mine = [item for item in items if getattr(item, group) == value]
+        line = [value]
+        for key, split in columns.values():
+            found = select(mine, key, split)
+            line.append(f"{100 * score(measures[key], found)[0]:.0f} % of {len(found)}" if found else "-")
+        lines.append(line)
+    return table([group, *columns], lines)
+
+
+SPEAKER_COLUMNS = {
+    "recognizer on the source": ("source", ""),
+    "resynthesis": ("resynthesis", ""),
+    "speech to text": ("asr", ""),
+}
+FAMILY_COLUMNS = {
+    "spoken, new renditions": ("answer", "rendition"),
+    "spoken, held out": ("answer", "heldout"),
+    "text, train sentences": ("text", "rendition"),
+    "text, held out": ("text", "heldout"),
+}
+
+
+def example_table(examples: list[dict]) -> str:
+    lines = []
+    for example in examples:
+        spoken = example["note"]
+        if example["reply"]:
+            spoken = f"[{example['judge'] or '(nothing)'}]({example['reply']})"
+        question = f"[{example['asked']}]({example['question']})"
+        texts = [question, example["heard"], example["answered"], spoken, example["right"]]
+        lines.append([*texts, example["split"]])
+    return table(
+        ["question", "transcript", "answer", "spoken reply as recognized", "right answer", "split"], lines
+    )
+
+
+def markdown(facts: dict, rows: list[Row], items: list[Item], examples: list[dict], curves: list[str]) -> str:
+    text = "# Evaluation\n\n"
+    text += "".join(f"- {name}: {value}\n" for name, value in facts.items()) + "\n"
+    text += row_table(rows)
+    text += "Speech is scored by its word error rate, answers by the share that is exactly right; both after "
+    text += "`normalize_text` of evaluation/judge.py.\nEvery item: items.jsonl.\n\n"
+    text += "## By speaker\n\nWord error rates.\n\n"
+    text += group_table(items, "speaker", SPEAKER_COLUMNS)
+    text += "## By family\n\nShares of exact answers.\n\n"
+    answers = [item for item in items if item.measure in ("answer", "text")]
+    text += group_table(answers, "family", FAMILY_COLUMNS)
+    text += "## Examples\n\n"
+    text += example_table(examples)
+    text += "## Training\n\n"
+    return text + "".join(f"![{curve}]({curve})\n" for curve in curves)
+
+
+def write_report(
+    out: Path, facts: dict, rows: list[Row], items: list[Item], examples: list[dict], curves: list[str]
+):
+    """report.md, report.json and items.jsonl in `out`."""
+    text = markdown(facts, rows, items, examples, curves)
+    table_rows = [asdict(row) | {"reached": row.reached} for row in rows]
+    write_atomic(out / "report.md", text.encode())
+    write_json(out / "report.json", {"about": facts, "rows": table_rows, "examples": examples})
+    write_jsonl(out / "items.jsonl", [item._asdict() for item in items])
+
+
+# ---- Training curves ---------------------------------------------------------------------------------------
+
+NOT_DRAWN = ("step", "lr", "grad_norm", "tokens_per_s")
+Curves = dict[str, list[tuple[float, float]]]  # name of a number -> (step, value)
+
+
+def read_curves(path: Path) -> Curves:
+    """The numbers of one metrics file. Lines that are no JSON, as a killed run leaves them, are skipped."""
+    curves: Curves = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            for key, value in entry.items():
+                if key not in NOT_DRAWN and isinstance(value, int | float):
+                    curves.setdefault(key, []).append((entry["step"], value))
+        except (ValueError, KeyError, AttributeError):
+            continue
+    return curves
+
+
+def plot_curves(metrics: Path, out: Path) -> list[str]:
+    """Draws a PNG for each metrics/STAGE.jsonl that has numbers; returns the names of the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window
+    from matplotlib import pyplot
+
+    names = []
+    for path in sorted(metrics.glob("*.jsonl")):
+        curves = read_curves(path)
+        if not curves:
+            continue
+        figure, axes = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)
+        for axis, (key, points) in zip(axes[0], curves.items()):
+            axis.plot(*zip(*points), linewidth=0.8, marker="." if len(points) < 30 else None)
+            axis.set(title=f"{path.stem}: {key}", xlabel="step")
+            axis.grid(alpha=0.3)
+        name = f"curve-{path.stem}.png"
+        figure.savefig(out / name, dpi=80, bbox_inches="tight")
+        pyplot.close(figure)
+        names.append(name)
+    return names

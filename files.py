@@ -1,0 +1,141 @@
+"""Files written whole or not at all, JSON, and JSON lines: what every other file of this project may use.
+
+    >>> write_jsonl("manifest.jsonl", [{"wav": "a.wav", "text": "Hello."}])
+    >>> read_jsonl("manifest.jsonl", needed=("wav", "text"))
+    [{'wav': 'a.wav', 'text': 'Hello.'}]
+
+A file is written under a temporary name and renamed when it is complete: a full disk or a killed process
+leaves the old one. A file that is read may come from anywhere: whatever is wrong with it is a ValueError of
+one line that begins with its path. torch is not imported here: worker processes that do without start faster.
+
+References: JSON, RFC 8259; JSON lines, https://jsonlines.org; rename in POSIX, and os.replace of Python.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_JSON = 16 << 20  # bytes, far above any honest file: the index of the largest LLaMA has 0.1 MB
+
+
+# ---- Writing -----------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> None:
+    """Writes a file that is, at every moment and after every crash, either the old one or the new one.
+
+    A failure (full disk, no permission) is an OSError that names the file; nothing of the attempt remains.
+    sync=False does not wait for the disk, for thousands of files that can be made again: much faster, but a
+    power cut may leave an empty one."""
+    stream_atomic(path, lambda file: file.write(data), sync)
+
+
+def stream_atomic(path: str | Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
+    """write_atomic for a file too large to put together in memory: `write(file)` writes its content."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # left by a process that was killed
+        file = open(temporary, "xb")
+        try:
+            with file:
+                write(file)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())  # the content is on disk before its name
+                if not temporary.exists() or not os.path.samestat(temporary.stat(), os.fstat(file.fileno())):
+                    raise OSError("another process is writing the same file")
+            os.replace(temporary, path)  # when closed: Windows renames no open file
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(f"{path}: {error}") from None
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+
+def write_json(path: str | Path, value: object) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: str | Path, max_bytes: int = MAX_JSON) -> object:
+    """Parses a JSON file of at most max_bytes. Damaged, too large or too deep: ValueError, one line."""
+    with one_line(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device would block or never end
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                raise ValueError("the file is empty")
+            if size > max_bytes:
+                raise ValueError(f"{size} bytes of JSON (at most {max_bytes})")
+            return parse_json(file.read(max_bytes))
+
+
+def parse_json(data: bytes) -> object:
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    table = dict(pairs)
+    if len(table) != len(pairs):  # two readers might take different ones
+        raise ValueError("JSON with the same key twice")
+    return table
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> list[dict]:
+    """The rows of a JSON-lines file, each with the `needed` keys; a ValueError names the bad line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; run the stage that writes it first")
+    with one_line(path), open(path, encoding="utf-8") as file:
+        lines = file.readlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        with one_line(f"{path}, line {number}"):
+            row = json.loads(line.rstrip("\n"))
+            if not isinstance(row, dict) or not all(key in row for key in needed):
+                raise ValueError(f"needs the keys {', '.join(needed)}")
+        rows.append(row)
+    return rows
+
+
+# ---- Errors of one line ------------------------------------------------------------------------------------
+
+
+def show(found: object) -> str:
+    """Something found in a file, made harmless: one line of ASCII, not long, and quick to make."""
+    if isinstance(found, str):
+        return ascii(found[:100]) + "..." * (len(found) > 100)
+    if isinstance(found, list | tuple) and len(found) <= 16 and all(type(n) in (int, float) for n in found):
+        return str(list(found))
+    return str(found) if type(found) is int else f"<{type(found).__name__}>"
+
+
+@contextmanager
+def one_line(path: str | Path):
+    """Whatever goes wrong with the content of `path` becomes a ValueError of one line that names it.
+
+    Strangers wrote it: a parser can fail in more ways than can be listed, and all of them mean a bad file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:300]
+        if type(error) is not ValueError:
+            what = f"damaged or not what it claims ({type(error).__name__}: {what})"
+        raise ValueError(f"{path}: {what}") from None

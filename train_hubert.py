@@ -1,0 +1,343 @@
+"""Training of HuBERT and its units (paper §3.1, §4.1): rounds of masked prediction, k-means, a corpus as units.
+
+    round 1   targets: clusters of MFCCs                          (HuBERT paper §II.C)
+    round 2   targets: clusters of a layer of round 1's HuBERT    ... and so on
+    units     k-means on a layer of the last round's HuBERT: the alphabet of the language model
+              ours, optional: a speech normalizer, so that all speakers get the units of the target speaker
+
+train.py calls `pretrain` (its stage "hubert") and `make_units` (its stage "units").
+
+References: Hsu et al. 2021, "HuBERT", arXiv:2106.07447; Lee et al. 2022, arXiv:2112.08352 §3.2 (speech normalizer).
+"""
+
+import dataclasses
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from config import Amount, Count, Limits, Positive, Share, Whole
+from data import batches
+from data import units as unit_files
+from data.corpus import TARGET_SPEAKER, read_manifest
+from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask, without_layers_above
+from run import Run, barrier, rank, world_size
+from training.loop import Optimization, optimize
+
+
+@dataclass
+class HubertSection(Optimization):
+    """Rounds of masked prediction: on clusters of MFCCs, then on clusters of the previous round's `layer`."""
+
+    speaker: int | None = None  # train on this speaker's recordings alone; None: on everybody's
+    perturb: Share = (
+        0.0  # speed perturbation: resample each crop by a factor in [e^-p, e^p], to imitate other speakers
+    )
+    clusters: tuple[Count, ...] = (100, 500)  # of each round; as many rounds as there are numbers
+    layer: Count = 6  # whose clusters are the next round's targets
+    frames: Count = 99  # of 20 ms, in a crop
+    mask_prob: Share = 0.08
+    mask_span: Count = 10
+    unmasked_weight: Amount = (
+        0.0  # of the loss at frames that are not masked (HuBERT paper eq. 2: (1 - alpha) / alpha)
+    )
+    cluster_frames: Count = 100_000  # frames that k-means is fitted on
+    model: HuBERTConfig = field(default_factory=HuBERTConfig)
+
+
+@dataclass
+class UnitsSection:
+    """The k-means whose cluster numbers are the units, and how embeddings of units are initialized."""
+
+    clusters: Count = 1000
+    layer: Count = 11
+    smooth: Count = 1  # frames averaged before clustering (odd)
+    cluster_frames: Count = 200_000
+    # if non-zero, add the target speaker's recordings at perturbed speed and pitch (log-uniform); see data/units.py
+    perturb: tuple[Share, Share] = (0.0, 0.0)
+    # initialize unit embeddings from the k-means centers (PCA, scaled to this std); 0: random, as in the paper
+    embed_centers: Annotated[float, Limits(0, 100)] = 0.0
+
+
+@dataclass
+class NormalizerSection(Optimization):
+    """Speech-normalizer fine-tuning of HuBERT (layers up to units.layer), after k-means. Ours; steps = 0: none."""
+
+    steps: Whole = 0
+    batch_size: Count = 8
+    frames: Count = 99  # of 20 ms, in a crop
+    others: Share = 0.6  # fraction of crops from other speakers
+    perturb: tuple[Share, Share] = (
+        0.18,
+        0.22,
+    )  # speed and pitch perturbation of the target speaker (log-uniform)
+    perturb_others: tuple[Share, Share] = (0.05, 0.05)  # and of the others, who differ by themselves
+    temperature: Positive = 8.0  # of squared distances to the cluster centers
+
+
+# ---- Stage hubert: rounds of masked prediction ---------------------------------------------------------------
+
+
+def pretrain(run: Run, section: HubertSection):
+    """Each round's targets are clusters of the round before; the first round's are clusters of MFCCs."""
+    features = mfcc_features
+    model = None
+    for number, n_clusters in enumerate(section.clusters, 1):
+        model = pretrain_round(run, section, number, n_clusters, features, model)
+        features = partial(layer_features, model, section.layer, 1)
+
+
+def mfcc_features(wav: Tensor) -> Tensor:
+    """(N,) -> (T, 39). An utterance's mean describes the speaker and is removed; variances describe the sounds."""
+    x = mfcc(wav[None], cmvn=False)[0]
+    return x - x.mean(0)
+
+
+def layer_features(model: HuBERT, layer: int, n_smooth: int, wav: Tensor) -> Tensor:
+    """(N,) -> (T, C), each frame averaged over `n_smooth`."""
+    return smooth(model.features(wav[None], layer), n_smooth)[0]
+
+
+def pretrain_round(
+    run: Run,
+    section: HubertSection,
+    number: int,
+    n_clusters: int,
+    features: Callable,
+    previous: HuBERT | None,
+) -> HuBERT:
+    """One round: clusters of `features`, then masked prediction of them, from the weights of the round before."""
+    folder = run.state("hubert")
+    labels_file = folder / f"clusters{number}.npz"
+    weights = folder / f"round{number}.safetensors"
+    torch.manual_seed(run.seed)
+    model = HuBERT(dataclasses.replace(section.model, n_classes=n_clusters)).to(run.device)
+    if previous is not None:  # only the codewords are new
+        model.load_state_dict(previous.state_dict() | {"label_embs": model.label_embs})
+    if not weights.exists():
+        rows = training_rows(run.corpus, section.speaker)
+        rows = random.Random(run.seed).sample(rows, len(rows))
+        if not labels_file.exists() and rank() == 0:
+            write_targets(run, section, rows, features, n_clusters, labels_file)
+        barrier()
+        train_round(run, section, number, rows, model)
+        if rank() == 0:
+            checkpoint.save_tensors(weights, model.state_dict())
+            (folder / f"round{number}/state.safetensors").unlink(missing_ok=True)
+        barrier()
+    checkpoint.assign(model, checkpoint.read_tensors(weights), str(weights))
+    return model.to(run.device).eval()
+
+
+def write_targets(run: Run, section: HubertSection, rows: list, features: Callable, k: int, path: Path):
+    """The cluster of each frame of each recording, as the file `path`."""
+    kmeans = fit_kmeans(run, rows, features, k, section.cluster_frames)
+    title = f"targets, {k} clusters"
+    labels = unit_files.map_speech(
+        run.corpus, rows, lambda wav: kmeans.predict(features(wav)), run.device, title
+    )
+    save_labels(path, [label.short().cpu().numpy() for label in labels])
+
+
+def train_round(run: Run, section: HubertSection, number: int, rows: list[dict], model: HuBERT):
+    folder = run.state("hubert")
+    batch_at = batches.crops(
+        [run.corpus / row["wav"] for row in rows],
+        load_labels(folder / f"clusters{number}.npz"),
+        section.frames,
+        run.seed,
+        section.batch_size,
+        section.accumulate,
+        rank(),
+        world_size(),
+        section.perturb,
+    )
+
+    def loss(model: HuBERT, batch):
+        wav, labels = batch
+        mask = span_mask(*labels.shape, section.mask_prob, section.mask_span).to(labels.device)
+        value, accuracy = model.masked_loss(wav, labels, mask, section.unmasked_weight)
+        return value, labels.numel(), {"accuracy": accuracy}
+
+    optimize(run, f"hubert{number}", folder / f"round{number}", model, loss, batch_at, section)
+
+
+def training_rows(corpus: Path, speaker: int | None = None) -> list[dict]:
+    """Rows of the manifest to train on, of one speaker or of all."""
+    rows = [row for row in read_manifest(corpus) if row["split"] == "train"]
+    if speaker is not None:
+        rows = [row for row in rows if row["speaker"] == speaker]
+    if not rows:
+        raise ValueError(f"{corpus}: speaker {speaker} has no training recording; correct hubert.speaker")
+    return rows
+
+
+def fit_kmeans(run: Run, rows: list[dict], features: Callable, k: int, n_frames: int) -> KMeans:
+    """k-means on some n_frames frames of randomly chosen recordings."""
+    chosen = []
+    frames = 0
+    for row in random.Random(run.seed).sample(rows, len(rows)):
+        chosen.append(row)
+        frames += 50 * row.get("seconds", 10)
+        if frames > n_frames:
+            break
+    x = unit_files.map_speech(run.corpus, chosen, features, run.device, f"features for {k} clusters")
+    return KMeans.fit(torch.cat(x), k, run.seed).to(run.device)
+
+
+def save_labels(path: Path, labels: list[np.ndarray], **more: list):
+    part = path.with_suffix(".part.npz")
+    np.savez(part, flat=np.concatenate(labels), lengths=[len(label) for label in labels], **more)
+    part.replace(path)
+
+
+def load_labels(path: Path) -> list[np.ndarray]:
+    with np.load(path) as stored:
+        return np.split(stored["flat"], np.cumsum(stored["lengths"])[:-1])
+
+
+# ---- Stage units: k-means on a layer, and every recording as units -------------------------------------------
+
+
+def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalizer: NormalizerSection):
+    """Writes model/hubert (HuBERT as far as the units need it, and the clusters) and the corpus' units.jsonl."""
+    folder = run.state("units")
+    targets = folder / "found/targets.npz"
+    if rank() == 0 and not targets.exists():  # it was computed with these clusters: do not refit them
+        find_units(run, section, hubert).save_pretrained(folder / "found")
+    barrier()
+    extractor = UnitExtractor.from_pretrained(folder / "found").to(run.device)
+    if normalizer.steps:
+        normalize_speech(run, normalizer, extractor, targets)
+    if rank() == 0:
+        unit_files.extract(run.corpus, extractor, run.device, folder, section.perturb)
+        extractor.save_pretrained(run.model / "hubert")
+    barrier()
+
+
+def find_units(run: Run, section: UnitsSection, hubert: HubertSection) -> UnitExtractor:
+    """The last round's HuBERT up to section.layer, with k-means on that layer."""
+    weights = run.state("hubert") / f"round{len(hubert.clusters)}.safetensors"
+    tensors = without_layers_above(section.layer, checkpoint.read_tensors(weights))
+    head = ("final_proj", "label_embs")  # of pre-training
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(head)}
+    model = HuBERT(dataclasses.replace(hubert.model, n_classes=0, n_layers=section.layer))
+    checkpoint.assign(model, tensors, str(weights))
+    model.to(run.device).eval()
+    features = partial(layer_features, model, section.layer, section.smooth)
+    rows = [row for row in read_manifest(run.corpus) if row["split"] == "train"]
+    kmeans = fit_kmeans(run, rows, features, section.clusters, section.cluster_frames)
+    return UnitExtractor(model, kmeans, section.layer, section.smooth)
+
+
+# ---- Ours: a speech normalizer -------------------------------------------------------------------------------
+# Lee et al. 2022 fine-tune HuBERT with CTC so that any speaker's utterance gets the units of one target speaker. Here
+# a small corpus has the same sentence from both, so every frame gets a target: the unit of the target speaker's frame
+# that it is aligned with (dynamic time warping). The clusters stay as they are.
+
+
+class Target(NamedTuple):
+    """Target unit sequence of one recording."""
+
+    id: str
+    units: np.ndarray  # (T,)
+    distance: float  # DTW cost to the target speaker's rendition (0 for the target speaker)
+
+
+def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtractor, target_file: Path):
+    """Fine-tunes HuBERT so that any speaker's utterance gets the units of the target speaker's rendition."""
+    rows = {row["id"]: row for row in read_manifest(run.corpus) if row["split"] == "train"}
+    if not target_file.exists() and rank() == 0:
+        found = normalizer_targets(run, [*rows.values()], extractor)
+        ids = [target.id for target in found]
+        distances = [target.distance for target in found]
+        save_labels(target_file, [target.units for target in found], ids=ids, distance=distances)
+    barrier()
+    with np.load(target_file) as stored:
+        ids = stored["ids"].tolist()
+        distance = stored["distance"]
+    if not rows.keys() >= set(ids):
+        folder = run.state("units")
+        raise ValueError(
+            f"{target_file} is of other recordings than {run.corpus}; delete {folder} to begin anew"
+        )
+    other = np.array([rows[id]["speaker"] != TARGET_SPEAKER for id in ids])
+    others = section.others if other.any() else 0.0
+    # Recordings further from the target speaker are sampled more often.
+    weights = np.where(other, others * distance / (distance.sum() or 1.0), (1 - others) / (~other).sum())
+    perturb = [section.perturb_others if is_other else section.perturb for is_other in other]
+    paths = [run.corpus / rows[id]["wav"] for id in ids]
+    recordings = [
+        batches.Recording(*fields) for fields in zip(paths, load_labels(target_file), perturb, weights)
+    ]
+    batch_at = batches.weighted_crops(
+        recordings,
+        section.frames,
+        run.seed,
+        section.batch_size,
+        section.accumulate,
+        rank(),
+        world_size(),
+    )
+
+    def loss(model: HuBERT, batch):
+        wav, labels = batch
+        there = labels >= 0  # not padding
+        x = smooth(model.features(wav, extractor.layer), extractor.smooth)[there]
+        scores = -extractor.kmeans.distances(x) / section.temperature
+        same = (scores.argmax(1) == labels[there]).float().mean()
+        return nn.functional.cross_entropy(scores, labels[there]), int(there.sum()), {"same": same}
+
+    optimize(run, "normalize", run.state("units") / "normalize", extractor.model, loss, batch_at, section)
+
+
+def normalizer_targets(run: Run, rows: list[dict], extractor: UnitExtractor) -> list[Target]:
+    """Target speaker: its own units. Others: the units of the closest target-speaker rendition of the same sentence,
+    aligned by DTW. Sentences without one are skipped."""
+    own = [row for row in rows if row["speaker"] == TARGET_SPEAKER]
+    if not own:
+        raise ValueError(
+            f"{run.corpus}: normalizer.steps needs training recordings of the target speaker, "
+            f"{TARGET_SPEAKER}; set it to 0"
+        )
+    others = [row for row in rows if row["speaker"] != TARGET_SPEAKER]
+    needed = {row["text"] for row in others}
+    targets = []
+    renditions = defaultdict(list)  # of a sentence by the target speaker: (features, units)
+    for row, (x, units) in features_and_units(run, own, extractor, "target speaker"):
+        targets.append(Target(row["id"], units, 0.0))
+        if row["text"] in needed:
+            renditions[row["text"]].append((x, units))
+    others = [row for row in others if row["text"] in renditions]
+    for row, (x, _) in features_and_units(run, others, extractor, "other speakers"):
+        best = Target(row["id"], np.zeros(0), math.inf)
+        for rendition, units in renditions[row["text"]]:
+            path, distance = unit_files.dtw_align(x, rendition)
+            if distance < best.distance:
+                best = Target(row["id"], units[path], distance)
+        if best.distance < math.inf:
+            targets.append(best)
+    return targets
+
+
+def features_and_units(
+    run: Run, rows: list[dict], extractor: UnitExtractor, title: str, portion: int = 2000
+) -> Iterator[tuple[dict, tuple[np.ndarray, np.ndarray]]]:
+    """(row, (features (T, C) in half precision, units (T,))) of each row; `portion` of them in memory at a time."""
+
+    def encode(wav: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        x = layer_features(extractor.model, extractor.layer, extractor.smooth, wav)
+        return x.half().cpu().numpy(), extractor.kmeans.predict(x).short().cpu().numpy()
+
+    for first in range(0, len(rows), portion):
+        some = rows[first : first + portion]
+        yield from zip(some, unit_files.map_speech(run.corpus, some, encode, run.device, title))

@@ -1,0 +1,211 @@
+"""The one training loop: HuBERT, the text model and stages 1 to 3 learn with it (the vocoder has two of its own).
+
+    optimize(run, "stage1", folder, model, loss, batch_at, section, probe)
+
+A step is the same everywhere: fetch the micro-batches of this step, add up their gradients, clip, update. What differs
+between stages comes in from outside: the model, its loss, its batches, what is shown of it now and then.
+
+A step's random numbers depend on (seed, stage, step, rank) and its batch is a function of the step, so weights,
+optimizer state and step number are all that a killed run needs to continue with the same losses to the last bit.
+
+References: AdamW, Loshchilov & Hutter 2019, arXiv:1711.05101; schedule and betas as LLaMA, arXiv:2302.13971 §2.3.
+"""
+
+import contextlib
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from config import Amount, Count, Share, Whole
+from run import Metrics, Run, all_reduce_mean, autocast, cosine, progress, rank, world_size
+from training.muon import Muon
+
+
+@dataclass
+class Optimization:
+    """Settings of the loop. Batch size, peak rate, length and steps are the paper's (Table 3), the rest LLaMA's."""
+
+    steps: Whole = 2100
+    batch_size: Count = 1536  # documents (or crops) a step, over all ranks and micro-batches
+    accumulate: Count = 1  # micro-batches a step
+    lr: Amount = 2e-4  # peak learning rate
+    warmup: Whole = 60  # steps
+    floor: Share = 0.1  # the last learning rate, as a fraction of `lr`
+    weight_decay: Amount = 0.1  # on matrices only
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    clip: Amount = 1.0  # largest norm of the gradient
+    muon: bool = False  # Muon (training/muon.py) instead of AdamW for the matrices of the layers
+    bf16: bool = True  # matrix products in bfloat16 where that is faster; weights and updates stay float32
+    eval_every: Count = 200  # steps
+    save_every: Count = 200  # steps
+
+
+MAY_CHANGE = {"eval_every", "save_every"}  # keys that may differ when an interrupted stage is resumed
+
+
+def no_probe() -> tuple[dict[str, float], str]:
+    """Of a stage that shows nothing while it trains."""
+    return {}, ""
+
+
+def optimize(
+    run: Run,
+    name: str,
+    folder: Path,
+    model: nn.Module,
+    loss: Callable,
+    batch_at: Callable,
+    section: Optimization,
+    probe: Callable[[], tuple[dict[str, float], str]] = no_probe,
+):
+    """Trains `model` for section.steps steps, or for the rest of them if `folder` holds the state of a killed run.
+
+    name: of the metrics file and of the progress bar
+    loss(model, micro_batch) -> (mean loss, number of targets, {metric: value})
+    batch_at(step) -> list of micro-batches, each a tuple of tensors
+    probe() -> ({metric on held-out data: value}, a sample of the output); called every section.eval_every steps
+    """
+    device = run.device
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizers = make_optimizers(trained, section, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_file = folder / "state.safetensors"
+    modules = {"model": trained}
+    first = 0
+    if state_file.exists():
+        first = checkpoint.load_training(state_file, modules, optimizers)["step"]
+        if first > section.steps:
+            raise ValueError(
+                f"{state_file} is of step {first} of {section.steps}; delete {folder} to begin anew"
+            )
+    metrics = Metrics(run.metrics / f"{name}.jsonl", first)
+    objective = data_parallel(Objective(model, loss).train(), device)
+    steps = torch.utils.data.DataLoader(
+        Steps(batch_at, first, section.steps),
+        batch_size=None,
+        num_workers=run.workers,
+        multiprocessing_context="fork" if run.workers else None,
+    )
+
+    bar = progress(section.steps, first, name)
+    began = time.perf_counter()
+    for step, micro_batches in enumerate(steps, first):
+        torch.manual_seed(zlib.crc32(f"{run.seed} {name} {step} {rank()}".encode()))
+        lr = cosine(step, section.warmup, section.steps, section.lr, section.floor)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+        # ---- gradients
+        numbers = {"loss": 0.0, "tokens": 0.0}
+        for i, batch in enumerate(micro_batches):
+            batch = [t.to(device, non_blocking=True) for t in batch]
+            last = i + 1 == len(micro_batches)
+            with gradients_exchanged(objective, last), autocast(device, section.bf16):
+                value, tokens, logged = objective(batch)
+                (value / len(micro_batches)).backward()
+            numbers["tokens"] += tokens
+            for key, number in ({"loss": value} | logged).items():
+                numbers[key] = numbers.get(key, 0.0) + number.item() / len(micro_batches)
+
+        # ---- update
+        norm = nn.utils.clip_grad_norm_(trained.values(), section.clip)
+        with autocast(device, section.bf16):  # Muon's matrix products
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        # ---- report, probe, save
+        numbers = all_reduce_mean(numbers)
+        speed = numbers.pop("tokens") * world_size() / (time.perf_counter() - began)
+        began = time.perf_counter()
+        bar.update()
+        bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        if (step + 1) % section.eval_every == 0 or step + 1 == section.steps:
+            model.eval()
+            held_out, sample = probe()
+            model.train()
+            numbers |= held_out
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+            bar.write(f"{name}, step {step + 1}: {shown}{sample}")
+            began = time.perf_counter()
+        metrics.write(step=step, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, **numbers)
+        if (step + 1) % section.save_every == 0 and rank() == 0:
+            checkpoint.save_training(state_file, modules, optimizers, {"step": step + 1})
+    bar.close()
+    model.eval()
+
+
+class Objective(nn.Module):
+    """A model together with its loss, so that data parallelism sees one forward pass."""
+
+    def __init__(self, model: nn.Module, loss: Callable):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch):
+        return self.loss(self.model, batch)
+
+
+class Steps(torch.utils.data.Dataset):
+    """Batches indexed by training step, so that DataLoader workers can prefetch them while a GPU computes."""
+
+    def __init__(self, batch_at: Callable, first: int, last: int):
+        self.batch_at = batch_at
+        self.first = first
+        self.last = last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int):
+        return self.batch_at(self.first + i)
+
+
+def data_parallel(objective: Objective, device: torch.device) -> nn.Module:
+    """One copy of the model on each rank; gradients are averaged over the ranks."""
+    if world_size() == 1:
+        return objective
+    return DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
+
+
+def gradients_exchanged(objective: nn.Module, now: bool):
+    """Context: ranks exchange gradients in the backward pass of a step's last micro-batch alone."""
+    if now or not isinstance(objective, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return objective.no_sync()
+
+
+def make_optimizers(
+    trained: dict[str, nn.Parameter], section: Optimization, device: torch.device
+) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and with section.muon also Muon for the matrices of the layers. Each parameter belongs to one."""
+    tables = (
+        "embed_tokens.weight",
+        "lm_head.weight",
+        "label_embs",
+    )  # one row a symbol: no linear map, not for Muon
+    matrices = [p for p in trained.values() if p.ndim >= 2]
+    vectors = [p for p in trained.values() if p.ndim < 2]
+    inner = []
+    if section.muon:
+        inner = [p for name, p in sorted(trained.items()) if p.ndim == 2 and not name.endswith(tables)]
+        mine = set(inner)
+        matrices = [p for p in matrices if p not in mine]
+    groups = [
+        {"params": matrices, "weight_decay": section.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = device.type != "mps"
+    optimizers = {"adamw": torch.optim.AdamW(groups, section.lr, tuple(section.betas), fused=fused)}
+    if inner:
+        optimizers["muon"] = Muon(inner, section.lr, weight_decay=section.weight_decay)
+    return optimizers
