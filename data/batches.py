@@ -178,7 +178,7 @@ def crops(
     world_size: int = 1,
     perturb: float = 0.0,
 ) -> Callable[[int], list[Crops]]:
-    """step -> list of `accumulate` Crops of `n_frames` frames, randomly placed; a short recording is repeated.
+    """step -> list of `accumulate` Crops of `n_frames` frames, randomly placed; short recordings repeat.
 
     `perturb` p: speed perturbation; each crop is resampled by a factor in [e^-p, e^p], and its labels with
     it, so that pitch, formants and pace change as they do from speaker to speaker, while the words stay."""
