@@ -305,7 +305,7 @@ class HuBERT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, n_layers: int | None = None) -> HuBERT:
-        """A fairseq .pt (or a folder with one), a Hugging Face folder, or ours. `n_layers`: keep the first."""
+        """A fairseq .pt (or a folder with one), a Hugging Face folder, or ours; `n_layers`: its first."""
         path = Path(path)
         if (path / "config.json").exists():
             config, tensors = read_hugging_face(path)
