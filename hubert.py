@@ -306,7 +306,7 @@ class HuBERT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, n_layers: int | None = None) -> "HuBERT":
-        """A fairseq .pt (or a folder with one), a Hugging Face folder, or ours. `n_layers`: the lowest."""
+        """A fairseq .pt (or a folder with one), a Hugging Face folder, or ours; `n_layers`: its first."""
         path = Path(path)
         if (path / "config.json").exists():
             config, tensors = read_hugging_face(path)
@@ -354,7 +354,7 @@ class UnitExtractor(nn.Module):
     @torch.inference_mode()
     def frame_units(self, wav: np.ndarray | Tensor, official: bool = False) -> Tensor:
         """wav (N,) at 16 kHz -> the unit of each frame, (T,) long, in constant memory. `official` cuts as the
-        official code does, 100 s at a time, each alone: a frame at each cut, a rest under 25 ms are lost."""
+        official code does: 100 s at a time, each alone, losing a frame at each cut and a rest under 25 ms."""
         wav, folded = self.model.prepare(self.check(wav)[None])
         if official:
             pieces = [piece for piece in wav.split(self.OFFICIAL, dim=1) if piece.shape[1] >= WINDOW]
@@ -509,7 +509,7 @@ def without_layers_above(n_layers: int, tensors: dict[str, Tensor]) -> dict[str,
 
 # ---- Ours, for small models and long recordings ------------------------------------------------------------
 
-PIECE = 100  # frames
+PIECE = 100  # frames, two seconds
 
 
 class FastFeatureExtractor(FeatureExtractor):
@@ -522,8 +522,8 @@ class FastFeatureExtractor(FeatureExtractor):
         piece 1  |------- frames 0 .. 99 ----------|
         piece 2                           |------- frames 100 .. 199 ------|
 
-    Such pieces fit the cache. Channels innermost in memory are faster for layer norms (79 ms a training step,
-    not 269) and for few channels (57 ms, not 90), but slower for 512."""
+    Such pieces, run without gradients, fit the cache. Channels innermost in memory are faster for layer norms
+    (79 ms a training step, not 269) and for few channels (57 ms, not 90), but slower for 512."""
 
     def __init__(self, config: HuBERTConfig):
         super().__init__(config)

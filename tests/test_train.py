@@ -407,25 +407,32 @@ LEARNED = {  # by each stage, in an order in which none changes what the next on
 LANGUAGE = ("text", "stage1", "stage2", "stage3")
 
 
+AGAIN = """
+import os, time, torch, config, train
+from pathlib import Path
+from run import Run, destroy, init_distributed
+
+c = config.read("configs/ci.toml", train.Config, {flags})
+run = Run(Path({out!r}), Path({out!r}) / "corpus", c.seed, torch.device("cpu"))
+init_distributed(run.device)
+for name in {names}:
+    if os.environ.get("RANK", "0") == "0":
+        run.state(name).rename(run.state(name + "-before"))
+    while (run.state(name) / "done.json").exists():
+        time.sleep(0.01)
+    train.run_some((name,), run, c)
+destroy()
+"""
+
+
 def learn_again(out: Path, accumulate: int, ranks: int):
     """20 steps of 32 documents or crops in every stage, as so many micro-batches on so many processes."""
     flags = ["--normalizer.steps", 20, "--hubert.clusters", "[10]"]
     for section in ("hubert", "normalizer", *LANGUAGE):
         size = {"steps": 20, "batch_size": 32, "accumulate": accumulate, "bf16": "false", "eval_every": 1000}
         flags += [word for key, value in size.items() for word in (f"--{section}.{key}", value)]
-    arguments = ["train.py", "configs/ci.toml", "--out", *map(str, [out, *flags]), "--stage"]
     script = out / "again.py"
-    script.write_text(
-        "import os, sys, time, train\n"
-        f"for name in {[*LEARNED]}:\n"
-        f"    state = {str(out / 'state')!r} + '/' + name\n"
-        "    if os.environ.get('RANK', '0') == '0':\n"
-        "        os.rename(state, state + '.before')\n"
-        "    while os.path.exists(state + '/done.json'):\n"
-        "        time.sleep(0.01)\n"
-        f"    sys.argv = [*{arguments}, name]\n"
-        "    train.main()\n"
-    )
+    script.write_text(AGAIN.format(flags=[*map(str, flags)], out=str(out), names=[*LEARNED]))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
     done = subprocess.run(
         [sys.executable, *(launcher if ranks > 1 else ()), str(script)],
