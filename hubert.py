@@ -14,8 +14,6 @@ References: Hsu et al. 2021, "HuBERT", arXiv:2106.07447 (masked prediction: §II
             Lee et al. 2022, "Textless speech-to-speech translation on real data", arXiv:2112.08352 (mHuBERT)
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import OrderedDict
@@ -33,6 +31,7 @@ from files import read_json, write_json
 from kmeans import KMeans, dedup, expand, mfcc, smooth, the_one  # noqa: F401 (names of this file too)
 
 Maybe = Tensor | None
+Folded = tuple[Tensor, Tensor]  # layer 0 of each recording: weights (B, 10, C) and biases (B, 1, C)
 
 
 @dataclass
@@ -65,7 +64,7 @@ class HuBERTConfig:
             raise ValueError(f'extractor_norm must be "group" or "layer", not {self.extractor_norm!r}')
         if self.dim % self.n_heads or self.dim % self.pos_groups:
             raise ValueError(f"{self.n_heads} heads, {self.pos_groups} pos_groups must divide dim {self.dim}")
-        width, hop = 1, 1
+        width = hop = 1
         for kernel, stride in zip(self.conv_kernel, self.conv_stride):
             width, hop = width + (kernel - 1) * hop, hop * stride
         lengths = {len(self.conv_dim), len(self.conv_kernel), len(self.conv_stride)}
@@ -279,23 +278,24 @@ class HuBERT(nn.Module):
         codewords = F.normalize(self.label_embs, dim=-1)  # e_c
         return output @ codewords.T / 0.1  # eq. 3: sim(A o_t, e_c) / tau, cosine over temperature
 
-    def masked_loss(
+    def masked_losses(
         self, wav: Tensor, labels: Tensor, mask: Tensor, unmasked_weight: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (mean, nats) of the clusters of the masked frames, and the accuracy on these frames.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the clusters of the masked frames: summed cross-entropy (nats), summed weights, correct guesses, frames.
         wav (B, N); labels (B, T) long, below 0 for frames without; mask (B, T) bool, True where masked."""
         x = self.hidden_states(wav, mask=mask)[-1]
         if self.config.pre_norm:
             x = self.encoder.layer_norm(x)
         masked = mask & (labels >= 0)  # (B, T)
         logits = self.cluster_logits(x[masked])  # (n, n_classes)
-        loss = F.cross_entropy(logits, labels[masked])  # eq. 1: L_m
-        accuracy = (logits.argmax(-1) == labels[masked]).float().mean()
-        if unmasked_weight:  # §II.B: alpha L_m + (1 - alpha) L_u, here L_m + unmasked_weight L_u
-            seen = ~mask & (labels >= 0)
-            logits = self.cluster_logits(x[seen])
-            loss = loss + unmasked_weight * F.cross_entropy(logits, labels[seen])
-        return loss, accuracy
+        loss_sum = F.cross_entropy(logits, labels[masked], reduction="sum")  # eq. 1: L_m
+        correct = (logits.argmax(-1) == labels[masked]).sum()
+        n = masked.sum()
+        if not unmasked_weight:
+            return loss_sum, n, correct, n
+        seen = ~mask & (labels >= 0)  # §II.B: alpha L_m + (1 - alpha) L_u, here L_m + unmasked_weight L_u
+        unmasked_sum = F.cross_entropy(self.cluster_logits(x[seen]), labels[seen], reduction="sum")
+        return loss_sum + unmasked_weight * unmasked_sum, n + unmasked_weight * seen.sum(), correct, n
 
     def save_pretrained(self, folder: str | Path):
         """config.json and model.safetensors for transformers' HubertModel, without the prediction head."""
@@ -305,8 +305,8 @@ class HuBERT(nn.Module):
         write_json(Path(folder) / "config.json", to_hugging_face(self.config))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, n_layers: int | None = None) -> HuBERT:
-        """A fairseq .pt (or a folder with one), a Hugging Face folder, or ours. `n_layers`: the lowest."""
+    def from_pretrained(cls, path: str | Path, n_layers: int | None = None) -> "HuBERT":
+        """A fairseq .pt (or a folder with one), a Hugging Face folder, or ours; `n_layers`: its first."""
         path = Path(path)
         if (path / "config.json").exists():
             config, tensors = read_hugging_face(path)
@@ -354,7 +354,7 @@ class UnitExtractor(nn.Module):
     @torch.inference_mode()
     def frame_units(self, wav: np.ndarray | Tensor, official: bool = False) -> Tensor:
         """wav (N,) at 16 kHz -> the unit of each frame, (T,) long, in constant memory. `official` cuts as the
-        official code does, 100 s at a time, each alone: a frame at each cut, a rest under 25 ms are lost."""
+        official code does: 100 s at a time, each alone, losing a frame at each cut and a rest under 25 ms."""
         wav, folded = self.model.prepare(self.check(wav)[None])
         if official:
             pieces = [piece for piece in wav.split(self.OFFICIAL, dim=1) if piece.shape[1] >= WINDOW]
@@ -383,7 +383,7 @@ class UnitExtractor(nn.Module):
         write_json(Path(folder) / "units.json", {"layer": self.layer, "smooth": self.smooth})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, layer: int | None = None) -> UnitExtractor:
+    def from_pretrained(cls, folder: str | Path, layer: int | None = None) -> "UnitExtractor":
         """Our folder; or a fairseq .pt or Hugging Face's files with a joblib k-means (*km*.bin), as released.
         `layer` None: the one in units.json, else 11, the layer of the released mHuBERT units."""
         path = Path(folder) / "units.json"
@@ -509,8 +509,7 @@ def without_layers_above(n_layers: int, tensors: dict[str, Tensor]) -> dict[str,
 
 # ---- Ours, for small models and long recordings ------------------------------------------------------------
 
-PIECE = 100  # frames
-Folded = tuple[Tensor, Tensor]  # layer 0 of each recording: weights (B, 10, C) and biases (B, 1, C)
+PIECE = 100  # frames, two seconds
 
 
 class FastFeatureExtractor(FeatureExtractor):
@@ -523,8 +522,8 @@ class FastFeatureExtractor(FeatureExtractor):
         piece 1  |------- frames 0 .. 99 ----------|
         piece 2                           |------- frames 100 .. 199 ------|
 
-    Such pieces fit the cache. Channels innermost in memory are faster for layer norms (79 ms a training step,
-    not 269) and for few channels (57 ms, not 90), but slower for 512."""
+    Such pieces, run without gradients, fit the cache. Channels innermost in memory are faster for layer norms
+    (79 ms a training step, not 269) and for few channels (57 ms, not 90), but slower for 512."""
 
     def __init__(self, config: HuBERTConfig):
         super().__init__(config)
@@ -610,12 +609,11 @@ def units_by_batches(extractor: UnitExtractor, wavs: list, seconds: float = 16) 
         size = max(1, int(seconds * RATE) // len(wavs[order[0]]))
         batch, order = order[:size], order[size:]
         if size == 1 or extractor.smooth > 1:  # the mean at a row's end would reach into its padding
-            for i in batch:
-                units[i] = extractor.frame_units(wavs[i])
-            continue
-        padded = nn.utils.rnn.pad_sequence([wavs[i] for i in batch], batch_first=True)  # (B, N)
-        lengths = torch.tensor([len(wavs[i]) for i in batch], device=padded.device)
-        rows = extractor.kmeans.predict(extractor.model.features(padded, extractor.layer, lengths))
+            rows = [extractor.frame_units(wavs[i]) for i in batch]
+        else:
+            padded = nn.utils.rnn.pad_sequence([wavs[i] for i in batch], batch_first=True)  # (B, N)
+            lengths = torch.tensor([len(wavs[i]) for i in batch], device=padded.device)
+            rows = extractor.kmeans.predict(extractor.model.features(padded, extractor.layer, lengths))
         for i, row in zip(batch, rows):
             units[i] = row[: n_frames(len(wavs[i]))]
     return units

@@ -102,14 +102,11 @@ def destroy():
         dist.destroy_process_group()
 
 
-def all_reduce_mean(numbers: dict[str, float]) -> dict[str, float]:
-    """The average of each number over the ranks."""
-    if not dist.is_initialized():
-        return numbers
-    where = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
-    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=where)
-    dist.all_reduce(values)
-    return dict(zip(numbers, (values / dist.get_world_size()).tolist()))
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over the ranks, in place; NCCL sums on a GPU, gloo on the CPU."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def cosine(step: int, warmup: int, total: int, peak: float, floor: float = 0.1) -> float:

@@ -48,7 +48,7 @@ from run import Run, barrier, destroy, init_distributed, rank, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
 from training import foreign_units
-from training.loop import Optimization, optimize
+from training.loop import Loss, Optimization, optimize
 from training.stages import Stage, finished, in_parallel, run_stage
 from vocoder import VocoderConfig
 
@@ -185,10 +185,10 @@ def train_language(name: str, run: Run, config: Config):
     )
     weight = token_weights(model, tok, section.unit_weight).to(run.device)
 
-    def loss(model: Llama, batch):
+    def loss(model: Llama, batch) -> Loss:
         ids, mask, positions, docs = batch
-        value = llama.next_token_loss(model, ids, mask, positions, docs, weight)  # eq. 3 and 4
-        return value, (docs >= 0).sum().item(), {}
+        total, weights = llama.next_token_losses(model, ids, mask, positions, docs, weight)  # eq. 3 and 4
+        return Loss(total, weights, (docs >= 0).sum(), {})
 
     probe = held_out_probe(run, section, tok, model, loss)
     optimize(run, name, run.state(name), model, loss, batch_at, section, probe)
@@ -216,7 +216,7 @@ def held_out_probe(run: Run, section: Language, tok: Tokenizer, model: Llama, lo
         if not rendered:
             return {}, ""
         packed = batches.pack(rendered, section.max_len)
-        value, _, _ = loss(model, [t.to(run.device) for t in packed])
+        found = loss(model, [t.to(run.device) for t in packed])
         lines = ""
         for ids, mask in rendered[:3]:
             prompt = mask.index(True) if not mask[1] else len(ids) // 2  # half of a document without a prompt
@@ -224,7 +224,7 @@ def held_out_probe(run: Run, section: Language, tok: Tokenizer, model: Llama, lo
             lines += f"\n  prompt   {tok.decode(ids[:prompt])}"
             lines += f"\n  answer   {tok.decode(answer)}"
             lines += f"\n  expected {tok.decode(ids[prompt:])}"
-        return {"held_out_loss": value.item()}, lines
+        return {"held_out_loss": (found.total / found.weight).item()}, lines
 
     return probe
 

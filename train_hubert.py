@@ -13,6 +13,7 @@ References: Hsu et al. 2021, "HuBERT", arXiv:2106.07447; Lee et al. 2022, arXiv:
 import dataclasses
 import math
 import random
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from data import units as unit_files
 from data.corpus import TARGET_SPEAKER, read_manifest
 from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask, without_layers_above
 from run import Run, barrier, rank, world_size
-from training.loop import Optimization, optimize
+from training.loop import Loss, Optimization, optimize
 
 
 @dataclass
@@ -125,7 +126,6 @@ def pretrain_round(
         model.load_state_dict(previous.state_dict() | {"label_embs": model.label_embs})
     if not weights.exists():
         rows = training_rows(run.corpus, section.speaker)
-        rows = random.Random(run.seed).sample(rows, len(rows))
         if not labels_file.exists() and rank() == 0:
             write_targets(run, section, rows, features, n_clusters, labels_file)
         barrier()
@@ -162,13 +162,25 @@ def train_round(run: Run, section: HubertSection, number: int, rows: list[dict],
         section.perturb,
     )
 
-    def loss(model: HuBERT, batch):
-        wav, labels = batch
-        mask = span_mask(*labels.shape, section.mask_prob, section.mask_span).to(labels.device)
-        value, accuracy = model.masked_loss(wav, labels, mask, section.unmasked_weight)
-        return value, labels.numel(), {"accuracy": accuracy}
+    def with_masks(step: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [(wav, labels, mask_spans(section, run.seed, draws)) for wav, labels, draws in batch_at(step)]
 
-    optimize(run, f"hubert{number}", folder / f"round{number}", model, loss, batch_at, section)
+    def loss(model: HuBERT, batch) -> Loss:
+        wav, labels, mask = batch
+        total, weight, correct, n_masked = model.masked_losses(wav, labels, mask, section.unmasked_weight)
+        frames = torch.tensor(labels.numel(), device=labels.device)
+        return Loss(total, weight, frames, {"accuracy": (correct, n_masked)})
+
+    optimize(run, f"hubert{number}", folder / f"round{number}", model, loss, with_masks, section)
+
+
+def mask_spans(section: HubertSection, seed: int, draws: Tensor) -> Tensor:
+    """(B, T) bool: which frames of each crop are masked. A function of the crop's number, on whatever rank it is."""
+    masks = []
+    for draw in draws.tolist():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} mask {draw}".encode()))
+        masks.append(span_mask(1, section.frames, section.mask_prob, section.mask_span, generator))
+    return torch.cat(masks)
 
 
 def training_rows(corpus: Path, speaker: int | None = None) -> list[dict]:
@@ -289,13 +301,15 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
         world_size(),
     )
 
-    def loss(model: HuBERT, batch):
-        wav, labels = batch
+    def loss(model: HuBERT, batch) -> Loss:
+        wav, labels, _ = batch
         there = labels >= 0  # not padding
         x = smooth(model.features(wav, extractor.layer), extractor.smooth)[there]
         scores = -extractor.kmeans.distances(x) / section.temperature
-        same = (scores.argmax(1) == labels[there]).float().mean()
-        return nn.functional.cross_entropy(scores, labels[there]), int(there.sum()), {"same": same}
+        same = (scores.argmax(1) == labels[there]).sum()
+        total = nn.functional.cross_entropy(scores, labels[there], reduction="sum")
+        n = there.sum()
+        return Loss(total, n, n, {"same": (same, n)})
 
     optimize(run, "normalize", run.state("units") / "normalize", extractor.model, loss, batch_at, section)
 

@@ -164,6 +164,7 @@ class Crops(NamedTuple):
 
     wav: Tensor  # (B, N) float, 16 kHz
     labels: Tensor  # (B, T) long
+    draws: Tensor  # (B,) long, the number of each crop in the stream of draws: seeds what is random about it later
 
 
 def crops(
@@ -177,7 +178,7 @@ def crops(
     world_size: int = 1,
     perturb: float = 0.0,
 ) -> Callable[[int], list[Crops]]:
-    """step -> list of `accumulate` Crops of `n_frames` frames, randomly placed; a short recording is repeated.
+    """step -> list of `accumulate` Crops of `n_frames` frames, randomly placed; short recordings repeat.
 
     `perturb` p: speed perturbation; each crop is resampled by a factor in [e^-p, e^p], and its labels with
     it, so that pitch, formants and pace change as they do from speaker to speaker, while the words stay."""
@@ -202,7 +203,7 @@ def crops(
         return wav, label
 
     def make(indices: range) -> Crops:
-        return _stack([crop(index) for index in indices])
+        return _stack([crop(index) for index in indices], indices)
 
     return split_batch(make, batch_size, accumulate, rank, world_size)
 
@@ -254,7 +255,7 @@ def weighted_crops(
         return np.pad(wav, (0, size - len(wav))), label
 
     def make(indices: range) -> Crops:
-        return _stack([crop(index) for index in indices])
+        return _stack([crop(index) for index in indices], indices)
 
     return split_batch(make, batch_size, accumulate, rank, world_size)
 
@@ -265,7 +266,7 @@ def _frame_at(rate: float, frame: np.ndarray) -> np.ndarray:
     return ((middle - WINDOW // 2) / HOP).round().astype(int)
 
 
-def _stack(pieces: list[tuple[np.ndarray, np.ndarray]]) -> Crops:
+def _stack(pieces: list[tuple[np.ndarray, np.ndarray]], draws: range) -> Crops:
     wavs = np.stack([wav for wav, _ in pieces])
     labels = np.stack([label for _, label in pieces]).astype(np.int64)
-    return Crops(torch.from_numpy(wavs), torch.from_numpy(labels))
+    return Crops(torch.from_numpy(wavs), torch.from_numpy(labels), torch.tensor(draws))

@@ -271,18 +271,28 @@ def test_span_mask():
         span_mask(2, 99, prob=0.8, span=10)
 
 
+def mean_loss(model: HuBERT, *batch, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean loss, accuracy on the masked frames)."""
+    total, weight, correct, n_masked = model.masked_losses(*batch, **options)
+    return total / weight, correct / n_masked
+
+
 @pytest.mark.parametrize("cfg", [TINY, LARGE])
 def test_masked_loss_counts_masked_frames_only(cfg):
     model = randomized(replace(cfg, n_classes=11))
     wav = torch.stack([speech(1, 1), speech(1, 2)])
     labels, mask = torch.randint(0, 11, (2, 49)), span_mask(2, 49)
-    loss, accuracy = model.masked_loss(wav, labels, mask)
+    loss, accuracy = mean_loss(model, wav, labels, mask)
     other = torch.where(mask, labels, (labels + 1) % 11)
-    assert model.masked_loss(wav, other, mask)[0] == loss
-    assert model.masked_loss(wav, torch.where(mask, (labels + 1) % 11, labels), mask)[0] != loss
-    assert model.masked_loss(wav, torch.where(mask, labels, -1), mask)[0] == loss
-    assert model.masked_loss(wav, other, mask, unmasked_weight=0.5)[0] != loss
+    assert mean_loss(model, wav, other, mask)[0] == loss
+    assert mean_loss(model, wav, torch.where(mask, (labels + 1) % 11, labels), mask)[0] != loss
+    assert mean_loss(model, wav, torch.where(mask, labels, -1), mask)[0] == loss
+    assert mean_loss(model, wav, other, mask, unmasked_weight=0.5)[0] != loss
     assert 0 <= accuracy <= 1
+    total, weight, _, n = model.masked_losses(wav, labels, mask, unmasked_weight=0.5)
+    seen = model.masked_losses(wav, labels, mask, unmasked_weight=1.0)[0] - loss * n
+    torch.testing.assert_close(total, loss * n + 0.5 * seen)
+    assert weight == n + 0.5 * (labels.numel() - n) and n == mask.sum()
     # eq. 3 in full: cosines of every frame with every codeword, over 0.1
     x = model.hidden_states(wav, mask=mask)[-1]
     x = model.encoder.layer_norm(x) if cfg.pre_norm else x
@@ -303,7 +313,7 @@ def test_masked_prediction_learns(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(40):
-        loss, _ = model.masked_loss(wav, labels, span_mask(6, 49))
+        loss, _ = mean_loss(model, wav, labels, span_mask(6, 49))
         optimizer.zero_grad()
         loss.backward()
         assert all(

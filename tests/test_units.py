@@ -88,7 +88,7 @@ def test_a_corpus_without_units_says_which_stage_to_run(tmp_path):
 
 def test_cooccurrence_counts_frames_that_belong_together(tmp_path):
     class Extractor:
-        def frames(self, wav):
+        def frame_units(self, wav):
             return torch.tensor([2, 2, 0, 0, 0, 1])
 
         class kmeans:

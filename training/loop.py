@@ -8,6 +8,10 @@ between stages comes in from outside: the model, its loss, its batches, what is 
 A step's random numbers depend on (seed, stage, step, rank) and its batch is a function of the step, so weights,
 optimizer state and step number are all that a killed run needs to continue with the same losses to the last bit.
 
+The loss of a step is the sum over all its targets divided by their number (or by the sum of their weights), over
+micro-batches and ranks. A mean of means would let the targets of a short micro-batch count for more; so one process,
+accumulation and many processes learn the same, but for rounding (and dropout, which each rank draws for itself).
+
 References: AdamW, Loshchilov & Hutter 2019, arXiv:1711.05101; schedule and betas as LLaMA, arXiv:2302.13971 §2.3.
 """
 
@@ -17,14 +21,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from config import Amount, Count, Share, Whole
-from run import Metrics, Run, all_reduce_mean, autocast, cosine, progress, rank, world_size
+from run import Metrics, Run, all_reduce_sum, autocast, cosine, progress, rank, world_size
 from training.muon import Muon
 
 
@@ -68,7 +73,7 @@ def optimize(
     """Trains `model` for section.steps steps, or for the rest of them if `folder` holds the state of a killed run.
 
     name: of the metrics file and of the progress bar
-    loss(model, micro_batch) -> (mean loss, number of targets, {metric: value})
+    loss(model, micro_batch) -> Loss
     batch_at(step) -> list of micro-batches, each a tuple of tensors
     probe() -> ({metric on held-out data: value}, a sample of the output); called every section.eval_every steps
     """
@@ -103,17 +108,18 @@ def optimize(
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-        # ---- gradients
-        numbers = {"loss": 0.0, "tokens": 0.0}
+        # ---- gradients: of the sum of all losses first, then divided by the sum of all weights
+        losses = []
         for i, batch in enumerate(micro_batches):
             batch = [t.to(device, non_blocking=True) for t in batch]
             last = i + 1 == len(micro_batches)
             with gradients_exchanged(objective, last), autocast(device, section.bf16):
-                value, tokens, logged = objective(batch)
-                (value / len(micro_batches)).backward()
-            numbers["tokens"] += tokens
-            for key, number in ({"loss": value} | logged).items():
-                numbers[key] = numbers.get(key, 0.0) + number.item() / len(micro_batches)
+                found = objective(batch)
+                found.total.backward()
+            losses.append(found)
+        sums, counts = sum_losses(losses)
+        scale = world_size() / counts[0].clamp(min=1e-9)  # data parallelism has averaged over the ranks
+        torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], scale)
 
         # ---- update
         norm = nn.utils.clip_grad_norm_(trained.values(), section.clip)
@@ -123,8 +129,10 @@ def optimize(
                 optimizer.zero_grad(set_to_none=True)
 
         # ---- report, probe, save
-        numbers = all_reduce_mean(numbers)
-        speed = numbers.pop("tokens") * world_size() / (time.perf_counter() - began)
+        averages = (sums / counts.clamp(min=1e-9)).tolist()
+        numbers = dict(zip(["loss", *losses[0].metrics], averages))
+        seconds = time.perf_counter() - began
+        speed = sums[-1].item() / seconds  # tokens (or frames) read
         began = time.perf_counter()
         bar.update()
         bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
@@ -141,6 +149,28 @@ def optimize(
             checkpoint.save_training(state_file, modules, optimizers, {"step": step + 1})
     bar.close()
     model.eval()
+
+
+class Loss(NamedTuple):
+    """Of one micro-batch. Everything is a tensor of one number on the model's device, so that nothing waits for it."""
+
+    total: Tensor  # the sum over targets of weight x loss
+    weight: Tensor  # the sum of the targets' weights
+    tokens: Tensor  # tokens or frames that the model has read
+    metrics: dict[str, tuple[Tensor, Tensor]]  # further averages: (sum, count)
+
+
+def sum_losses(losses: list[Loss]) -> tuple[Tensor, Tensor]:
+    """(sums, counts) over a step's micro-batches and ranks: of the loss, of each metric, and of the tokens."""
+    rows = []
+    for loss in losses:
+        pairs = [
+            (loss.total, loss.weight),
+            *loss.metrics.values(),
+            (loss.tokens, torch.ones_like(loss.tokens)),
+        ]
+        rows.append(torch.stack([torch.stack([x.detach().float() for x in pair]) for pair in pairs]))
+    return all_reduce_sum(sum(rows)).unbind(1)
 
 
 class Objective(nn.Module):
