@@ -311,6 +311,9 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
         n = there.sum()
         return Loss(total, n, n, {"same": (same, n)})
 
+    extractor.model.masked_spec_embed.requires_grad_(
+        False
+    )  # nothing is masked: data parallelism would wait for it
     optimize(run, "normalize", run.state("units") / "normalize", extractor.model, loss, batch_at, section)
 
 

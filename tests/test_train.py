@@ -459,7 +459,15 @@ def one_process(taught, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("accumulate, ranks", [(4, 1), (1, 2), (1, 4), (3, 2)])
+@pytest.mark.parametrize(
+    "accumulate, ranks",
+    [
+        (1, 4),
+        (3, 2),  # six pieces of 32: of unequal size
+        pytest.param(4, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_many_processes_and_micro_batches_learn_what_one_learns(
     taught, one_process, tmp_path, accumulate, ranks
 ):

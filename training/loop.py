@@ -142,7 +142,8 @@ def optimize(
             model.train()
             numbers |= held_out
             shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
-            bar.write(f"{name}, step {step + 1}: {shown}{sample}")
+            if rank() == 0:
+                bar.write(f"{name}, step {step + 1}: {shown}{sample}")
             began = time.perf_counter()
         metrics.write(step=step, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, **numbers)
         if (step + 1) % section.save_every == 0 and rank() == 0:
