@@ -1,15 +1,19 @@
 """Configuration: a dataclass for every section of a TOML file, and flags that overrule it.
 
-A config file is a list of sections, one for each dataclass; the defaults stand in the dataclass, next to their meaning:
+A config file is a list of sections, one for each dataclass; the defaults stand in the dataclass, next to
+their meaning:
 
     out = "out/tiny"                 # keys above the first section belong to the run itself
     [stage2]
     steps = 2000
     lr = 3e-3
 
-and on the command line the same names, dotted:  python train.py configs/tiny.toml --stage2.steps 100 --out /tmp/try
+and on the command line the same names, dotted:
 
-Nothing in a config file is executed. An unknown key, a value of the wrong type or beyond its limits: one readable line.
+    python train.py configs/tiny.toml --stage2.steps 100 --out /tmp/try
+
+Nothing in a config file is executed. An unknown key, a value of the wrong type or beyond its limits: one
+readable line.
 """
 
 import argparse
@@ -28,7 +32,8 @@ from typing import Annotated, NamedTuple
 
 
 class Limits(NamedTuple):
-    """What a number may be: the annotation of a field, as in `share: Annotated[float, Limits(0, 1)] = 0.5`."""
+    """What a number may be: the annotation of a field, as in `share: Annotated[float, Limits(0, 1)] =
+    0.5`."""
 
     least: float
     most: float = math.inf
@@ -42,7 +47,8 @@ Positive = Annotated[float, Limits(0.001, 1000)]
 
 
 def coerce(value, hint, where: str):
-    """`value` as type `hint` says (ints serve as floats, lists as tuples), else ValueError naming the place."""
+    """`value` as type `hint` says (ints serve as floats, lists as tuples), else ValueError naming the
+    place."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value, (least, most) = coerce(value, arguments[0], where), arguments[1]

@@ -281,8 +281,9 @@ class HuBERT(nn.Module):
     def masked_losses(
         self, wav: Tensor, labels: Tensor, mask: Tensor, unmasked_weight: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the clusters of the masked frames: summed cross-entropy (nats), summed weights, correct guesses, frames.
-        wav (B, N); labels (B, T) long, below 0 for frames without; mask (B, T) bool, True where masked."""
+        """Of the clusters of the masked frames: summed cross-entropy (nats), summed weights, correct
+        guesses, frames. wav (B, N); labels (B, T) long, below 0 for frames without; mask (B, T) bool, True
+        where masked."""
         x = self.hidden_states(wav, mask=mask)[-1]
         if self.config.pre_norm:
             x = self.encoder.layer_norm(x)

@@ -1,7 +1,7 @@
 """Device, ranks, learning-rate schedule, progress bar, metrics file: what every run needs.
 
-One process or many: `torchrun --nproc_per_node 8 train.py ...` sets RANK, WORLD_SIZE and LOCAL_RANK; without them
-this is rank 0 of 1. Only rank 0 writes files.
+One process or many: `torchrun --nproc_per_node 8 train.py ...` sets RANK, WORLD_SIZE and LOCAL_RANK; without
+them this is rank 0 of 1. Only rank 0 writes files.
 """
 
 import json
@@ -131,7 +131,8 @@ def progress(total: int, start: int = 0, title: str = "", **kwargs) -> tqdm:
 
 
 class Metrics:
-    """One JSON line a step. Opened again at `step`, the lines from there on (a killed run's) are dropped first."""
+    """One JSON line a step. Opened again at `step`, the lines from there on (a killed run's) are dropped
+    first."""
 
     def __init__(self, path: str | Path, step: int = 0):
         self.path = Path(path)

@@ -1,6 +1,6 @@
 """train.py - where the concepts meet to learn: every stage of SpeechGPT, on one process or many.
 
-    python train.py configs/tiny.toml                        all stages; skips finished ones, resumes an interrupted one
+    python train.py configs/tiny.toml                        all stages; finished ones are skipped
     python train.py configs/tiny.toml --stage stage2         one of them (2 is understood, too)
     python train.py configs/tiny.toml --stage2.steps 100     any key of the config file as a flag
     python train.py --stages                                 the table of stages, below
@@ -9,7 +9,7 @@
     stage                         writes
     corpus                        out/corpus            speech with its text
     hubert     train_hubert.py    out/state/hubert      one HuBERT a round
-    units      train_hubert.py    out/model/hubert      HuBERT as far as needed, k-means; out/corpus/units.jsonl
+    units      train_hubert.py    out/model/hubert      HuBERT as far as needed, k-means; corpus/units.jsonl
     text       here               out/text              a LLaMA on text
     stage1     here               out/stage1            the same with units in its vocabulary
     stage2     here               out/model/llama
@@ -17,8 +17,8 @@
     vocoder    train_vocoder.py   out/model/vocoder
     evaluate   evaluate.py        out/report
 
-Here are the stages of the language model (paper §4.2), the table of all stages, and the command line. The loop that
-they share is training/loop.py; what is skipped, resumed and run in parallel, training/stages.py.
+Here are the stages of the language model (paper §4.2), the table of all stages, and the command line. The
+loop that they share is training/loop.py; what is skipped, resumed and run in parallel, training/stages.py.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ from training.loop import Loss, Optimization, optimize
 from training.stages import Stage, finished, in_parallel, run_stage
 from vocoder import VocoderConfig
 
-# ---- Configuration -------------------------------------------------------------------------------------------
+# ---- Configuration -----------------------------------------------------------------------------------------
 # One dataclass for each section of the file. Defaults are the paper's (Table 3) where it gives them.
 
 
@@ -122,8 +122,9 @@ class Config:
     device: str = "auto"
     workers: Whole = 0  # processes that prepare batches (not on Windows); for a GPU, 2 to 4
     parallel_stages: bool = True  # on a CPU, run independent stages in pairs, half of the cores each
-    # A LLaMA folder to start from; stage text is then skipped. A SpeechGPT folder (llama/ and hubert/) has its own
-    # units: their embeddings (and the vocoder's) are mapped to this run's units (training/foreign_units.py).
+    # A LLaMA folder to start from; stage text is then skipped. A SpeechGPT folder (llama/ and hubert/) has
+    # its own units: their embeddings (and the vocoder's) are mapped to this run's units
+    # (training/foreign_units.py).
     pretrained: str = ""
     vocab_size: Count = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
@@ -155,18 +156,20 @@ class Config:
             )
 
 
-# ---- The language model: text, stage 1, 2, 3 -----------------------------------------------------------------
+# ---- The language model: text, stage 1, 2, 3 ---------------------------------------------------------------
 
 
 class LanguageStage(NamedTuple):
-    """How the model of one stage is made, and what is kept of it. What requires a gradient is what the stage trains."""
+    """How the model of one stage is made, and what is kept of it. What requires a gradient is what the stage
+    trains."""
 
     model: Callable[[Run, Config, Tokenizer], Llama]
     save: Callable[[Run, Config, Llama, Tokenizer], None]
 
 
 def train_language(name: str, run: Run, config: Config):
-    """Stage text, stage1, stage2 or stage3: they differ in the model, the documents and the settings alone."""
+    """Stage text, stage1, stage2 or stage3: they differ in the model, the documents and the settings
+    alone."""
     section: Language = getattr(config, name)
     tok = make_tokenizer(run, config)
     torch.manual_seed(run.seed)
@@ -230,7 +233,8 @@ def held_out_probe(run: Run, section: Language, tok: Tokenizer, model: Llama, lo
 
 
 def make_tokenizer(run: Run, config: Config) -> Tokenizer:
-    """The tokenizer of this run: sentencepiece trained on the text of the train split, or the pretrained LLaMA's."""
+    """The tokenizer of this run: sentencepiece trained on the text of the train split, or the pretrained
+    LLaMA's."""
     if not (run.tokenizer / "added_tokens.json").exists() and rank() == 0:
         n_units = config.units.clusters
         if config.pretrained:
@@ -299,7 +303,7 @@ LANGUAGE = {
     "stage3": LanguageStage(adapted_llama, save_adapters),
 }
 
-# ---- The other stages: what they need of the config ----------------------------------------------------------
+# ---- The other stages: what they need of the config --------------------------------------------------------
 
 
 def make_corpus(run: Run, config: Config):
@@ -355,7 +359,7 @@ def evaluate_stage(run: Run, config: Config):
         )
 
 
-# ---- All stages, in order ------------------------------------------------------------------------------------
+# ---- All stages, in order ----------------------------------------------------------------------------------
 
 
 def has_pretrained(config: Config) -> bool:
@@ -463,8 +467,8 @@ def run_some(names: tuple[str, ...], run: Run, config: Config):
 
 
 def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextlib.AbstractContextManager:
-    """Context: on a CPU with cores to share, `names` run in a second process meanwhile, else they have run before.
-    What it yields raises ValueError, when called, if they have failed."""
+    """Context: on a CPU with cores to share, `names` run in a second process meanwhile, else they have run
+    before. What it yields raises ValueError, when called, if they have failed."""
     work = partial(run_some, names, run, config)
     able = run.device.type == "cpu" and world_size() == 1 and torch.get_num_threads() > 1
     if able and config.parallel_stages and not finished(STAGES, names[-1], run, config):

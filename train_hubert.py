@@ -1,4 +1,4 @@
-"""Training of HuBERT and its units (paper §3.1, §4.1): rounds of masked prediction, k-means, a corpus as units.
+"""Training of HuBERT (paper §3.1, §4.1): rounds of masked prediction, k-means, a corpus as units.
 
     round 1   targets: clusters of MFCCs                          (HuBERT paper §II.C)
     round 2   targets: clusters of a layer of round 1's HuBERT    ... and so on
@@ -7,7 +7,8 @@
 
 train.py calls `pretrain` (its stage "hubert") and `make_units` (its stage "units").
 
-References: Hsu et al. 2021, "HuBERT", arXiv:2106.07447; Lee et al. 2022, arXiv:2112.08352 §3.2 (speech normalizer).
+References: Hsu et al. 2021, "HuBERT", arXiv:2106.07447; Lee et al. 2022, arXiv:2112.08352 §3.2 (speech
+normalizer).
 """
 
 import dataclasses
@@ -63,15 +64,15 @@ class UnitsSection:
     layer: Count = 11
     smooth: Count = 1  # frames averaged before clustering (odd)
     cluster_frames: Count = 200_000
-    # if non-zero, add the target speaker's recordings at perturbed speed and pitch (log-uniform); see data/units.py
+    # if non-zero, add the target speaker's recordings at perturbed speed and pitch (data/units.py)
     perturb: tuple[Share, Share] = (0.0, 0.0)
-    # initialize unit embeddings from the k-means centers (PCA, scaled to this std); 0: random, as in the paper
+    # initialize unit embeddings from the k-means centers (PCA, scaled to this std); 0: random (the paper)
     embed_centers: Annotated[float, Limits(0, 100)] = 0.0
 
 
 @dataclass
 class NormalizerSection(Optimization):
-    """Speech-normalizer fine-tuning of HuBERT (layers up to units.layer), after k-means. Ours; steps = 0: none."""
+    """Speech-normalizer fine-tuning of HuBERT (layers up to units.layer), after k-means; 0 steps: none."""
 
     steps: Whole = 0
     batch_size: Count = 8
@@ -85,7 +86,7 @@ class NormalizerSection(Optimization):
     temperature: Positive = 8.0  # of squared distances to the cluster centers
 
 
-# ---- Stage hubert: rounds of masked prediction ---------------------------------------------------------------
+# ---- Stage hubert: rounds of masked prediction -------------------------------------------------------------
 
 
 def pretrain(run: Run, section: HubertSection):
@@ -98,7 +99,7 @@ def pretrain(run: Run, section: HubertSection):
 
 
 def mfcc_features(wav: Tensor) -> Tensor:
-    """(N,) -> (T, 39). An utterance's mean describes the speaker and is removed; variances describe the sounds."""
+    """(N,) -> (T, 39). The mean describes the speaker and is removed; variances describe the sounds."""
     x = mfcc(wav[None], cmvn=False)[0]
     return x - x.mean(0)
 
@@ -116,7 +117,7 @@ def pretrain_round(
     features: Callable,
     previous: HuBERT | None,
 ) -> HuBERT:
-    """One round: clusters of `features`, then masked prediction of them, from the weights of the round before."""
+    """One round: clusters of `features`, then masked prediction of them from the previous weights."""
     folder = run.state("hubert")
     labels_file = folder / f"clusters{number}.npz"
     weights = folder / f"round{number}.safetensors"
@@ -175,7 +176,7 @@ def train_round(run: Run, section: HubertSection, number: int, rows: list[dict],
 
 
 def mask_spans(section: HubertSection, seed: int, draws: Tensor) -> Tensor:
-    """(B, T) bool: which frames of each crop are masked. A function of the crop's number, on whatever rank it is."""
+    """(B, T) bool: the masked frames of each crop, a function of the crop's number and not of its rank."""
     masks = []
     for draw in draws.tolist():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} mask {draw}".encode()))
@@ -217,11 +218,12 @@ def load_labels(path: Path) -> list[np.ndarray]:
         return np.split(stored["flat"], np.cumsum(stored["lengths"])[:-1])
 
 
-# ---- Stage units: k-means on a layer, and every recording as units -------------------------------------------
+# ---- Stage units: k-means on a layer, and every recording as units -----------------------------------------
 
 
 def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalizer: NormalizerSection):
-    """Writes model/hubert (HuBERT as far as the units need it, and the clusters) and the corpus' units.jsonl."""
+    """Writes model/hubert (HuBERT as far as the units need it, and the clusters) and the corpus'
+    units.jsonl."""
     folder = run.state("units")
     targets = folder / "found/targets.npz"
     if rank() == 0 and not targets.exists():  # it was computed with these clusters: do not refit them
@@ -251,10 +253,10 @@ def find_units(run: Run, section: UnitsSection, hubert: HubertSection) -> UnitEx
     return UnitExtractor(model, kmeans, section.layer, section.smooth)
 
 
-# ---- Ours: a speech normalizer -------------------------------------------------------------------------------
-# Lee et al. 2022 fine-tune HuBERT with CTC so that any speaker's utterance gets the units of one target speaker. Here
-# a small corpus has the same sentence from both, so every frame gets a target: the unit of the target speaker's frame
-# that it is aligned with (dynamic time warping). The clusters stay as they are.
+# ---- Ours: a speech normalizer -----------------------------------------------------------------------------
+# Lee et al. 2022 fine-tune HuBERT with CTC so that any speaker's utterance gets the units of one target
+# speaker. Here a small corpus has the same sentence from both, so every frame gets a target: the unit of
+# the target speaker's frame that it is aligned with (dynamic time warping). The clusters stay as they are.
 
 
 class Target(NamedTuple):
@@ -318,8 +320,8 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
 
 
 def normalizer_targets(run: Run, rows: list[dict], extractor: UnitExtractor) -> list[Target]:
-    """Target speaker: its own units. Others: the units of the closest target-speaker rendition of the same sentence,
-    aligned by DTW. Sentences without one are skipped."""
+    """Target speaker: its own units. Others: the units of the closest target-speaker rendition of the same
+    sentence, aligned by DTW. Sentences without one are skipped."""
     own = [row for row in rows if row["speaker"] == TARGET_SPEAKER]
     if not own:
         raise ValueError(
@@ -349,7 +351,8 @@ def normalizer_targets(run: Run, rows: list[dict], extractor: UnitExtractor) -> 
 def features_and_units(
     run: Run, rows: list[dict], extractor: UnitExtractor, title: str, portion: int = 2000
 ) -> Iterator[tuple[dict, tuple[np.ndarray, np.ndarray]]]:
-    """(row, (features (T, C) in half precision, units (T,))) of each row; `portion` of them in memory at a time."""
+    """(row, (features (T, C) in half precision, units (T,))) of each row; `portion` of them in memory at a
+    time."""
 
     def encode(wav: Tensor) -> tuple[np.ndarray, np.ndarray]:
         x = layer_features(extractor.model, extractor.layer, extractor.smooth, wav)

@@ -1,7 +1,7 @@
 """Batches as pure functions of the step: an interrupted run goes on with the very data it would have had.
 
 `order` walks endless shuffled epochs without keeping any state. `split_batch` divides the items of a step
-among micro-batches and ranks. `pack` puts documents one after another into rows, each token labelled with its
+among micro-batches and ranks. `pack` puts documents one after another into rows, each token labeled with its
 document and its position in it, so that attention never crosses from one document to the next:
 
     documents   <s> w h o <sosp> ...   <s> a b c ...
@@ -164,7 +164,7 @@ class Crops(NamedTuple):
 
     wav: Tensor  # (B, N) float, 16 kHz
     labels: Tensor  # (B, T) long
-    draws: Tensor  # (B,) long, the number of each crop in the stream of draws: seeds what is random about it later
+    draws: Tensor  # (B,) long, number of each crop in the stream of draws: seeds what is drawn for it later
 
 
 def crops(

@@ -1,4 +1,5 @@
-"""A folder with the names and shapes of SpeechGPT-7B-cm and meaningless weights, to measure memory and speed with.
+"""A folder with the names and shapes of SpeechGPT-7B-cm and meaningless weights, to measure memory and speed
+with.
 
     python tests/build_7b.py FOLDER                 builds it: 13.5 GB in float16, four safetensors files
     python tests/build_7b.py FOLDER --load bf16     loads it (or --load int8), prints peak memory and seconds

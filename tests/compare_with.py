@@ -1,12 +1,12 @@
 """Does this tree still compute what another revision computed, to the last bit?
 
-    python tests/compare_with.py REVISION         for example HEAD~3; exit code 1 and the differences, if there are any
+    python tests/compare_with.py REVISION      for example HEAD~3; exit code 1 and the differences, if any
 
-Checks REVISION out beside this tree, runs `python train.py configs/ci.toml` in both from empty folders on this
-machine, and compares every tensor, metric and report number; then the ids and the waveforms that weights/tiny gives
-to ten fixed prompts (four modes, recognition, synthesis, continuation). Bits differ from one processor to another, so
-nothing is compared with a stored hash. What the other revision gave is kept in the temporary folder, to compare with
-it again.
+Checks REVISION out beside this tree, runs `python train.py configs/ci.toml` in both from empty folders on
+this machine, and compares every tensor, metric and report number; then the ids and the waveforms that
+weights/tiny gives to ten fixed prompts (four modes, recognition, synthesis, continuation). Bits differ from
+one processor to another, so nothing is compared with a stored hash. What the other revision gave is kept in
+the temporary folder, to compare with it again.
 """
 
 import argparse
@@ -38,8 +38,10 @@ gpt, out = SpeechGPT.from_pretrained("weights/tiny", device="cpu"), sys.argv[1]
 wav = sys.argv[2:]
 replies = [
     gpt.reply(wav[0], mode="s2s"), gpt.reply(wav[1], mode="s2t"),
-    gpt.reply("What is three plus four?", mode="t2s"), gpt.reply("Which city is the capital of Peru?", mode="t2t"),
-    gpt.transcribe(wav[0]), gpt.transcribe(wav[2]), gpt.speak("Tom has four coins."), gpt.continue_speech(wav[1]),
+    gpt.reply("What is three plus four?", mode="t2s"),
+    gpt.reply("Which city is the capital of Peru?", mode="t2t"),
+    gpt.transcribe(wav[0]), gpt.transcribe(wav[2]),
+    gpt.speak("Tom has four coins."), gpt.continue_speech(wav[1]),
     gpt.reply(wav[2], mode="s2s", chain=False), *gpt.reply_batch([wav[0], "Hello!"], "*2s", seed=5),
 ]
 table = {"prompts": [gpt.ids(w) for w in wav], "logits": gpt.logits(gpt.ids(wav[0])).flatten().tolist()}
@@ -56,7 +58,8 @@ def check_out(revision: str, folder: Path):
 
 
 def compute(tree: Path, out: Path):
-    """Trains configs/ci.toml and talks with weights/tiny, with the code of `tree`; everything goes to `out`."""
+    """Trains configs/ci.toml and talks with weights/tiny, with the code of `tree`; everything goes to
+    `out`."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     run = [sys.executable, "train.py", "configs/ci.toml", "--out", str(out / "ci")]

@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# From the ground up. A module may import those before its own line; those of one line never each other, but for data.
+# From the ground up. A module may import those before its own line; those of one line never each other, but
+# for data.
 LEVELS = (
     ("files",),
     ("config", "run", "pickles", "data.audio"),
@@ -161,3 +162,15 @@ def test_the_first_screen_is_short():
     assert len(README.split("```bash")[0].split()) <= 120
     assert sum(path.stat().st_size for path in (ROOT / "samples").iterdir()) < 300_000
     ElementTree.parse(ROOT / "docs" / "figures" / "pipeline.svg")  # well-formed
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_read_in_one_sitting_and_functions_at_one_glance(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 620, "what in it has another natural room?"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args
+            named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            names = [argument.arg for argument in named if argument.arg not in ("self", "cls")]
+            assert len(names) <= 9, f"{node.name} has {len(names)} parameters"

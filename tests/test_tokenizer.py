@@ -1,4 +1,5 @@
-"""tokenizer.py: ids of the slow LlamaTokenizer of transformers 4.33.1, exact masks, parsing that survives anything."""
+"""tokenizer.py: ids of the slow LlamaTokenizer of transformers 4.33.1, exact masks, parsing that survives
+anything."""
 
 import io
 import json
@@ -220,7 +221,8 @@ def pairs(tok, mode, text_i, text_r, units_i, units_r):
     units_r=UNITS,
 )
 def test_document_mask_prompt_and_parse_agree(toks, name, mode, text_i, text_r, units_i, units_r):
-    """The mask is the answer, all of it and nothing else; the prompt is the rest; parse gives the parts back."""
+    """The mask is the answer, all of it and nothing else; the prompt is the rest; parse gives the parts
+    back."""
     tok = toks[name]
     for (prompt, answer), filled in pairs(tok, mode, text_i, text_r, units_i, units_r):
         ids, mask = tok.document(prompt, answer)

@@ -140,7 +140,7 @@ def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
     assert runs["killed"] == runs["whole"]  # every loss, to the last bit
 
 
-def test_embeddings_of_units_can_begin_as_the_centres_of_their_clusters(out):
+def test_embeddings_of_units_can_begin_as_the_centers_of_their_clusters(out):
     shutil.rmtree(out / "state/units")
     stages(out, "units", "text", "1", flags=["--units.embed_centers", 0.3, "--stage1.steps", 0])
     text, grown = (Llama.from_pretrained(out / name).state_dict() for name in ("text", "stage1"))

@@ -1,8 +1,10 @@
-"""Another model's units: starting from a SpeechGPT whose HuBERT has other clusters (ours; the paper has one HuBERT).
+"""Another model's units: starting from a SpeechGPT whose HuBERT has other clusters (ours; the paper has one
+HuBERT).
 
-A LLaMA or a vocoder that knows the units of one HuBERT need not learn those of another from nothing. Over some
-recordings both sets of units are counted frame by frame; a new unit's embedding is then the average of the old units'
-embeddings, weighted by how often each was there at the same time (LOG.md has what that is worth):
+A LLaMA or a vocoder that knows the units of one HuBERT need not learn those of another from nothing. Over
+some recordings both sets of units are counted frame by frame; a new unit's embedding is then the average of
+the old units' embeddings, weighted by how often each was there at the same time (LOG.md has what that is
+worth):
 
     new[u] = sum over v of P(old unit v | new unit u) old[v]
 """
@@ -20,7 +22,8 @@ from vocoder import UnitVocoder, VocoderConfig
 
 
 def has_foreign_units(folder: str) -> bool:
-    """Is `folder` a SpeechGPT folder, with units of its own? (Else it is a LLaMA that knows text alone, or "".)"""
+    """Is `folder` a SpeechGPT folder, with units of its own? (Else it is a LLaMA that knows text alone, or
+    "".)"""
     return bool(folder) and all((Path(folder) / part).is_dir() for part in ("llama", "hubert"))
 
 
@@ -47,7 +50,8 @@ def unlike(folder: str, k: int, other: str) -> str:
 
 
 def initial_vocoder(run: Run, folder: str, config: VocoderConfig, n_units: int) -> UnitVocoder | None:
-    """The vocoder of the model in `folder`, translated to this run's units; None if it has none of this shape."""
+    """The vocoder of the model in `folder`, translated to this run's units; None if it has none of this
+    shape."""
     path = Path(folder) / "vocoder"
     if not (has_foreign_units(folder) and path.is_dir()):
         return None

@@ -1,18 +1,22 @@
-"""The one training loop: HuBERT, the text model and stages 1 to 3 learn with it (the vocoder has two of its own).
+"""The one training loop, of HuBERT, the text model and stages 1 to 3 (the vocoder has two of its own).
 
     optimize(run, "stage1", folder, model, loss, batch_at, section, probe)
 
-A step is the same everywhere: fetch the micro-batches of this step, add up their gradients, clip, update. What differs
-between stages comes in from outside: the model, its loss, its batches, what is shown of it now and then.
+A step is the same everywhere: fetch the micro-batches of this step, add up their gradients, clip, update.
+What differs between stages comes in from outside: the model, its loss, its batches, what is shown of it now
+and then.
 
-A step's random numbers depend on (seed, stage, step, rank) and its batch is a function of the step, so weights,
-optimizer state and step number are all that a killed run needs to continue with the same losses to the last bit.
+A step's random numbers depend on (seed, stage, step, rank) and its batch is a function of the step, so
+weights, optimizer state and step number are all that a killed run needs to continue with the same losses to
+the last bit.
 
-The loss of a step is the sum over all its targets divided by their number (or by the sum of their weights), over
-micro-batches and ranks. A mean of means would let the targets of a short micro-batch count for more; so one process,
-accumulation and many processes learn the same, but for rounding (and dropout, which each rank draws for itself).
+The loss of a step is the sum over all its targets divided by their number (or by the sum of their weights),
+over micro-batches and ranks. A mean of means would let the targets of a short micro-batch count for more; so
+one process, accumulation and many processes learn the same, but for rounding (and dropout, which each rank
+draws for itself).
 
-References: AdamW, Loshchilov & Hutter 2019, arXiv:1711.05101; schedule and betas as LLaMA, arXiv:2302.13971 §2.3.
+References: AdamW, Loshchilov & Hutter 2019, arXiv:1711.05101; schedule and betas as LLaMA, arXiv:2302.13971
+§2.3.
 """
 
 import contextlib
@@ -35,7 +39,8 @@ from training.muon import Muon
 
 @dataclass
 class Optimization:
-    """Settings of the loop. Batch size, peak rate, length and steps are the paper's (Table 3), the rest LLaMA's."""
+    """Settings of the loop. Batch size, peak rate, length and steps are the paper's (Table 3), the rest
+    LLaMA's."""
 
     steps: Whole = 2100
     batch_size: Count = 1536  # documents (or crops) a step, over all ranks and micro-batches
@@ -70,12 +75,13 @@ def optimize(
     section: Optimization,
     probe: Callable[[], tuple[dict[str, float], str]] = no_probe,
 ):
-    """Trains `model` for section.steps steps, or for the rest of them if `folder` holds the state of a killed run.
+    """Trains `model` for section.steps steps, or for the rest of them if `folder` holds the state of a
+    killed run.
 
     name: of the metrics file and of the progress bar
     loss(model, micro_batch) -> Loss
     batch_at(step) -> list of micro-batches, each a tuple of tensors
-    probe() -> ({metric on held-out data: value}, a sample of the output); called every section.eval_every steps
+    probe() -> ({metric on held-out data: value}, a sample of the output), every section.eval_every steps
     """
     device = run.device
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -153,7 +159,8 @@ def optimize(
 
 
 class Loss(NamedTuple):
-    """Of one micro-batch. Everything is a tensor of one number on the model's device, so that nothing waits for it."""
+    """Of one micro-batch. Everything is a tensor of one number on the model's device, so that nothing waits
+    for it."""
 
     total: Tensor  # the sum over targets of weight x loss
     weight: Tensor  # the sum of the targets' weights
@@ -162,7 +169,8 @@ class Loss(NamedTuple):
 
 
 def sum_losses(losses: list[Loss]) -> tuple[Tensor, Tensor]:
-    """(sums, counts) over a step's micro-batches and ranks: of the loss, of each metric, and of the tokens."""
+    """(sums, counts) over a step's micro-batches and ranks: of the loss, of each metric, and of the
+    tokens."""
     rows = []
     for loss in losses:
         pairs = [
@@ -218,7 +226,8 @@ def gradients_exchanged(objective: nn.Module, now: bool):
 def make_optimizers(
     trained: dict[str, nn.Parameter], section: Optimization, device: torch.device
 ) -> dict[str, torch.optim.Optimizer]:
-    """AdamW, and with section.muon also Muon for the matrices of the layers. Each parameter belongs to one."""
+    """AdamW, and with section.muon also Muon for the matrices of the layers. Each parameter belongs to
+    one."""
     tables = (
         "embed_tokens.weight",
         "lm_head.weight",

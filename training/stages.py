@@ -1,8 +1,8 @@
-"""The order of stages: what is finished is skipped, what was interrupted resumes, what has changed is refused.
+"""The order of stages: finished ones are skipped, interrupted ones resume, changed settings are refused.
 
-A stage keeps three things in out/state/STAGE: config.json, the settings and inputs that it was begun with; its own
-state while it works; done.json when it is finished. A stage continues only with the settings and inputs that it was
-begun with, so that the result of a killed run is the result of one that was not.
+A stage keeps three things in out/state/STAGE: config.json, the settings and inputs that it was begun with;
+its own state while it works; done.json when it is finished. A stage continues only with the settings and
+inputs that it was begun with, so that the result of a killed run is the result of one that was not.
 
     run_stage(STAGES, "stage1", run, config)
     with in_parallel(...):                     a stage in a second process, on half of the cores
@@ -51,7 +51,8 @@ class Stage(NamedTuple):
 
 
 def run_stage(stages: dict[str, Stage], name: str, run: Run, config):
-    """Runs one stage, unless it is finished. ValueError if a stage before it is not, or if settings have changed."""
+    """Runs one stage, unless it is finished. ValueError if a stage before it is not, or if settings have
+    changed."""
     stage = stages[name]
     folder = run.state(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,17 +119,18 @@ def to_json(value):
     return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
 
 
-# ---- Two stages at a time ------------------------------------------------------------------------------------
-# Matrices as small as those of the tiny world hardly profit from a second core (LOG.md), so on a CPU two stages that
-# need nothing of each other run faster on half of the cores each.
+# ---- Two stages at a time ----------------------------------------------------------------------------------
+# Matrices as small as those of the tiny world hardly profit from a second core (LOG.md), so on a CPU two
+# stages that need nothing of each other run faster on half of the cores each.
 
 
 @contextlib.contextmanager
 def in_parallel(work: Callable[[], None], title: str, log: Path) -> Iterator[Callable[[], None]]:
-    """Runs `work` (picklable) in a second process on half of the cores; inside the context this process has the rest.
+    """Runs `work` (picklable) in a second process on half of the cores; inside the context this process has
+    the rest.
 
-    Yields a function that raises ValueError if the other process has failed, for the caller to call now and then. On
-    exit waits for it, showing its progress bar. Its output goes to the file `log`.
+    Yields a function that raises ValueError if the other process has failed, for the caller to call now and
+    then. On exit waits for it, showing its progress bar. Its output goes to the file `log`.
     """
     cores = torch.get_num_threads()
     log.parent.mkdir(parents=True, exist_ok=True)
