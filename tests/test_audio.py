@@ -12,9 +12,9 @@ from data import audio
 
 def tone(seconds: float = 0.5, rate: int = 16000, hertz: float = 440.0) -> np.ndarray:
     fade = np.minimum(
-        1, 20 * np.minimum(np.arrange(1, 0, -1 / (seconds * rate)), np.arrange(0, 1, 1 / (seconds * rate)))
+        1, 20 * np.minimum(np.arange(1, 0, -1 / (seconds * rate)), np.arange(0, 1, 1 / (seconds * rate)))
     )
-    return (0.5 * fade * np.sin(2 * np.pi * hertz * np.arrange(round(seconds * rate)) / rate)).astype(
+    return (0.5 * fade * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(
         np.float32
     )
 

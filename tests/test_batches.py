@@ -123,7 +123,7 @@ def test_crops_are_the_frames_their_labels_say(tmp_path):
             wav[320 * t] = t / 100  # every frame begins with its own number
         paths.append(tmp_path / f"{i}.wav")
         soundfile.write(paths[-1], wav, 16000, subtype="FLOAT")
-        labels.append(np.arrange(frames))
+        labels.append(np.arange(frames))
     for step in range(4):
         for crop in batches.crops(paths, labels, 20, int(rng.integers(9)), 6, 2)(step):
             assert crop.wav.shape == (3, 320 * 19 + 400) and crop.labels.shape == (3, 20)
@@ -133,12 +133,12 @@ def test_crops_are_the_frames_their_labels_say(tmp_path):
 @pytest.mark.parametrize("rate, channels, suffix", [(44100, 1, "wav"), (44100, 2, "flac"), (16000, 2, "wav"),
                                                     (8000, 1, "wav"), (16000, 1, "ogg")])  # fmt: skip
 def test_crops_of_any_file_are_where_their_labels_are(tmp_path, rate, channels, suffix):
-    pitch = np.repeat(200 + 100 * np.arrange(10), rate // 5)  # a higher tone every 0.2 s
+    pitch = np.repeat(200 + 100 * np.arange(10), rate // 5)  # a higher tone every 0.2 s
     wav = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / rate)
     path = tmp_path / f"x.{suffix}"
     soundfile.write(path, np.stack([wav] * channels, 1), rate)
     whole = audio.load(path)
-    labels = np.arrange(audio.n_frames(len(whole)))
+    labels = np.arange(audio.n_frames(len(whole)))
     for step in range(3):
         (crop,) = batches.crops([path], [labels], 20, 0, 4, 1)(step)
         assert crop.wav.dtype == torch.float32 and crop.wav.shape == (4, 320 * 19 + 400)
@@ -151,8 +151,8 @@ def test_crops_of_any_file_are_where_their_labels_are(tmp_path, rate, channels, 
 
 def test_perturbed_crops_are_resampled_and_their_labels_with_them(tmp_path):
     n, path = 60_000, tmp_path / "ramp.wav"  # every sample is its own index
-    soundfile.write(path, np.arrange(n, dtype=np.float32) / n, 16000, subtype="FLOAT")
-    labels, rates = np.arrange((n - 400) // 320 + 1), []
+    soundfile.write(path, np.arange(n, dtype=np.float32) / n, 16000, subtype="FLOAT")
+    labels, rates = np.arange((n - 400) // 320 + 1), []
     for step in range(20):
         (crop,) = batches.crops([path], [labels], 20, 0, 4, 1, perturb=0.3)(step)
         for wav, label in zip(crop.wav.double() * n, crop.labels):
@@ -165,14 +165,14 @@ def test_perturbed_crops_are_resampled_and_their_labels_with_them(tmp_path):
     short = tmp_path / "short.wav"
     soundfile.write(short, np.ones(4000, np.float32) / 2, 16000, subtype="FLOAT")
     for step in range(9):
-        (crop,) = batches.crops([short], [np.arrange(12)], 20, 0, 4, 1, perturb=0.3)(step)
+        (crop,) = batches.crops([short], [np.arange(12)], 20, 0, 4, 1, perturb=0.3)(step)
         assert crop.wav.shape == (4, 320 * 19 + 400) and crop.labels.shape == (4, 20)
         assert torch.allclose(crop.wav, torch.tensor(0.5), atol=1e-3)
         assert set(crop.labels.unique().tolist()) <= {*range(12)}
 
 
 def test_weighted_crops_keep_each_label_with_its_sound(tmp_path):
-    steps = np.repeat(np.arrange(20), 5)  # a tone for each label
+    steps = np.repeat(np.arange(20), 5)  # a tone for each label
     wav = 0.3 * np.sin(2 * np.pi * np.cumsum(np.repeat(300 + 150 * steps, 320)) / 16000)
     audio.save(tmp_path / "x.wav", np.pad(wav, (0, 80)))
     recordings = [batches.Recording(tmp_path / "x.wav", steps, (0.15, 0.0), 1.0)] * 4

@@ -40,7 +40,7 @@ from training.muon import Muon
 
 def of_every_dtype() -> dict[str, torch.Tensor]:
     dtypes = set(checkpoint.DTYPES.values()) - {torch.bool}
-    tensors = {str(dtype).split(".")[1]: torch.arrange(48, dtype=torch.uint8).view(dtype) for dtype in dtypes}
+    tensors = {str(dtype).split(".")[1]: torch.arange(48, dtype=torch.uint8).view(dtype) for dtype in dtypes}
     return tensors | {
         "bool": torch.tensor([[True, False]]),
         "scalar": torch.tensor(3.5),
@@ -391,7 +391,7 @@ def test_mistakes_of_the_programmer_are_asserted(tmp_path):
 def test_floats_are_written_in_half_precision_if_wanted(tmp_path):
     tensors = {
         "w": torch.randn(4, 3),
-        "n": torch.arrange(5),
+        "n": torch.arange(5),
         "b": torch.randn(2).bfloat16(),
         "s": torch.tensor(0.1),
     }
@@ -651,7 +651,7 @@ def test_hostile_files_need_little_memory(tmp_path):
 def valid(tmp_path_factory) -> dict[str, tuple[bytes, Path]]:
     """For each reader: the bytes of a small valid file, and the path to write variations of it to."""
     folder = tmp_path_factory.mktemp("valid")
-    tensors = {"a.weight": torch.arrange(6.0).view(2, 3), "b": torch.tensor([1, 2]).to(torch.bfloat16)}
+    tensors = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]).to(torch.bfloat16)}
     files = {"safetensors": folder / "safetensors", "index": folder / "model.safetensors.index.json"}
     save_tensors(files["safetensors"], tensors)
     write_json(files["index"], {"weight_map": {name: "safetensors" for name in tensors}})

@@ -34,7 +34,7 @@ def test_whole_recordings_of_similar_lengths(corpus):
         assert durations[b][mask[b]].tolist() == row["durations"]
     many = CodeDataset(corpus, "train")
     many.rows = [row | {"durations": [1 + i]} for i in range(100) for row in many.rows[:1]]
-    many.by_length = np.arrange(100)
+    many.by_length = np.arange(100)
     assert all(np.ptp(many.similar_lengths(np.random.default_rng(seed), 2)) < 32 for seed in range(20))
 
 

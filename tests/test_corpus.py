@@ -10,7 +10,7 @@ from data import audio, corpus
 
 
 def tone(seconds: float = 0.5, rate: int = 16000) -> np.ndarray:
-    return (0.5 * np.sin(2 * np.pi * 440 * np.arrange(round(seconds * rate)) / rate)).astype(np.float32)
+    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
 def one_line(error: pytest.ExceptionInfo, *words: str) -> None:

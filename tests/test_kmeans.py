@@ -56,7 +56,7 @@ def test_kmeans_predicts_as_sklearn(tmp_path):
 def test_kmeans_finds_clusters():
     torch.manual_seed(0)
     centers = torch.randn(8, 5) * 10
-    truth = torch.arrange(4000) % 8
+    truth = torch.arange(4000) % 8
     km = KMeans.fit(centers[truth] + torch.randn(4000, 5), 8, seed=1)
     got = km.predict(centers[truth])
     assert len({(a, b) for a, b in zip(truth.tolist(), got.tolist())}) == 8

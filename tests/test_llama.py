@@ -186,7 +186,7 @@ def pack(documents: list[torch.Tensor], length: int):
     pieces = [*documents, torch.zeros(rest, dtype=torch.long)]
     return (
         torch.cat(pieces)[None],
-        torch.cat([torch.arrange(len(d)) for d in pieces])[None],
+        torch.cat([torch.arange(len(d)) for d in pieces])[None],
         torch.cat([torch.full((len(d),), i) for i, d in enumerate(pieces)])[None],
     )
 
@@ -211,7 +211,7 @@ def numbered(lengths: list[list[int]], T: int) -> torch.Tensor:
     """docs (B, T) of rows of documents with these lengths, padded with -1 at their ends."""
     docs = torch.full((len(lengths), T), -1)
     for row, parts in zip(docs, lengths):
-        row[: sum(parts)] = torch.arrange(len(parts)).repeat_interleave(torch.tensor(parts).long())
+        row[: sum(parts)] = torch.arange(len(parts)).repeat_interleave(torch.tensor(parts).long())
     return docs
 
 
@@ -289,7 +289,7 @@ def test_packed_attention_moves_to_another_device():
 
 def test_packed_loss_equals_padded_loss(model, ids):
     documents = [ids[0, :9], ids[1, :4], ids[2, :8]]
-    answer = [torch.arrange(len(d)) >= 2 for d in documents]
+    answer = [torch.arange(len(d)) >= 2 for d in documents]
     row, positions, docs = pack(documents, 24)
     mask = torch.cat([*answer, torch.zeros(3, dtype=torch.bool)])[None]
     padded = torch.stack([torch.cat([d, torch.zeros(9 - len(d), dtype=torch.long)]) for d in documents])
@@ -305,7 +305,7 @@ def test_packed_loss_equals_padded_loss(model, ids):
 
 
 def test_packed_loss_under_autocast(model, ids):
-    docs, mask = torch.arrange(24).expand(3, 24) // 8, torch.ones_like(ids, dtype=torch.bool)
+    docs, mask = torch.arange(24).expand(3, 24) // 8, torch.ones_like(ids, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
         half = next_token_loss(model, ids, mask, docs=docs)
     half.backward()
@@ -345,7 +345,7 @@ def test_sums_and_totals_of_parts_give_the_loss_of_the_whole(model, ids, weighte
     """What micro-batches and ranks add up: sums over targets and totals, of unequal parts."""
     mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.5
     mask[0] = False
-    docs = torch.arrange(24).expand(3, 24) // 8
+    docs = torch.arange(24).expand(3, 24) // 8
     weight = torch.rand(model.config.vocab_size) if weighted else None
     with torch.no_grad():
         whole = next_token_loss(model, ids, mask, docs=docs, weight=weight)
@@ -371,9 +371,9 @@ def test_without_targets_the_loss_and_its_gradients_are_zero(model, ids):
 
 
 def test_first_tokens_are_no_targets(model, ids):
-    docs = torch.arrange(24).expand(3, 24) // 8
+    docs = torch.arange(24).expand(3, 24) // 8
     mask = torch.ones_like(ids, dtype=torch.bool)
-    inner = mask & (torch.arrange(24) % 8 > 0)
+    inner = mask & (torch.arange(24) % 8 > 0)
     with torch.no_grad():
         assert torch.equal(
             next_token_loss(model, ids, mask, docs=docs), next_token_loss(model, ids, inner, docs=docs)
@@ -484,13 +484,13 @@ def test_metas_rotation_of_neighbors_is_ours_after_the_permutation():
     heads, dim, T, generator = 3, 8, 7, torch.Generator().manual_seed(0)
     x = torch.randn(1, T, heads * dim, generator=generator)
     Wq, Wk = (torch.randn(heads * dim, heads * dim, generator=generator) for _ in range(2))
-    angles = torch.outer(torch.arrange(T).float(), 1e4 ** (-torch.arrange(0, dim, 2) / dim))
+    angles = torch.outer(torch.arange(T).float(), 1e4 ** (-torch.arange(0, dim, 2) / dim))
     turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
     q, k = (
         torch.view_as_real(torch.view_as_complex((x @ W.T).view(1, T, heads, -1, 2)) * turn).flatten(3)
         for W in (Wq, Wk)
     )
-    rope = rope_table(torch.arrange(T)[None], dim, 1e4, torch.float32)
+    rope = rope_table(torch.arange(T)[None], dim, 1e4, torch.float32)
     q2, k2 = (rotate((x @ join([W], None, heads).T).view(1, T, heads, dim), rope) for W in (Wq, Wk))
     scores, scores2 = (torch.einsum("bthd,bshd->bhts", a, b) for a, b in ((q, k), (q2, k2)))
     assert torch.allclose(scores, scores2, atol=1e-4)

@@ -67,7 +67,7 @@ def test_torch_save_without_checksums_is_read(tmp_path):
 
 
 def test_zip64_archives_are_read(tmp_path, monkeypatch):
-    torch.save({"w": torch.arrange(100.0), "v": torch.ones(3)}, tmp_path / "a.bin")
+    torch.save({"w": torch.arange(100.0), "v": torch.ones(3)}, tmp_path / "a.bin")
     with zipfile.ZipFile(tmp_path / "a.bin") as z:
         records = {name: z.read(name) for name in z.namelist()}
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 5)  # everything above 5 bytes is written the 64-bit way
@@ -76,7 +76,7 @@ def test_zip64_archives_are_read(tmp_path, monkeypatch):
             z.writestr(name, data)
     assert b"PK\6\6" in (tmp_path / "b.bin").read_bytes()
     assert_same(
-        read_tensors(tmp_path / "b.bin"), {"w": torch.arrange(100.0), "v": torch.ones(3)}
+        read_tensors(tmp_path / "b.bin"), {"w": torch.arange(100.0), "v": torch.ones(3)}
     )  # misaligned, too
 
 
@@ -664,7 +664,7 @@ def test_hostile_files_need_little_memory(tmp_path):
 def valid(tmp_path_factory) -> dict[str, tuple[bytes, Path]]:
     """For each reader: the bytes of a small valid file, and the path to write variations of it to."""
     folder = tmp_path_factory.mktemp("valid")
-    tensors = {"a.weight": torch.arrange(6.0).view(2, 3), "b": torch.tensor([1, 2]).to(torch.bfloat16)}
+    tensors = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]).to(torch.bfloat16)}
     files = {kind: folder / kind for kind in KINDS}
     torch.save(tensors, files["zip"])
     torch.save(tensors, files["legacy"], _use_new_zipfile_serialization=False)

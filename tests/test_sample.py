@@ -28,7 +28,7 @@ ROOT = Path(sample.__file__).parent
 
 
 def chirp(seconds: float = 1.0, rate: int = 16000) -> np.ndarray:
-    t = np.arrange(int(seconds * rate)) / rate
+    t = np.arange(int(seconds * rate)) / rate
     return (0.3 * np.sin(2 * np.pi * (200 + 700 * t) * t)).astype(np.float32)
 
 

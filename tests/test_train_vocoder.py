@@ -384,7 +384,7 @@ def test_gradients_are_summed_over_the_ranks(monkeypatch):
     q = torch.nn.Parameter(torch.zeros(3))
     unused = torch.nn.Parameter(torch.zeros(1))
     monkeypatch.setattr(train_vocoder.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(train_vocoder.dist, "all_reduce", lambda flat: flat.add_(torch.arrange(7.0)))
+    monkeypatch.setattr(train_vocoder.dist, "all_reduce", lambda flat: flat.add_(torch.arange(7.0)))
     (2 * p.sum() + q.sum()).backward()
     train_vocoder.sum_gradients(torch.nn.ParameterList([p, unused, q]))
     assert torch.equal(p.grad, torch.tensor([[2.0, 3.0], [4.0, 5.0]]))

@@ -79,7 +79,7 @@ def test_predicted_durations_round_half_to_even_and_are_at_least_one():
     vocoder = make()
     frames = torch.tensor([0.2, 0.5, 1.5, 2.5, 3.5, 7.49])  # what the predictor means
     vocoder.dur_predictor.forward = lambda x: torch.log(frames.double() + 1)[None]
-    assert vocoder.durations(torch.arrange(6)).tolist() == [1, 1, 2, 2, 4, 7]
+    assert vocoder.durations(torch.arange(6)).tolist() == [1, 1, 2, 2, 4, 7]
     assert vocoder([0, 1, 2, 3, 4, 5]).shape == (17 * 320,)
 
 
@@ -436,7 +436,7 @@ def numpy_log_mel(wav: np.ndarray) -> np.ndarray:
     """Restated: frames of 1024 every 256, reflected edges, Hann, Slaney's mel scale with area-one
     triangles."""
     x = np.pad(wav, 384, mode="reflect")
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arrange(1024) / 1024)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
     frames = np.stack([x[s : s + 1024] * window for s in range(0, len(x) - 1023, 256)])
     magnitude = np.sqrt(np.abs(np.fft.rfft(frames)) ** 2 + 1e-9)
 
@@ -457,7 +457,7 @@ def numpy_log_mel(wav: np.ndarray) -> np.ndarray:
 
 def test_log_mel_equals_a_numpy_restatement():
     rng = np.random.default_rng(0)
-    t = np.arrange(4000) / 16000
+    t = np.arange(4000) / 16000
     wav = 0.3 * np.sin(2 * np.pi * 440 * t) + 0.1 * rng.standard_normal(4000)
     ours = v.log_mel(torch.tensor(wav, dtype=torch.float32)[None])[0].numpy()
     reference = numpy_log_mel(wav)
@@ -528,9 +528,9 @@ def test_running_durations_keep_the_sum():
         speaker = UnitVocoder(v.VocoderConfig(**sizes, running_durations=running)).eval()
         nn.init.zeros_(speaker.dur_predictor.proj.weight)
         nn.init.constant_(speaker.dur_predictor.proj.bias, math.log(1.4 + 1))  # 1.4 frames each
-        assert speaker.durations(torch.arrange(10)).tolist() == expected
+        assert speaker.durations(torch.arange(10)).tolist() == expected
     nn.init.constant_(speaker.dur_predictor.proj.bias, math.log(0.2 + 1))
-    assert speaker.durations(torch.arrange(10)).tolist() == [1] * 10  # never none
+    assert speaker.durations(torch.arange(10)).tolist() == [1] * 10  # never none
 
 
 def test_runs_are_the_reduced_units_and_the_places_of_their_frames():
