@@ -179,9 +179,7 @@ def reference(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
 def test_sample_token_has_the_right_distribution(seed, temperature, top_k, top_p):
     how = Sampling(temperature, top_k, top_p)
     logits = 3 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
-    grid = (
-        torch.arange(4000) + 0.5
-    ) / 4000  # every draw once: frequencies are the distribution up to 1/4000
+    grid = (torch.arange(4000) + 0.5) / 4000  # every draw once: frequencies are the distribution up to 1/4000
     tokens = generate.sample_token(logits.expand(4000, -1), how, grid)
     found = torch.bincount(tokens, minlength=30) / 4000
     expected = reference(logits, how)

@@ -1,6 +1,5 @@
 """train.py as its user meets it: processes that are started, killed and started again."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,75 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from runs import ENVIRONMENT, ROOT, metrics, stages, train
 
 import config
-from checkpoint import read_tensors
-from data import audio, units
-from data.corpus import TARGET_SPEAKER
-from data.tiny import prepare
-from hubert import KMeans, UnitExtractor
-from llama import Llama
-from tokenizer import Tokenizer
 from train import Config
-from vocoder import UnitVocoder
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
-
-
-def train(*arguments, launcher=(sys.executable,)):
-    return subprocess.run(
-        [*launcher, str(ROOT / "train.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-    )
-
-
-def stages(out: Path, *names: str, flags=()):
-    """One after the other, in one process: most of the time of a stage this small is importing torch."""
-    arguments = ["train.py", "configs/ci.toml", "--out", *map(str, [out, *flags]), "--stage"]
-    script = f"import sys, train\nfor name in {names}:\n    sys.argv = [*{arguments}, name]\n    train.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def metrics(out: Path, name: str) -> list[dict]:
-    lines = [json.loads(line) for line in (out / f"metrics/{name}.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def spoken(tmp_path_factory) -> Path:
-    """A run as far as its units: what every stage of the language model starts from."""
-    out = tmp_path_factory.mktemp("run") / "ci"
-    stages(out, "corpus", "hubert", "units")
-    return out
-
-
-@pytest.fixture
-def out(spoken, tmp_path) -> Path:
-    return Path(shutil.copytree(spoken, tmp_path / "ci"))
-
-
-@pytest.fixture(scope="module")
-def adapted(spoken, tmp_path_factory) -> Path:
-    """The same as far as stage 1: a LLaMA that knows units."""
-    out = Path(shutil.copytree(spoken, tmp_path_factory.mktemp("run") / "ci"))
-    stages(out, "text", "1")
-    return out
-
-
-@pytest.fixture
-def grown(adapted, tmp_path) -> Path:
-    return Path(shutil.copytree(adapted, tmp_path / "ci"))
 
 
 def test_all_stages_of_the_language_model_run_once_and_are_then_skipped(grown):
@@ -140,88 +77,6 @@ def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
     assert runs["killed"] == runs["whole"]  # every loss, to the last bit
 
 
-def test_embeddings_of_units_can_begin_as_the_centers_of_their_clusters(out):
-    shutil.rmtree(out / "state/units")
-    stages(out, "units", "text", "1", flags=["--units.embed_centers", 0.3, "--stage1.steps", 0])
-    text, grown = (Llama.from_pretrained(out / name).state_dict() for name in ("text", "stage1"))
-    places = KMeans.from_pretrained(out / "model/hubert").embeddings(32)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        old, units = len(text[name]), len(places)
-        assert torch.equal(grown[name][:old], text[name])  # eq. 1-2
-        torch.testing.assert_close(grown[name][old : old + units], places * 0.3)
-        assert grown[name][old + units :].std() == pytest.approx(0.02, rel=0.2)  # markers: by chance as ever
-
-
-def test_the_own_voice_is_also_heard_as_if_others_spoke(out):
-    shutil.rmtree(out / "state/units")
-    flags = ["--units.perturb", "[0.3, 0.2]"]
-    stages(out, "units", flags=flags)
-    own = {
-        row["id"]: row
-        for row in units.read_units(out / "corpus")
-        if row["split"] == "train" and row["speaker"] == 0
-    }
-    rows = units.read_perturbed(out / "corpus")
-    assert [row["id"] for row in rows] == list(own) and len({row["rate"] for row in rows}) == len(rows)
-    for key, most in (("rate", 0.3), ("pitch", 0.2)):
-        drawn = np.log([row[key] for row in rows])
-        assert abs(drawn).max() <= most and np.ptp(drawn) > most
-    extractor = UnitExtractor.from_pretrained(out / "model/hubert")
-    for row in rows:
-        assert sum(row["durations"]) == pytest.approx(sum(own[row["id"]]["durations"]) / row["rate"], abs=1.5)
-        wav = audio.change_pace_and_pitch(audio.load(out / "corpus" / row["wav"]), row["rate"], row["pitch"])
-        assert (row["units"], row["durations"]) == extractor(torch.from_numpy(wav))
-    shutil.rmtree(out / "state/units")
-    stages(out, "units")
-    assert not (out / "corpus/perturbed.jsonl").exists()  # it would be of other units
-
-
-def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_says_it(out):
-    shutil.rmtree(out / "state/units")
-    prepare.prepare(out / "corpus", sentences=20, renditions=len(prepare.SPEAKERS), workers=1, progress=False)
-    flags = ["--normalizer.steps", 40, "--normalizer.lr", 2e-3, "--normalizer.save_every", 10]
-    stages(out, "units", flags=flags)
-    loss, same = ([line[key] for line in metrics(out, "normalize")] for key in ("loss", "same"))
-    assert len(loss) == 40 and np.mean(loss[-8:]) < np.mean(loss[:8]) and 0 < min(same) and max(same) < 1
-    found, normal = out / "state/units/found", out / "model/hubert"
-    assert (found / "kmeans.safetensors").read_bytes() == (normal / "kmeans.safetensors").read_bytes()
-    assert (found / "model.safetensors").read_bytes() != (normal / "model.safetensors").read_bytes()
-    before, after = UnitExtractor.from_pretrained(found), UnitExtractor.from_pretrained(normal)
-    rows = {row["id"]: row for row in units.read_units(out / "corpus")}
-    for row in [*rows.values()][:3]:
-        assert row["units"] == after(torch.from_numpy(audio.load(out / "corpus" / row["wav"])))[0]
-
-    own = {
-        row["text"] for row in rows.values() if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER
-    }
-    with np.load(found / "targets.npz") as stored:
-        targets = np.split(stored["flat"], stored["lengths"].cumsum()[:-1])
-        apart = dict(zip(stored["ids"].tolist(), stored["distance"]))
-        targets = dict(zip(stored["ids"].tolist(), targets))
-    others = 0
-    for id, target in targets.items():
-        row = rows[id]
-        wav = torch.from_numpy(audio.load(out / "corpus" / row["wav"]))
-        assert row["split"] == "train" and row["text"] in own and len(target) == len(before.frame_units(wav))
-        if row["speaker"] == TARGET_SPEAKER:
-            assert target.tolist() == before.frame_units(wav).tolist() and apart[id] == 0
-        else:
-            assert set(target) <= set(range(20)) and apart[id] > 0
-            others += 1
-    train_rows = [row for row in rows.values() if row["split"] == "train" and row["text"] in own]
-    assert others == sum(row["speaker"] != TARGET_SPEAKER for row in train_rows) > 50
-
-    (out / "state/units/done.json").unlink()  # as if it had been interrupted
-    manifest = out / "corpus/manifest.jsonl"
-    manifest.write_text(manifest.read_text().replace(f'"{next(iter(targets))}"', '"another"'))
-    done = train("configs/ci.toml", "--out", out, "--stage", "units", *flags)
-    assert (
-        done.returncode == 1
-        and "is of other recordings than" in done.stderr
-        and "Traceback" not in done.stderr
-    )
-
-
 @pytest.mark.parametrize(
     "flag, value, said",
     [
@@ -273,103 +128,6 @@ def test_a_mistaken_number_ends_train_before_anything_begins(tmp_path):
     assert "'temperature': must be 0.001 to 1000, found 0" in done.stderr and not (tmp_path / "ci").exists()
 
 
-def test_model_hubert_has_no_layer_above_the_units(out):
-    shutil.rmtree(out / "state/units")
-    shutil.rmtree(out / "state/hubert")
-    stages(out, "hubert", "units", flags=["--hubert.model.n_layers", 2, "--units.layer", 1])
-    below = UnitExtractor.from_pretrained(out / "model/hubert")
-    assert below.model.config.n_layers == 1 and below.layer == 1
-    whole = read_tensors(out / "state/hubert/round2.safetensors")
-    assert any(name.startswith("encoder.layers.1.") for name in whole)
-    for name, tensor in read_tensors(out / "model/hubert/model.safetensors").items():
-        assert not name.startswith("encoder.layers.1.") and torch.equal(tensor, whole[name])
-
-
-def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
-    stages(grown, "2", "vocoder")
-    before = Path(shutil.copytree(grown / "model", tmp_path / "before"))
-    old, known = Llama.from_pretrained(before / "llama"), Tokenizer.from_pretrained(before / "llama")
-    centers = UnitExtractor.from_pretrained(before / "hubert").kmeans.centers
-    # the units of this run: each of the old ones by another number, and one more that is never heard
-    n = len(centers)
-    other = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [json.loads(line) for line in (grown / "corpus/units.jsonl").read_text().splitlines()]
-    frames = torch.zeros(n)
-    train_ids = {
-        row["id"]
-        for row in map(json.loads, (grown / "corpus/manifest.jsonl").read_text().splitlines())
-        if row["split"] == "train"
-    }
-    assert len(train_ids) <= 2000  # all of them are counted
-    for row in rows:
-        if row["id"] in train_ids:
-            for unit, duration in zip(row["units"], row["durations"]):
-                frames[unit] += duration
-        row["units"] = [other[unit] for unit in row["units"]]
-    (grown / "corpus/units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.rmtree(grown / "tokenizer")
-    shutil.rmtree(grown / "state/stage1")
-    flags = [
-        "--pretrained",
-        before,
-        "--stage1.steps",
-        0,
-        "--units.clusters",
-        n + 1,
-        "--units.embed_centers",
-        0.3,
-    ]
-    stages(grown, "1", flags=flags)
-
-    new, tok = Llama.from_pretrained(grown / "stage1"), Tokenizer.from_pretrained(grown / "stage1")
-    assert (
-        tok.n_units == n + 1
-        and tok.n_text == known.n_text
-        and new.config.vocab_size == len(tok) == len(known) + 1
-    )
-    for name, table in old.state_dict().items():
-        if name not in ("model.embed_tokens.weight", "lm_head.weight"):
-            assert torch.equal(new.state_dict()[name], table)
-            continue
-        now, units = new.state_dict()[name], table[known.unit_ids.start : known.unit_ids.stop]
-        assert torch.equal(now[: tok.n_text], table[: tok.n_text])
-        for marker in ("<sosp>", "<eosp>", "<eoh>", "<eoa>"):
-            assert torch.equal(now[tok.added[marker]], table[known.added[marker]])
-        anybody = frames @ units / frames.sum()
-        of_units = (frames[:, None] * units + 0.5 * anybody) / (frames[:, None] + 0.5)
-        torch.testing.assert_close(now[[tok.unit_id(u) for u in other]], of_units, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(now[tok.unit_id(n)], anybody, atol=1e-5, rtol=1e-4)
-
-    old = UnitVocoder.from_pretrained(before / "vocoder").state_dict()
-    room = "--vocoder_model.num_embeddings"
-    flags_of = ["--vocoder.steps", 0, "--vocoder.frame_steps", 0, room, n + 1]
-    for wider in (False, True):
-        shutil.rmtree(grown / "state/vocoder")
-        shape = ["--vocoder_model.context_dilations", "[3]"] if wider else []
-        stages(grown, "vocoder", flags=[*flags, *flags_of, *shape])
-        new = UnitVocoder.from_pretrained(grown / "model/vocoder").state_dict()
-        of_units = (
-            frames[:, None] * old["dict.weight"] + 0.5 * (frames @ old["dict.weight"] / frames.sum())
-        ) / (frames[:, None] + 0.5)
-        rest = [torch.equal(new[name], table) for name, table in old.items() if name != "dict.weight"]
-        assert all(rest) != wider  # of another shape: anew
-        assert torch.allclose(new["dict.weight"][other], of_units, atol=1e-5) != wider
-
-    shutil.rmtree(grown / "state/vocoder")
-    for clusters, message in (
-        (centers, "num_embeddings to at least"),
-        (torch.cat([centers] * 2), "vocoder knows"),
-    ):
-        KMeans(clusters).save(before / "hubert")
-        done = train("configs/ci.toml", "--out", grown, "--stage", "vocoder", *flags, room, n)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-
-    KMeans(centers[:-1]).save(before / "hubert")
-    shutil.rmtree(grown / "state/stage1")
-    done = train("configs/ci.toml", "--out", grown, "--stage", "1", *flags)
-    assert done.returncode == 1 and "different models" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_units_can_count_less_than_text(grown):
     first = {}
     for weight in (1, 0.01):
@@ -379,105 +137,6 @@ def test_units_can_count_less_than_text(grown):
     assert (
         first[1] > 0 and first[0.01] > 0 and abs(first[1] - first[0.01]) > 1e-3
     )  # another mean of the same losses
-
-
-def test_hubert_learns_from_the_speaker_it_is_told_to(out):
-    shutil.rmtree(out / "state/hubert")
-    done = train("configs/ci.toml", "--out", out, "--stage", "hubert", "--hubert.speaker", 9)
-    assert done.returncode == 1 and "speaker 9 has no training recording" in done.stderr
-    assert "Traceback" not in done.stderr
-    shutil.rmtree(out / "state/hubert")
-    stages(out, "hubert", flags=["--hubert.speaker", 0, "--hubert.perturb", 0.2])
-    rows = [json.loads(line) for line in (out / "corpus/manifest.jsonl").read_text().splitlines()]
-    theirs = [row for row in rows if row["split"] == "train" and row["speaker"] == 0]
-    assert 0 < len(theirs) < sum(row["split"] == "train" for row in rows)
-    for number in (1, 2):
-        with np.load(out / f"state/hubert/clusters{number}.npz") as labels:
-            assert len(labels["lengths"]) == len(theirs)
-
-
-LEARNED = {  # by each stage, in an order in which none changes what the next one begins with
-    "stage3": "model/lora/adapter_model.safetensors",
-    "stage2": "model/llama/model.safetensors",
-    "stage1": "stage1/model.safetensors",
-    "text": "text/model.safetensors",
-    "units": "model/hubert/model.safetensors",
-    "hubert": "state/hubert/round1.safetensors",
-}
-LANGUAGE = ("text", "stage1", "stage2", "stage3")
-
-
-AGAIN = """
-import os, time, torch, config, train
-from pathlib import Path
-from run import Run, destroy, init_distributed
-
-c = config.read("configs/ci.toml", train.Config, {flags})
-run = Run(Path({out!r}), Path({out!r}) / "corpus", c.seed, torch.device("cpu"))
-init_distributed(run.device)
-for name in {names}:
-    if os.environ.get("RANK", "0") == "0":
-        run.state(name).rename(run.state(name + "-before"))
-    while (run.state(name) / "done.json").exists():
-        time.sleep(0.01)
-    train.run_some((name,), run, c)
-destroy()
-"""
-
-
-def learn_again(out: Path, accumulate: int, ranks: int):
-    """20 steps of 32 documents or crops in every stage, as so many micro-batches on so many processes."""
-    flags = ["--normalizer.steps", 20, "--hubert.clusters", "[10]"]
-    for section in ("hubert", "normalizer", *LANGUAGE):
-        size = {"steps": 20, "batch_size": 32, "accumulate": accumulate, "bf16": "false", "eval_every": 1000}
-        flags += [word for key, value in size.items() for word in (f"--{section}.{key}", value)]
-    script = out / "again.py"
-    script.write_text(AGAIN.format(flags=[*map(str, flags)], out=str(out), names=[*LEARNED]))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
-    done = subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else ()), str(script)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.fixture(scope="module")
-def taught(adapted, tmp_path_factory) -> Path:
-    """A run as far as stage 3."""
-    out = Path(shutil.copytree(adapted, tmp_path_factory.mktemp("run") / "ci"))
-    stages(out, "2", "3")
-    return out
-
-
-@pytest.fixture(scope="module")
-def one_process(taught, tmp_path_factory) -> Path:
-    out = Path(shutil.copytree(taught, tmp_path_factory.mktemp("run") / "ci"))
-    learn_again(out, accumulate=1, ranks=1)
-    return out
-
-
-@pytest.mark.parametrize(
-    "accumulate, ranks",
-    [
-        (1, 4),
-        (3, 2),  # six pieces of 32: of unequal size
-        pytest.param(4, 1, marks=pytest.mark.slow),
-        pytest.param(1, 2, marks=pytest.mark.slow),
-    ],
-)
-def test_many_processes_and_micro_batches_learn_what_one_learns(
-    taught, one_process, tmp_path, accumulate, ranks
-):
-    out = Path(shutil.copytree(taught, tmp_path / "ci"))
-    learn_again(out, accumulate, ranks)
-    for stage, path in LEARNED.items():
-        one, many = read_tensors(one_process / path), read_tensors(out / path)
-        assert one.keys() == many.keys()
-        far = max((one[name].float() - many[name].float()).abs().max().item() for name in one)
-        assert far < 1e-6, f"{stage}: {far}"
 
 
 @pytest.mark.parametrize(
