@@ -79,12 +79,12 @@ class Grammar:
         inside = torch.full((size,), -torch.inf).masked_fill(is_unit, 0.0)
         inside[tok.eosp] = 0.0
 
-        after_speech = is_unit.clone()
-        after_speech[tok.sosp] = True
+        opens_speech = is_unit.clone()
+        opens_speech[tok.sosp] = True
         repeat = torch.zeros(size).masked_fill(is_unit, -torch.inf)
 
         self.free = free
-        self.in_speech = after_speech[:vocab_size].to(device)  # (V,) are we inside speech after this token?
+        self.in_speech = opens_speech[:vocab_size].to(device)  # (V,) are we inside speech after this token?
         self.bias = torch.stack([outside, inside])[:, :vocab_size].to(device)  # (2, V)
         self.repeat = repeat[:vocab_size].to(device)  # (V,) added to the last token's own logit
 

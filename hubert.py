@@ -281,9 +281,8 @@ class HuBERT(nn.Module):
     def masked_losses(
         self, wav: Tensor, labels: Tensor, mask: Tensor, unmasked_weight: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the clusters of the masked frames: summed cross-entropy (nats), summed weights, correct
-        guesses, frames. wav (B, N); labels (B, T) long, below 0 for frames without; mask (B, T) bool, True
-        where masked."""
+        """(loss sum in nats, weight sum, correct guesses, masked frames) of predicting the masked clusters.
+        wav (B, N); labels (B, T) long, below 0 for frames without; mask (B, T) bool, True where masked."""
         x = self.hidden_states(wav, mask=mask)[-1]
         if self.config.pre_norm:
             x = self.encoder.layer_norm(x)
@@ -472,7 +471,7 @@ def read_hugging_face(folder: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
 
 def read_fairseq(path: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
     """Sizes come from the tensors, the rest from the settings that fairseq stored with them; without any from
-    the recipes of base (group norm) and large (layer norms), whose heads have 64 numbers."""
+    the recipes of base (group norm) and large (layer norms), whose heads are 64 wide."""
     tensors = rename(checkpoint.read_tensors(path), FAIRSEQ)
     saved = checkpoint.read_checkpoint(path)
     stored = saved.get("cfg") if isinstance(saved.get("cfg"), dict) else {}
@@ -514,7 +513,7 @@ PIECE = 100  # frames, two seconds
 
 
 class FastFeatureExtractor(FeatureExtractor):
-    """The same in less time and constant memory, exact also for padded rows and for pieces of a recording.
+    """`FeatureExtractor`, faster and in constant memory; exact for padded rows and pieces of a recording.
     Only the group norm of layer 0 looks beyond a frame's own 25 ms: it normalizes each channel y = w.x over
     all windows x of ten samples. As mean(y) = w.mean(x) and var(y) = w.cov(x).w, `fold` takes its statistics
     once from the whole recording and puts them into the weights. Then any cut between frames is exact:

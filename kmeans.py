@@ -86,7 +86,7 @@ class KMeans(nn.Module):
 
     def embeddings(self, dim: int) -> Tensor:
         """Initial embeddings (K, dim), ours: the centers' first `dim` principal components (zeros if there
-        are fewer), at mean 0 and variance 1. Similar units start alike: what is learned of one helps all."""
+        are fewer), at mean 0 and variance 1. Similar units share what is learned."""
         x = self.centers - self.centers.mean(0)
         u, s, _ = torch.linalg.svd(x, full_matrices=False)
         x = F.pad((u * s)[:, :dim], (0, max(0, dim - len(s))))

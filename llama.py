@@ -300,7 +300,7 @@ def next_token_losses(
     """(sum of -w(token) log p(token | the tokens before it), sum of w(token)) over the targets, fp32 scalars.
 
     Targets are the tokens where mask (B, T) is True: all of them in eq. 3, those of the answer in eq. 4. The
-    first token of a document is none. weight (V,) is w, 1 without it. Logits are computed at the targets
+    first token of a document is never one. weight (V,) is w, 1 without it. Logits are computed at the targets
     alone: with a vocabulary of 33,000 they would be the largest tensor of the step."""
     target = mask[:, 1:]
     if docs is not None:

@@ -233,9 +233,11 @@ class SpeechGPT:
     # -- a prompt in its template
 
     def style(self, style: str = "auto") -> str:
-        """Resolves "auto": "paper" for a tokenizer with a piece "[tq]", as Tokenizer.train makes it."""
+        """Resolves "auto": what training has noted; else "paper" for a tokenizer with a piece "[tq]"."""
         if style != "auto":
             return style
+        if self.tok.trained_style is not None:
+            return self.tok.trained_style
         return "released" if self.tok.sp.piece_to_id("▁[tq]") == self.tok.unk else "paper"
 
     def render(self, prompt: Prompt, request: Request) -> RenderedPrompt:

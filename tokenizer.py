@@ -33,7 +33,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from files import write_atomic
+from files import read_json, write_atomic
 
 # ---- Speech as text ----------------------------------------------------------------------------------------
 
@@ -219,6 +219,7 @@ class Tokenizer:
         """model: the bytes of tokenizer.model; added: token -> id. ValueError if they do not fit."""
         self.sp = open_model(model, f"{source}/tokenizer.model")
         self.n_text = len(self.sp)
+        self.trained_style: str | None = None  # of the templates that its model has read, if that was noted
         self.added = check_added(added, self.n_text, f"{source}/added_tokens.json")
         self.name = {i: token for token, i in added.items()}
         self.n_units = 0
@@ -377,7 +378,9 @@ class Tokenizer:
         except (ValueError, RecursionError) as error:
             why = str(error)[:60]
             raise ValueError(f"{folder}/added_tokens.json is not JSON; fetch it again ({why})") from error
-        return cls(model, added, str(folder))
+        tokenizer = cls(model, added, str(folder))
+        tokenizer.trained_style = read_style(folder / "tokenizer_config.json")
+        return tokenizer
 
     @classmethod
     def extend(
@@ -425,6 +428,7 @@ LLAMA_MODEL = dict(normalization_rule_name="identity", **PIECES, **SPACES, **IDS
 # What transformers needs to make the same ids.
 CONFIG = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=True)
 CONFIG |= dict(clean_up_tokenization_spaces=False, model_max_length=2048, padding_side="left")
+CONFIG |= dict(template_style="paper")  # ours: what train.py's documents are rendered in
 FLAGS = dict(lstrip=False, normalized=True, rstrip=False, single_word=False)
 SPECIAL_TOKENS = {
     "bos_token": {"content": "<s>", **FLAGS},
@@ -432,6 +436,13 @@ SPECIAL_TOKENS = {
     "unk_token": {"content": "<unk>", **FLAGS},
     "pad_token": "<unk>",
 }
+
+
+def read_style(path: Path) -> str | None:
+    """The style of templates that `write` has noted for prompting; None in other people's files."""
+    table = read_json(path) if path.is_file() else {}
+    style = table.get("template_style") if isinstance(table, dict) else None
+    return style if style in ("paper", "released") else None
 
 
 def write(folder: Path, model: bytes, added: dict[str, int], n_units: int, source: str) -> Tokenizer:
@@ -444,6 +455,7 @@ def write(folder: Path, model: bytes, added: dict[str, int], n_units: int, sourc
     for token in tokens:
         added.setdefault(token, n_text + len(added))
     tokenizer = Tokenizer(model, added, source)
+    tokenizer.trained_style = CONFIG["template_style"]
     folder.mkdir(parents=True, exist_ok=True)
     files = {"tokenizer.model": model}
     tables = {"special_tokens_map": SPECIAL_TOKENS, "tokenizer_config": CONFIG, "added_tokens": added}

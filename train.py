@@ -53,7 +53,7 @@ from training.stages import Stage, finished, in_parallel, run_stage
 from vocoder import VocoderConfig
 
 # ---- Configuration -----------------------------------------------------------------------------------------
-# One dataclass for each section of the file. Defaults are the paper's (Table 3) where it gives them.
+# One dataclass for each section of the file. Defaults are the paper's where it gives them (Table 3, §5.1).
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Language(Optimization):
     mix: dict = field(
         default_factory=lambda: {"text": 1.0}
     )  # kinds of documents (data/documents.py): their shares
-    unit_weight: Positive = 1.0  # of a unit in the loss, where a piece of text has 1
+    unit_weight: Positive = 1.0  # loss weight of a unit (a piece of text: 1)
     noise: Share = (
         0.0  # augmentation: fraction of input units dropped, and the same fraction replaced at random
     )
@@ -78,7 +78,7 @@ class Stage1(Language):
 @dataclass
 class Stage2(Language):
     max_len: Count = 512
-    # ASR and TTS with p = 1/2 each (§3.1); the paper gives no share for text
+    # ASR or TTS "with probability p" (§3.1), and text: the paper gives neither number
     mix: dict = field(default_factory=lambda: {"asr": 0.4, "tts": 0.4, "t2t": 0.2})
 
 
@@ -100,14 +100,14 @@ class LoraSection:
 @dataclass
 class CorpusSection:
     name: str = (
-        "tiny"  # "tiny" synthesizes the small spoken world; or a folder with manifest.jsonl (data/units.py)
+        "tiny"  # "tiny" synthesizes the small spoken world; or a folder with manifest.jsonl (data/corpus.py)
     )
     options: dict = field(default_factory=dict)  # of data/tiny/prepare.py
 
 
 @dataclass
 class EvaluateSection:
-    items: Whole = 120  # in a row of the report; 0: all there are
+    items: Whole = 120  # at most so many items for a row of the report; 0: all there are
     takes: Count | None = None  # spoken answers drawn at most; None: as sample.py does
     targets: dict = field(default_factory=dict)  # a row's key: what it should reach, as in configs/tiny.toml
 
@@ -160,8 +160,7 @@ class Config:
 
 
 class LanguageStage(NamedTuple):
-    """How the model of one stage is made, and what is kept of it. What requires a gradient is what the stage
-    trains."""
+    """How the model of one stage is made and saved. What requires a gradient is what the stage trains."""
 
     model: Callable[[Run, Config, Tokenizer], Llama]
     save: Callable[[Run, Config, Llama, Tokenizer], None]
@@ -314,6 +313,19 @@ def make_corpus(run: Run, config: Config):
     barrier()
 
 
+def check_mixes(run: Run, config: Config):
+    """ValueError, before hours of other stages, if a mix asks for dialogues and the corpus has none."""
+    if rank() > 0 or corpus.read_dialogues(run.corpus):
+        return
+    for name in LANGUAGE:
+        for kind in getattr(config, name).mix:
+            if kind.split("/")[0] in documents.DIALOGUE_KINDS:
+                raise ValueError(
+                    f"{name}.mix has '{kind}', but {run.corpus} has no dialogues.jsonl; "
+                    f"take it out of the mix, or write that file (docs/own-data.md)"
+                )
+
+
 def train_hubert_stage(run: Run, config: Config):
     train_hubert.pretrain(run, config.hubert)
 
@@ -368,7 +380,7 @@ def has_pretrained(config: Config) -> bool:
 
 STAGES = {
     "corpus": Stage(
-        begins_as="an empty folder, or one's own recordings",
+        starts_from="an empty folder, or one's own recordings",
         trains="nothing",
         reads="data/tiny/world.py, or a manifest",
         loss="-",
@@ -378,27 +390,27 @@ STAGES = {
         sections=("seed", "corpus"),
     ),
     "hubert": Stage(
-        begins_as="random weights",
+        starts_from="random weights",
         trains="all of HuBERT, in rounds",
         reads="raw speech",
-        loss="the cluster of each masked frame (HuBERT eq. 1-3)",
+        loss="the cluster of each masked frame (HuBERT eq. 1, 3)",
         paper="mHuBERT, as released",
         work=train_hubert_stage,
         after=("corpus",),
         sections=("hubert",),
     ),
     "units": Stage(
-        begins_as="the last round's HuBERT",
+        starts_from="the last round's HuBERT",
         trains="k-means on one of its layers",
         reads="raw speech",
         loss="distance to the nearest center",
-        paper="k = 1000, layer 11 (§4.1)",
+        paper="K clusters (§4.1); released: k = 1000, layer 11",
         work=units_stage,
         after=("hubert",),
         sections=("units", "normalizer"),
     ),
     "text": Stage(
-        begins_as="random weights",
+        starts_from="random weights",
         trains="all of the LLaMA",
         reads="text",
         loss="every token",
@@ -409,37 +421,37 @@ STAGES = {
         skip=has_pretrained,
     ),
     "stage1": Stage(
-        begins_as="the text model, its vocabulary grown (eq. 1-2)",
+        starts_from="the text model, its vocabulary grown (eq. 1-2)",
         trains="all of the LLaMA",
         reads="unlabeled speech as units",
-        loss="every unit (eq. 3)",
+        loss="every unit and marker (eq. 3)",
         paper="900 steps of 768, lr 2e-4, length 1024",
         work=partial(train_language, "stage1"),
         after=("units", "text"),
         sections=("stage1",),
     ),
     "stage2": Stage(
-        begins_as="stage 1's model",
+        starts_from="stage 1's model",
         trains="all of the LLaMA",
         reads="ASR, TTS and text instructions (§3.1)",
         loss="the answer's tokens (eq. 4)",
-        paper="2100 steps of 1536, lr 2e-4, length 512",
+        paper="2100 steps (§5.1; Table 3: 4000) of 1536, lr 2e-4, length 512",
         work=partial(train_language, "stage2"),
         after=("stage1",),
         sections=("stage2",),
     ),
     "stage3": Stage(
-        begins_as="stage 2's model, frozen",
+        starts_from="stage 2's model, frozen",
         trains="low-rank adapters of its attention",
         reads="chain-of-modality instructions (§3.2)",
         loss="the answer's tokens (eq. 4)",
-        paper="4200 steps of 128, lr 2e-4, length 1024, r 8",
+        paper="4200 steps of 128, lr 2e-4, length 1024, r 8, alpha 16",
         work=partial(train_language, "stage3"),
         after=("stage2",),
         sections=("stage3", "lora"),
     ),
     "vocoder": Stage(
-        begins_as="random weights",
+        starts_from="random weights",
         trains="generator, duration predictor, discriminators",
         reads="units and waveforms",
         loss="LSGAN, features, mel spectra, durations",
@@ -449,7 +461,7 @@ STAGES = {
         sections=("vocoder", "vocoder_model", "pretrained"),
     ),
     "evaluate": Stage(
-        begins_as="the finished model",
+        starts_from="the finished model",
         trains="nothing",
         reads="held-out questions and recordings",
         loss="-",
@@ -467,8 +479,8 @@ def run_some(names: tuple[str, ...], run: Run, config: Config):
 
 
 def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextlib.AbstractContextManager:
-    """Context: on a CPU with cores to share, `names` run in a second process meanwhile, else they have run
-    before. What it yields raises ValueError, when called, if they have failed."""
+    """Context manager: runs `names` in a second process on half of the cores and joins it on exit; yields a
+    function that raises ValueError if it failed. Without cores to share it runs them first."""
     work = partial(run_some, names, run, config)
     able = run.device.type == "cpu" and world_size() == 1 and torch.get_num_threads() > 1
     if able and config.parallel_stages and not finished(STAGES, names[-1], run, config):
@@ -480,6 +492,7 @@ def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextli
 def run_all(run: Run, config: Config):
     """Every stage. HuBERT and its units need no text, and the vocoder needs nothing of the language model."""
     run_some(("corpus",), run, config)
+    check_mixes(run, config)
     with in_background(("hubert", "units"), run, config):
         run_some(("text",), run, config)
     with in_background(("vocoder",), run, config) as check:
@@ -493,7 +506,7 @@ def table_of_stages() -> str:
     lines = []
     for name, stage in STAGES.items():
         lines.append(name)
-        for question in ("begins_as", "trains", "reads", "loss", "paper"):
+        for question in ("starts_from", "trains", "reads", "loss", "paper"):
             lines.append(f"    {question.replace('_', ' '):10} {getattr(stage, question)}")
     return "\n".join(lines)
 

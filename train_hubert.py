@@ -1,6 +1,6 @@
 """Training of HuBERT (paper §3.1, §4.1): rounds of masked prediction, k-means, a corpus as units.
 
-    round 1   targets: clusters of MFCCs                          (HuBERT paper §II.C)
+    round 1   targets: clusters of MFCCs                          (HuBERT paper §II.A)
     round 2   targets: clusters of a layer of round 1's HuBERT    ... and so on
     units     k-means on a layer of the last round's HuBERT: the alphabet of the language model
               ours, optional: a speech normalizer, so that all speakers get the units of the target speaker
@@ -49,9 +49,7 @@ class HubertSection(Optimization):
     frames: Count = 99  # of 20 ms, in a crop
     mask_prob: Share = 0.08
     mask_span: Count = 10
-    unmasked_weight: Amount = (
-        0.0  # of the loss at frames that are not masked (HuBERT paper eq. 2: (1 - alpha) / alpha)
-    )
+    unmasked_weight: Amount = 0.0  # of the loss at frames that are not masked (§II.B: (1 - alpha) / alpha)
     cluster_frames: Count = 100_000  # frames that k-means is fitted on
     model: HuBERTConfig = field(default_factory=HuBERTConfig)
 

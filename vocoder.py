@@ -553,7 +553,7 @@ def deduplicate(codes: Tensor, n_units: int | None = None) -> tuple[Tensor, Tens
 
     [7, 7, 3, 9, 9, 9] -> [7, 3, 9], [0, 0, 1, 2, 2, 2], [0, 1, 0, 0, 1, 2], [1, 0, 0, 2, 1, 0]
 
-    U is the longest row's, or n_units: that of the larger batch, if these are some of its rows."""
+    U: the longest row of this batch; on several ranks n_units, the longest of the whole step's."""
     begins = torch.ones_like(codes)
     begins[:, 1:] = codes[:, 1:] != codes[:, :-1]
     index = begins.cumsum(1) - 1

@@ -2,10 +2,10 @@
 
     text      What is three plus four? Three plus four is seven.                     (every token is a target)
     stage 1   <sosp><17><4><93>...<eosp>                                             (every token, eq. 3)
-    stage 2   [Human]: {D}. This is input: {U}<eoh>. [SpeechGPT]: {T}<eoa>           (the answer, eq. 4)
-              [Human]: {D}. This is input: {T}<eoh>. [SpeechGPT]: {U}<eoa>
+    stage 2   [Human]: {D} This is input: {U}<eoh>. [SpeechGPT]: {T}<eoa>.           (the answer, eq. 4)
+              [Human]: {D} This is input: {T}<eoh>. [SpeechGPT]: {U}<eoa>.
     stage 3   [Human]: This is a speech instruction: {SpeechI}. ... <eoh>. [SpeechGPT]:
-              [tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>                        (the answer)
+              [tq] {TextI}; [ta] {TextR}; [ua] {SpeechR}<eoa>.                       (the answer)
 
 What a stage reads is a mix of kinds of documents, such as {"asr": 0.5, "tts": 0.5}:
 
@@ -41,7 +41,8 @@ from data.units import read_perturbed, read_units
 UNKNOWN_SPEAKER = -1  # of augmented copies; never a TTS target
 READING = "reading"  # the family of sentences to read aloud
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
-KINDS = ("text", "speech", "asr", "tts", *MODES, "chain", "standard")
+DIALOGUE_KINDS = (*MODES, "chain", "standard")
+KINDS = ("text", "speech", "asr", "tts", *DIALOGUE_KINDS)
 
 
 # ---- What documents are made from --------------------------------------------------------------------------

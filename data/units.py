@@ -159,8 +159,8 @@ def dtw_align(source: np.ndarray, target: np.ndarray, ends: int = 10) -> tuple[n
 def cooccurrence(corpus: str | Path, extractor, n_units: int, recordings: int = 2000) -> torch.Tensor:
     """(n_units, K): P(unit of `extractor` | unit of units.jsonl), counted on frames of training recordings.
 
-    Each unit starts with half a frame that is spread as all frames are: a unit that is not in those
-    recordings has that distribution."""
+    Additive smoothing: every row gets half a pseudo-frame with the distribution of all frames, so a unit that
+    is not in those recordings has that distribution."""
     rows = [row for row in read_units(corpus) if row["split"] == "train"]
     rows = random.Random(0).sample(rows, min(len(rows), recordings))
     old_units = map_speech(

@@ -688,3 +688,16 @@ def test_any_added_tokens_json_is_refused(bad_folder, data):
     with pytest.raises(ValueError) as error:
         Tokenizer.from_pretrained(bad_folder)
     assert "\n" not in str(error.value)
+
+
+def test_the_style_of_templates_is_noted_for_whoever_prompts_the_model(tmp_path):
+    """A plain LLaMA's tokenizer, extended, has no piece [tq]; what train.py makes of it reads the paper's form."""
+    trained = Tokenizer.train(["one two three four five six"] * 20, tmp_path / "trained", 400, 10)
+    assert trained.trained_style == Tokenizer.from_pretrained(tmp_path / "trained").trained_style == "paper"
+    extended = Tokenizer.extend(tmp_path / "trained", tmp_path / "extended", 10)
+    assert extended.trained_style == "paper"
+    for content in ("{}", "[]", '{"template_style": "other"}', '{"template_style": 3}'):
+        (tmp_path / "trained/tokenizer_config.json").write_text(content)
+        assert Tokenizer.from_pretrained(tmp_path / "trained").trained_style is None
+    (tmp_path / "trained/tokenizer_config.json").unlink()
+    assert Tokenizer.from_pretrained(tmp_path / "trained").trained_style is None

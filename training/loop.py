@@ -1,4 +1,4 @@
-"""The one training loop, of HuBERT, the text model and stages 1 to 3 (the vocoder has two of its own).
+"""The one training loop, of HuBERT, its normalizer, the text model and stages 1 to 3 (the vocoder has two).
 
     optimize(run, "stage1", folder, model, loss, batch_at, section, probe)
 
@@ -39,8 +39,7 @@ from training.muon import Muon
 
 @dataclass
 class Optimization:
-    """Settings of the loop. Batch size, peak rate, length and steps are the paper's (Table 3), the rest
-    LLaMA's."""
+    """Settings of the loop. Batch size, peak rate: Table 3; steps: §5.1; warm-up: ours; else LLaMA's."""
 
     steps: Whole = 2100
     batch_size: Count = 1536  # documents (or crops) a step, over all ranks and micro-batches
@@ -61,7 +60,7 @@ MAY_CHANGE = {"eval_every", "save_every"}  # keys that may differ when an interr
 
 
 def no_probe() -> tuple[dict[str, float], str]:
-    """Of a stage that shows nothing while it trains."""
+    """The default probe: nothing is evaluated while a stage trains."""
     return {}, ""
 
 

@@ -37,7 +37,7 @@ def never(config) -> bool:
 class Stage(NamedTuple):
     """A row of the table STAGES in train.py."""
 
-    begins_as: str  # the five questions that the table answers at a glance
+    starts_from: str  # this and the next four are the columns of `python train.py --stages`
     trains: str
     reads: str
     loss: str
