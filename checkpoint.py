@@ -29,11 +29,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-# isort: off
 from files import MAX_JSON, one_line, parse_json, read_json, show, stream_atomic
-from files import read_jsonl, write_atomic, write_json, write_jsonl  # noqa: F401 (for callers not moved)
-
-# isort: on
 from pickles import Inert, MappedFile, read_pickle, read_zip
 
 DTYPES = {

@@ -159,6 +159,9 @@ def command_line(main: Callable[[], None]):
 
     DEBUG=1 in the environment shows the traceback instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # Windows writes what its code page lacks to a pipe as an error
+            stream.reconfigure(errors="replace")
     if os.environ.get("DEBUG"):
         return main()
     try:

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -70,7 +71,13 @@ def device(name: str = "auto") -> torch.device:
         and not torch.backends.mps.is_available()
     ):
         raise ValueError(f"device '{name}' was asked for, but torch finds none here; use --device cpu")
-    return torch.device(cuda if name == "cuda" else name)
+    try:
+        found = torch.device(cuda if name == "cuda" else name)
+    except RuntimeError:
+        raise ValueError(f"unknown device '{name}'; choose auto, cpu, cuda, cuda:1 or mps") from None
+    if kind == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no {found}: this machine has {torch.cuda.device_count()} GPU(s)")
+    return found
 
 
 def autocast(where: torch.device, wanted: bool = True) -> torch.autocast:
@@ -86,9 +93,13 @@ def autocast(where: torch.device, wanted: bool = True) -> torch.autocast:
 def init_distributed(where: torch.device):
     """Joins the other ranks, if there are any."""
     if world_size() > 1 and not dist.is_initialized():
+        if where.type == "mps":
+            raise ValueError("several processes cannot share an Apple GPU; use --device cpu")
         if where.type == "cuda":
             torch.cuda.set_device(where)
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        # The others wait while rank 0 alone makes a corpus or its units: for hours, perhaps.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
 def barrier():

@@ -22,7 +22,9 @@ loop that they share is training/loop.py; what is skipped, resumed and run in pa
 """
 
 import contextlib
+import dataclasses
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -170,7 +172,7 @@ def train_language(name: str, run: Run, config: Config):
     """Stage text, stage1, stage2 or stage3: they differ in the model, the documents and the settings
     alone."""
     section: Language = getattr(config, name)
-    tok = make_tokenizer(run, config)
+    tok = make_tokenizer(name, run, config)
     torch.manual_seed(run.seed)
     model = LANGUAGE[name].model(run, config, tok).to(run.device)
     examples = documents.examples(run.corpus, "train", section.mix)
@@ -222,6 +224,7 @@ def held_out_probe(run: Run, section: Language, tok: Tokenizer, model: Llama, lo
         lines = ""
         for ids, mask in rendered[:3]:
             prompt = mask.index(True) if not mask[1] else len(ids) // 2  # half of a document without a prompt
+            prompt = min(prompt, model.config.max_len - 1)
             answer = generate(model, [ids[:prompt]], tok, Decoding(max_new=len(ids)))[0]
             lines += f"\n  prompt   {tok.decode(ids[:prompt])}"
             lines += f"\n  answer   {tok.decode(answer)}"
@@ -231,10 +234,13 @@ def held_out_probe(run: Run, section: Language, tok: Tokenizer, model: Llama, lo
     return probe
 
 
-def make_tokenizer(run: Run, config: Config) -> Tokenizer:
+def make_tokenizer(name: str, run: Run, config: Config) -> Tokenizer:
     """The tokenizer of this run: sentencepiece trained on the text of the train split, or the pretrained
     LLaMA's."""
-    if not (run.tokenizer / "added_tokens.json").exists() and rank() == 0:
+    # The first stage that needs it makes it, whatever a run with other settings has left.
+    first = "stage1" if config.pretrained else "text"
+    made_anew = name == first and not (run.state(name) / "state.safetensors").exists()
+    if rank() == 0 and (made_anew or not (run.tokenizer / "added_tokens.json").exists()):
         n_units = config.units.clusters
         if config.pretrained:
             foreign = foreign_units.has_foreign_units(config.pretrained)
@@ -315,7 +321,7 @@ def make_corpus(run: Run, config: Config):
 
 def check_mixes(run: Run, config: Config):
     """ValueError, before hours of other stages, if a mix asks for dialogues and the corpus has none."""
-    if rank() > 0 or corpus.read_dialogues(run.corpus):
+    if corpus.read_dialogues(run.corpus):
         return
     for name in LANGUAGE:
         for kind in getattr(config, name).mix:
@@ -428,7 +434,7 @@ STAGES = {
         paper="900 steps of 768, lr 2e-4, length 1024",
         work=partial(train_language, "stage1"),
         after=("units", "text"),
-        sections=("stage1",),
+        sections=("stage1", "pretrained"),
     ),
     "stage2": Stage(
         starts_from="stage 1's model",
@@ -484,6 +490,8 @@ def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextli
     work = partial(run_some, names, run, config)
     able = run.device.type == "cpu" and world_size() == 1 and torch.get_num_threads() > 1
     if able and config.parallel_stages and not finished(STAGES, names[-1], run, config):
+        alone = dataclasses.replace(run, workers=0)  # a background process may have none of its own
+        work = partial(run_some, names, alone, config)
         return in_parallel(work, f"stage {' and '.join(names)}", run.state(names[-1]) / "log.txt")
     work()
     return contextlib.nullcontext(lambda: None)
@@ -507,7 +515,7 @@ def table_of_stages() -> str:
     for name, stage in STAGES.items():
         lines.append(name)
         for question in ("starts_from", "trains", "reads", "loss", "paper"):
-            lines.append(f"    {question.replace('_', ' '):10} {getattr(stage, question)}")
+            lines.append(f"    {question.replace('_', ' '):11} {getattr(stage, question)}")
     return "\n".join(lines)
 
 
@@ -525,9 +533,8 @@ def main():
     stage = f"stage{known.stage}" if known.stage in ("1", "2", "3") else known.stage
     if stage and stage not in STAGES:
         raise ValueError(f"unknown stage '{stage}'; the stages are {', '.join(STAGES)}")
-    flags = [
-        "--parallel_stages" if flag == "--beside" else flag for flag in flags
-    ]  # its name until November 2026
+    # --beside was the name of --parallel_stages until November 2026.
+    flags = [re.sub(r"^--beside(?==|$)", "--parallel_stages", flag) for flag in flags]
     config = read(known.config, Config, flags)
     if stage in (None, "evaluate"):
         need_extra()  # now, and not after half an hour

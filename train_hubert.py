@@ -53,6 +53,13 @@ class HubertSection(Optimization):
     cluster_frames: Count = 100_000  # frames that k-means is fitted on
     model: HuBERTConfig = field(default_factory=HuBERTConfig)
 
+    def __post_init__(self):
+        if self.mask_prob * self.mask_span > 3:
+            raise ValueError(
+                f"hubert.mask_prob {self.mask_prob} x mask_span {self.mask_span} masks nearly all; "
+                "mask_prob is the fraction of frames that begin a span, 0.08 in the paper"
+            )
+
 
 @dataclass
 class UnitsSection:
@@ -149,9 +156,12 @@ def write_targets(run: Run, section: HubertSection, rows: list, features: Callab
 
 def train_round(run: Run, section: HubertSection, number: int, rows: list[dict], model: HuBERT):
     folder = run.state("hubert")
+    labels = load_labels(folder / f"clusters{number}.npz")
+    if len(labels) != len(rows):
+        raise ValueError(f"{folder} is of other recordings than {run.corpus}; delete it to begin anew")
     batch_at = batches.crops(
         [run.corpus / row["wav"] for row in rows],
-        load_labels(folder / f"clusters{number}.npz"),
+        labels,
         section.frames,
         run.seed,
         section.batch_size,
@@ -224,7 +234,8 @@ def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalize
     units.jsonl."""
     folder = run.state("units")
     targets = folder / "found/targets.npz"
-    if rank() == 0 and not targets.exists():  # it was computed with these clusters: do not refit them
+    # What a killed run has extracted was computed with these clusters: they are not refitted.
+    if rank() == 0 and not (folder / "found/units.json").exists():
         find_units(run, section, hubert).save_pretrained(folder / "found")
     barrier()
     extractor = UnitExtractor.from_pretrained(folder / "found").to(run.device)

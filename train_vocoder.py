@@ -101,7 +101,7 @@ def train(
     the units from its centers (LOG.md has what it is worth); `initial` is a generator to start from."""
     dataset = CodeDataset(corpus, "train")
     held_out = CodeDataset(corpus, "heldout")
-    check(model, stage, dataset)
+    check(model, stage, dataset, held_out)
     torch.manual_seed(stage.seed)
     generator = (initial or UnitVocoder(model)).to(device).train()
     if kmeans and not initial:
@@ -306,14 +306,15 @@ def evaluate(generator: UnitVocoder, held_out: CodeDataset, sample: Path) -> dic
 # ---- Training state, checks, command line ------------------------------------------------------------------
 
 
-def check(model: VocoderConfig, stage: VocoderStage, dataset: CodeDataset):
+def check(model: VocoderConfig, stage: VocoderStage, dataset: CodeDataset, held_out: CodeDataset):
     """ValueError, one line, for a config that does not fit the corpus or the number of processes."""
-    unit = max(max(row["units"]) for row in dataset.rows)
+    rows = dataset.rows + held_out.rows
+    unit = max(max(row["units"]) for row in rows)
     if unit >= model.num_embeddings:
         raise ValueError(
             f"the corpus has unit {unit}; set vocoder_model.num_embeddings to at least {unit + 1}"
         )
-    speaker = max(row["speaker"] for row in dataset.rows)
+    speaker = max(row["speaker"] for row in rows)
     if speaker >= (model.num_speakers if model.speakers else 1):
         raise ValueError(
             f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "

@@ -97,6 +97,8 @@ def finished(stages: dict[str, Stage], name: str, run: Run, config) -> float | N
 
 def check_unchanged(name: str, folder: Path, before: dict, now: dict):
     """ValueError, one line, if the config or the inputs of a stage are not those that it was begun with."""
+    if not isinstance(before, dict) or not {"sections", "after"} <= before.keys():
+        raise ValueError(f"stage {name} was begun by another version; delete {folder} to begin anew")
     advice = f"put the old value back, or delete {folder} to begin anew"
     for section, value in now["sections"].items():
         old = before["sections"].get(section)
@@ -146,16 +148,20 @@ def in_parallel(work: Callable[[], None], title: str, log: Path) -> Iterator[Cal
             lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it printed nothing"]
             raise ValueError(f"{title} ended with code {child.exitcode}: {lines[-1]} ({log})")
 
-    yield check
-    print(f"waiting for {title}", flush=True)
-    shown = log.stat().st_size
-    while child.is_alive():
-        child.join(1)
-        with log.open("rb") as file:
-            file.seek(shown)
-            sys.stderr.write(file.read().decode(errors="replace"))
-            shown = file.tell()
-    torch.set_num_threads(cores)
+    try:
+        yield check
+        print(f"waiting for {title}", flush=True)
+        shown = log.stat().st_size
+        while child.is_alive():
+            child.join(1)
+            with log.open("rb") as file:
+                file.seek(shown)
+                sys.stderr.write(file.read().decode(errors="replace"))
+                shown = file.tell()
+    finally:  # also when the stages of this process have failed
+        child.terminate()
+        child.join()
+        torch.set_num_threads(cores)
     check()
 
 
