@@ -258,16 +258,13 @@ def sum_gradients(module: nn.Module):
     if dist.is_initialized():
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         flat = parameters_to_vector(gradients)
-        dist.all_reduce(flat)
-        vector_to_parameters(flat, gradients)
+        vector_to_parameters(run.all_reduce_sum(flat), gradients)
 
 
 def sum_over_ranks(losses: dict[str, Tensor]) -> dict[str, float]:
     """The losses of the step as numbers."""
     values = torch.stack([loss.detach().float() for loss in losses.values()])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return dict(zip(losses, values.tolist()))
+    return dict(zip(losses, run.all_reduce_sum(values).tolist()))
 
 
 # ---- Evaluation on up to 16 held-out recordings ------------------------------------------------------------
