@@ -14,7 +14,7 @@ References: JSON, RFC 8259; JSON lines, https://jsonlines.org; rename in POSIX, 
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -97,20 +97,24 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 def read_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> list[dict]:
     """The rows of a JSON-lines file, each with the `needed` keys; a ValueError names the bad line."""
+    return list(stream_jsonl(path, needed))
+
+
+def stream_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> Iterator[dict]:
+    """read_jsonl for a file that does not fit in memory: row by row."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; run the stage that writes it first")
-    with one_line(path), open(path, encoding="utf-8") as file:
-        lines = file.readlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        with one_line(f"{path}, line {number}"):
-            row = json.loads(line.rstrip("\n"))
-            if not isinstance(row, dict) or not all(key in row for key in needed):
-                raise ValueError(f"needs the keys {', '.join(needed)}")
-        rows.append(row)
-    return rows
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_JSON + 1), b""), 1):
+            if not line.strip():
+                continue
+            with one_line(f"{path}, line {number}"):
+                if len(line) > MAX_JSON:
+                    raise ValueError(f"a line of more than {MAX_JSON} bytes")
+                row = json.loads(line.decode("utf-8").rstrip("\r\n"))
+                if not isinstance(row, dict) or not all(key in row for key in needed):
+                    raise ValueError(f"needs the keys {', '.join(needed)}")
+            yield row
 
 
 # ---- Errors of one line ------------------------------------------------------------------------------------
