@@ -92,7 +92,8 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    """Row by row: neither the rows nor the file need fit in memory."""
+    stream_atomic(path, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in rows))
 
 
 def read_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> list[dict]:

@@ -68,6 +68,28 @@ def load_part(path: str | Path, start: int, n_samples: int) -> np.ndarray:
     return load(path)[start : start + n_samples]
 
 
+def cut(path: str | Path, spans: list[tuple[float, float]]) -> Iterator[np.ndarray]:
+    """The stretches (begin, end) in seconds, in the order of `begin`, of one long recording: each (N,) at
+    16 kHz, shorter where the recording ends before. It is decoded once, in blocks of ten seconds."""
+    with _open(path) as file:
+        rate = file.samplerate
+        start = 0  # the sample at which `wav` begins
+        wav = np.zeros(0, np.float32)
+        for begin, end in spans:
+            first, last = round(begin * rate), round(end * rate)
+            while True:
+                done = min(max(0, first - start), len(wav))
+                start, wav = start + done, wav[done:]
+                if start + len(wav) >= last:
+                    break
+                block = file.read(10 * rate, dtype="float32", always_2d=True)
+                if not len(block):
+                    break
+                wav = np.concatenate([wav, block.mean(axis=1)])
+            part = wav[first - start : last - start]
+            yield part if rate == RATE or not len(part) else soxr.resample(part, rate, RATE)
+
+
 def seconds(path: str | Path) -> float:
     """Length of a sound file by its header, without decoding. Raises as `load` does, but for inner damage."""
     with _open(path) as file:
@@ -208,7 +230,8 @@ def stretch(wav: np.ndarray, pace: float, window: int = 480, search: int = 120) 
 
 
 def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
-    """Writes wav (N,) in [-1, 1] as 16-bit mono wav. Atomic: an old file stays until the new one is complete.
+    """Writes wav (N,) in [-1, 1] as 16-bit mono wav, or flac if `path` ends so. Atomic: an old file stays
+    until the new one is complete.
 
     Without sync: a corpus is thousands of small files that can be made again.
     """
@@ -219,5 +242,5 @@ def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    soundfile.write(content, samples, rate, "PCM_16", format="WAV")
+    soundfile.write(content, samples, rate, "PCM_16", format="FLAC" if path.suffix == ".flac" else "WAV")
     write_atomic(path, content.getvalue(), sync=False)
