@@ -420,7 +420,7 @@ def test_a_list_of_recorded_prompts_that_lies_elsewhere(tmp_path, mine, monkeypa
     table = tmp_path / "core-sounds.txt"
     table.write_text(
         "; Core sounds\n\none: Activated.\ndigits/7: seven\nbeep: [a beep: short]\n"
-        "same: Which?\nx: Gone.\n/: Root.\n"
+        "same: Which?\nx: Gone.\n/: Root.\n"  # and with other separators, names like "x:"
     )
     run(folder, monkeypatch, mine, tmp_path / "out", "--table", table)
     assert {row["id"]: row["text"] for row in rows(tmp_path / "out")} == {

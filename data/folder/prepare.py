@@ -82,9 +82,9 @@ class Finder:
     def find(self, name: str, folder: str) -> tuple[str, str]:
         """(path below the source, "") or ("", reason); `folder` is the table's."""
         name = name.strip().replace("\\", "/")
-        if not name.strip("/."):
-            return "", "no recording is named"
         drive = name[1:2] == ":" and name[:1].isalpha()
+        if not name[2 * drive :].strip("/."):
+            return "", "no recording is named"
         if name.startswith("/") or drive:  # of another machine: its last parts, as many as are here
             parts = [part for part in name[2 * drive :].split("/") if part]
             if ".." in parts:
