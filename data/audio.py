@@ -9,24 +9,27 @@ for the layout of wav files http://soundfile.sapp.org/doc/WaveFormat.
 """
 
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
+from data.containers import NOT_SOUND, Stream, streams
 from files import write_atomic
 
 RATE = 16000  # samples per second
 WINDOW = 400  # samples in the receptive field of one HuBERT frame: 25 ms
 HOP = 320  # samples from one frame to the next: 20 ms
-MAX_SECONDS = 4 * 3600  # decoded audio is held in memory: 4 hours are 0.9 GB
+MAX_SECONDS = 4 * 3600  # decoded sound is held in memory: 4 hours are 0.9 GB
+MAX_VALUES = MAX_SECONDS * 2 * 48_000  # samples of all channels that are decoded: 4 hours of 48 kHz stereo
 SILENCE = 1e-3  # -60 dB of full scale
-EXACT_SEEK = ("WAV", "WAVEX", "FLAC")  # formats in which a sample is found by its number
+CANCELED = 0.01  # a mean with less than this of the loudest channel's power (-20 dB) has lost the sound
+EVERY = 13  # th sample is enough to compare their power
+EXACT_SEEK = ("WAV", "WAVEX", "FLAC")  # formats and encodings in which a sample is found by its number
+EXACT_CODES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 
 
 def n_frames(n_samples: int) -> int:
@@ -38,70 +41,65 @@ def n_frames(n_samples: int) -> int:
 
 
 def load(path: str | Path, rate: int = RATE) -> np.ndarray:
-    """A sound file (wav, flac, ogg, whatever libsndfile reads) as (N,) float32 mono in [-1, 1] at `rate` Hz.
+    """A sound file (wav, flac, ogg, mp3, aiff ...) as (N,) float32 mono in [-1, 1] at `rate` Hz.
 
-    Raises FileNotFoundError, OSError or ValueError, each with one line, when the file is missing, a folder,
-    empty, not sound, cut short, not finite, longer than 4 hours or shorter than 25 ms. Silence is allowed:
+    Mono is the mean of the channels, or the loudest of them where they cancel each other out. Raises
+    FileNotFoundError, OSError or ValueError, each with one line, when the file is missing, a folder, empty,
+    not sound, cut short, damaged, not finite, longer than 4 hours or shorter than 25 ms. Silence is allowed:
     `check_speech`."""
-    with _open(path) as file:
-        wav = _decode(path, file)
-        found_rate = file.samplerate
-    if not np.isfinite(wav).all():
-        raise ValueError(f"{path} contains samples that are not numbers (NaN or infinity): export it again")
-    if found_rate != rate:
-        wav = soxr.resample(wav, found_rate, rate)
-    if len(wav) * RATE < WINDOW * rate:
-        raise ValueError(_too_short(path, len(wav) / rate))
-    return np.ascontiguousarray(wav, dtype=np.float32)
+    path = _existing(path)
+    parts = []
+    room = float(MAX_SECONDS)
+    for stream in streams(path):
+        parts.append(_decode(path, stream, rate, room))
+        room -= len(parts[-1]) / rate
+    wav = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    _check_length(path, len(wav) / rate)
+    return wav
 
 
 def load_part(path: str | Path, start: int, n_samples: int) -> np.ndarray:
-    """load(path)[start : start + n_samples]; of a mono wav or flac at 16 kHz no more is decoded than that."""
-    with _open(path) as file:
-        as_stored = file.samplerate == RATE and file.channels == 1 and file.format in EXACT_SEEK
-        if as_stored and file.frames >= WINDOW:
-            expected = min(n_samples, max(0, file.frames - start))
-            file.seek(min(start, file.frames))
-            wav = file.read(expected, dtype="float32")
-            if len(wav) == expected and np.isfinite(wav).all():
+    """load(path)[start : start + n_samples]; of a mono wav or flac at 16 kHz no more is decoded than that, so
+    that damage elsewhere in the file is not noticed."""
+    path = _existing(path)
+    with _open(path, path) as file:
+        exact = file.format in EXACT_SEEK and file.subtype in EXACT_CODES
+        as_stored = exact and file.samplerate == RATE and file.channels == 1
+        if as_stored and WINDOW <= start + n_samples <= file.frames:
+            file.seek(start)
+            wav = file.read(n_samples, dtype="float32")
+            if len(wav) == n_samples and np.isfinite(wav).all():
                 return wav
     return load(path)[start : start + n_samples]
 
 
 def cut(path: str | Path, spans: list[tuple[float, float]]) -> Iterator[np.ndarray]:
-    """The stretches (begin, end) in seconds, in the order of `begin`, of one long recording: each (N,) at
-    16 kHz, shorter where the recording ends before. It is decoded once, in blocks of ten seconds."""
-    with _open(path) as file:
-        rate = file.samplerate
-        start = 0  # the sample at which `wav` begins
-        wav = np.zeros(0, np.float32)
-        for begin, end in spans:
-            first, last = round(begin * rate), round(end * rate)
-            while True:
-                done = min(max(0, first - start), len(wav))
-                start, wav = start + done, wav[done:]
-                if start + len(wav) >= last:
-                    break
-                block = file.read(10 * rate, dtype="float32", always_2d=True)
-                if not len(block):
-                    break
-                wav = np.concatenate([wav, block.mean(axis=1)])
-            part = wav[first - start : last - start]
-            yield part if rate == RATE or not len(part) else soxr.resample(part, rate, RATE)
+    """The stretches (begin, end) in seconds of one long recording, which is decoded once: each (N,) at
+    16 kHz, shorter where the recording ends before."""
+    wav = load(path)
+    for begin, end in spans:
+        yield wav[round(begin * RATE) : round(end * RATE)]
+
+
+def measure(path: str | Path) -> float:
+    """Length of a sound file in seconds. All of it is decoded, so that it raises whatever `load` would."""
+    return len(load(path)) / RATE
 
 
 def seconds(path: str | Path) -> float:
-    """Length of a sound file by its header, without decoding. Raises as `load` does, but for inner damage."""
-    with _open(path) as file:
-        length = file.frames / file.samplerate
-    if round(length * RATE) < WINDOW:
-        raise ValueError(_too_short(path, length))
+    """Length of a sound file by its headers: `measure` without decoding, so that damage is not noticed."""
+    path = _existing(path)
+    length = 0.0
+    for stream in streams(path):
+        if stream.promised == 0:  # a flac that does not know
+            return measure(path)
+        with _open(path, stream.content) as file:
+            length += (stream.promised or file.frames) / file.samplerate
+    _check_length(path, length)
     return length
 
 
-@contextmanager
-def _open(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """An open sound file whose header makes sense; what cannot be read is an error of one line (`load`)."""
+def _existing(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the path of one sound file (wav, flac or ogg)")
@@ -109,80 +107,97 @@ def _open(path: str | Path) -> Iterator[soundfile.SoundFile]:
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes): record or copy it again")
-    _check_end(path)
+    return path
+
+
+def _check_length(path: Path, length: float) -> None:
+    if length < WINDOW / RATE:
+        raise ValueError(
+            f"{path} is too short: {1000 * length:.1f} ms of sound are there, at least 25 ms are needed"
+        )
+    if length > MAX_SECONDS:
+        raise ValueError(f"{path} is too long: {length / 3600:.1f} hours, the limit is 4; split it")
+
+
+class _Forward(soundfile.SoundFile):
+    """Reads straight on. soundfile seeks after every block, which GSM cannot, and stops where the header
+    says; where a file ends before that, its `blocks` even yields memory that was never written."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextmanager
+def _open(path: Path, content: Path | bytes) -> Iterator[_Forward]:
+    """The file `path` or a stream of it, opened; what libsndfile cannot read is an error of one line."""
     try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            if not 1000 <= rate <= 400_000:
-                raise ValueError(f"{path} has an impossible sample rate: {rate} Hz; export it again")
-            if file.frames > MAX_SECONDS * rate:
-                hours = file.frames / rate / 3600
-                raise ValueError(f"{path} is too long: {hours:.1f} hours, the limit is 4; split it")
+        with _Forward(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+            if not 1000 <= file.samplerate <= 400_000:
+                found = file.samplerate
+                raise ValueError(f"{path} has an impossible sample rate: {found} Hz; export it again")
             yield file
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: .raw, which has no header
-        raise ValueError(f"{path} is not a sound file that can be read (wav, flac, ogg): {error}") from None
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: .raw, which has no header
+        raise ValueError(f"{path} {NOT_SOUND}") from None
 
 
-def _decode(path: str | Path, file: soundfile.SoundFile) -> np.ndarray:
-    """(N,) float32. Read in blocks, so that a long stereo file is never held in stereo."""
-    size = max(1, (1 << 20) // file.channels)
+def _decode(path: Path, stream: Stream, rate: int, room: float, channel: int | None = None) -> np.ndarray:
+    """One stream of at most `room` seconds as (N,) float32 mono at `rate` Hz; or one channel of it.
+
+    Each block is mixed and resampled at once, so that what is held in memory depends on the length alone."""
     mono = [np.zeros(0, np.float32)]
-    for block in file.blocks(size, dtype="float32", always_2d=True):  # (N, channels)
-        mono.append(block.mean(axis=1))
-    wav = np.concatenate(mono)
-    if len(wav) < file.frames:
-        raise ValueError(_cut_short(path, file.frames / file.samplerate, len(wav) / file.samplerate))
-    return wav
+    with _open(path, stream.content) as file:
+        if file.channels == 1:
+            channel = 0
+        share = np.full(file.channels, 1 / file.channels, np.float32)
+        n = 0
+        sums = np.zeros((2, file.channels + 1))  # of x and x^2, for each channel and for the mean
+        resampler = soxr.ResampleStream(file.samplerate, rate, 1) if file.samplerate != rate else None
+        for block in _blocks(path, file, stream.promised, room):  # (N, channels)
+            wav = block @ share if channel is None else np.ascontiguousarray(block[:, channel])
+            if not np.isfinite(wav).all():
+                raise ValueError(f"{path} contains NaN or infinity, which are no samples: export it again")
+            if channel is None:
+                x = np.column_stack([block[::EVERY], wav[::EVERY]]).astype(np.float64)
+                sums += [x.sum(axis=0), (x**2).sum(axis=0)]
+                n += len(x)
+            mono.append(wav if resampler is None else resampler.resample_chunk(wav))
+        if resampler is not None:
+            mono.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+    if n:
+        mean, square = sums / n
+        *sides, mix = square - mean**2  # variances
+        if mix < CANCELED * max(sides):
+            return _decode(path, stream, rate, room, int(np.argmax(sides)))
+    return mono[1] if len(mono) == 2 else np.concatenate(mono)
 
 
-def _too_short(path: str | Path, found: float) -> str:
-    return f"{path} is too short: {1000 * found:.1f} ms of sound are there, at least 25 ms are needed"
-
-
-def _cut_short(path: str | Path, promised: float, found: float) -> str:
-    return f"{path} is cut short: {found:.2f} of {promised:.2f} s are there; copy it again"
-
-
-def _check_end(path: Path) -> None:
-    """Raises ValueError when a wav file ends before its data chunk does, or an ogg file before its last page:
-    libsndfile reads both without a word."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        magic = file.read(12)
-        if magic[:4] == b"RIFF" and magic[8:] == b"WAVE":
-            _check_wav_end(path, file, size)
-        elif magic[:4] == b"OggS":
-            _check_ogg_end(path, file, size)
-
-
-def _check_wav_end(path: Path, file: BinaryIO, size: int) -> None:
-    """Walks over the chunks (name, length, content) to the one named "data". A length of 0 or 0xFFFFFFFF, as
-    written by programs that stream into a pipe, means "unknown" and is fine."""
-    bytes_per_second = 1
-    while len(header := file.read(8)) == 8:
-        name = header[:4]
-        length = struct.unpack("<I", header[4:])[0]
-        start = file.tell()
-        if name == b"fmt " and length >= 16 and len(format_ := file.read(16)) == 16:
-            bytes_per_second = max(1, struct.unpack("<I", format_[8:12])[0])
-        if name == b"data":
-            if length not in (0, 0xFFFFFFFF) and start + length > size:
-                promised = length / bytes_per_second
-                raise ValueError(_cut_short(path, promised, (size - start) / bytes_per_second))
-            return
-        file.seek(start + length + length % 2)  # chunks are padded to even length
-    raise ValueError(f"{path} is cut short: a wav file without its data chunk; copy it again")
-
-
-def _check_ogg_end(path: Path, file: BinaryIO, size: int) -> None:
-    """The last page must be whole and carry the mark of the stream's last page."""
-    file.seek(max(0, size - (1 << 17)))  # a page has at most 65,307 bytes
-    tail = file.read()
-    page = tail[max(0, tail.rfind(b"OggS")) :]
-    segments = page[27 : 27 + page[26]] if len(page) > 26 else b""  # the size of each
-    is_last = segments and page[5] & 4
-    if not is_last or len(page) < 27 + len(segments) + sum(segments):
-        raise ValueError(f"{path} is cut short: the end of its ogg stream is missing; copy it again")
+def _blocks(path: Path, file: _Forward, promised: int | None, room: float) -> Iterator[np.ndarray]:
+    """(N, channels) float32 until nothing comes. At least `promised` samples must come, or as many as
+    libsndfile announces; at most `room` seconds and MAX_VALUES may."""
+    promised = file.frames if promised is None else promised
+    most = min(int(room * file.samplerate), MAX_VALUES // file.channels)
+    size = max(1, (1 << 17) // file.channels)
+    found = 0
+    while max(found, promised) <= most:
+        left = promised - found
+        block = np.empty((min(left, size) if left > 0 else size, file.channels), np.float32)
+        try:
+            block = file.read(out=block)
+        except soundfile.LibsndfileError:
+            if found >= promised > 0:
+                return  # what follows a whole flac stream is none of its frames
+            after = found / file.samplerate
+            raise ValueError(f"{path} is damaged after {after:.2f} s: copy it again") from None
+        if not len(block):
+            break
+        found += len(block)
+        yield block
+    else:
+        limit = most / file.samplerate / 3600
+        raise ValueError(f"{path} is too long: the limit is {limit:.1f} hours at its rate; split it")
+    if found < promised:
+        there, all_of_it = found / file.samplerate, promised / file.samplerate
+        raise ValueError(f"{path} is cut short: {there:.2f} of {all_of_it:.2f} s are there; copy it again")
 
 
 def check_speech(wav: np.ndarray, name: str = "the recording") -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 
 from data import archives, audio
 from files import stream_atomic
@@ -197,17 +196,12 @@ def measure(path: Path, settings: Settings) -> float:
         raise ValueError(problem)
     if settings.quick:
         return seconds
-    info = soundfile.info(path)
-    wav = audio.load(path, rate=info.samplerate)
-    if problem := length_problem(len(wav) / info.samplerate, settings):  # a header may say anything
+    wav = audio.load(path)
+    seconds = len(wav) / audio.RATE
+    if problem := length_problem(seconds, settings):  # a header may say anything
         raise ValueError(problem)
-    try:
-        audio.check_speech(wav, path)
-    except ValueError:
-        if info.channels > 1 and any_loud(path):
-            raise ValueError("channels cancel out: they are in opposite phase; keep one of them") from None
-        raise
-    return len(wav) / info.samplerate
+    audio.check_speech(wav, path)
+    return seconds
 
 
 def length_problem(seconds: float, settings: Settings) -> str:
@@ -216,11 +210,6 @@ def length_problem(seconds: float, settings: Settings) -> str:
     if seconds > settings.max_seconds:
         return f"too long: {seconds:.0f} s, --max-seconds is {settings.max_seconds:g}; split it"
     return ""
-
-
-def any_loud(path: Path) -> bool:
-    wav, _ = soundfile.read(path, dtype="float32", always_2d=True)
-    return bool(np.abs(wav).max() > audio.SILENCE)
 
 
 def reason(error: Exception, path: Path) -> str:

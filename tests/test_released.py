@@ -33,7 +33,13 @@ class Server:
         self.etag = '"1"'
         self.redirects: dict[str, str] = {}
         self.linked_etag: str | None = None
-        self.length = True  # says how long the answer is
+        self.length: str | None = ""  # what it says how long the answer is; "": the truth, None: nothing
+        self.modified: str | None = None
+        self.content_range: str | None = None  # what it says instead of the truth
+        self.versions: list[bytes] = []  # what each answer is of, until the list is empty
+        self.endless = False  # goes on after the end, in chunks
+        self.drip: int | None = None  # bytes at a time, with a pause of 0.02 s after each
+        self.sent = 0  # bytes by `endless`
         self.seen: list[tuple[str, str | None]] = []  # (path, Range)
         server = self
 
@@ -61,6 +67,8 @@ class Server:
             return handler.end_headers()
         if handler.path not in self.files:
             return handler.send_error(404)
+        if self.versions:
+            self.files[handler.path] = self.versions.pop(0)
         body, start = self.files[handler.path], 0
         if wanted and self.ranges and handler.headers.get("If-Range", self.etag) == self.etag:
             start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
@@ -70,14 +78,34 @@ class Server:
                 handler.send_header("Content-Length", "0")
                 return handler.end_headers()
             handler.send_response(206)
-            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            span = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            handler.send_header("Content-Range", self.content_range or span)
         else:
             handler.send_response(200)
-        handler.send_header("ETag", self.etag)
-        if self.length:
-            handler.send_header("Content-Length", str(len(body) - start))
+        if self.etag:
+            handler.send_header("ETag", self.etag)
+        if self.modified:
+            handler.send_header("Last-Modified", self.modified)
+        if self.length is not None:
+            handler.send_header("Content-Length", self.length or str(len(body) - start))
+        if self.endless:
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            try:
+                while True:
+                    handler.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
+                    self.sent += len(body)
+            except OSError:  # hung up on
+                return
         handler.end_headers()
         body = body[start:]
+        if self.drip:
+            try:
+                for i in range(0, len(body), self.drip):
+                    handler.wfile.write(body[i : i + self.drip])
+                    threading.Event().wait(0.02)
+            except OSError:
+                return
         if self.cut_after:
             body = body[: self.cut_after.pop(0)]
         if self.hold_after is not None:
@@ -216,8 +244,9 @@ def test_a_file_of_the_wrong_size(server, small, tmp_path, content):
 
 
 def test_an_answer_of_unknown_length(server, small, tmp_path):
-    server.length = False
-    fails(server, tmp_path, "does not say how large")
+    for length in (None, "many", "-1", "300000, 300000", "9" * 5000):
+        server.length = length
+        fails(server, tmp_path, "does not say how large")
 
 
 def test_the_checksum_of_hugging_face_is_used(server, small, tmp_path):
@@ -268,6 +297,149 @@ def test_a_full_disk_is_noticed_before_the_download(server, small, tmp_path, mon
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
     fails(server, tmp_path, "300 kB are needed", "1 kB are free")
     assert not server.seen
+
+
+# ---- Downloads that would never end ------------------------------------------------------------------------
+
+
+def test_a_server_that_sends_on_past_the_announced_size(server, small, tmp_path):
+    server.endless, server.length = True, "300000"
+    fails(server, tmp_path, "more than the 300,000 bytes that it announced")
+    assert not left(tmp_path) and len(server.seen) == 1
+    assert server.sent < 50 * len(CONTENT)  # what the buffers between us hold
+
+
+def test_a_server_that_begins_at_zero_each_time(server, small, tmp_path, capsys):
+    server.ranges, server.cut_after = False, [100_000, 200_000, 250_000, 100_000] * 10
+    fails(server, tmp_path, "for the second time")
+    assert [wanted for _, wanted in server.seen] == [None, "bytes=100000-", None, "bytes=250000-"]
+    assert capsys.readouterr().err.count("begins again") == 1 and not left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "span", ["bytes 5-299999/300000", "bytes 100000-299999/*", "bytes 100000-299999/" + "9" * 5000, "?"]
+)
+def test_a_server_that_sends_another_part_than_was_asked_for(server, small, tmp_path, span):
+    server.content_range, server.cut_after = span, [100_000]
+    get(server, tmp_path)
+    assert whole(tmp_path) and [wanted for _, wanted in server.seen] == [None, "bytes=100000-", None]
+    (tmp_path / "llama/big.bin").unlink()
+    server.cut_after = [100_000] * 50
+    fails(server, tmp_path, "for the second time")
+    assert len(server.seen) == 3 + 4
+
+
+@pytest.mark.parametrize(
+    "note",
+    [None, b"", b"\xff\xfe\0", b'"1"\r\nHost: example.com', b'"' + b"1" * 10**6, b'"1"\n-5\n', b'W/"1"\n5\n'],
+)
+def test_a_part_of_unknown_origin_is_not_continued(server, small, tmp_path, note, capsys):
+    part = tmp_path / "llama/big.bin.part"
+    part.parent.mkdir()
+    part.write_bytes(bytes(1000))
+    if note is not None:
+        part.with_name("big.bin.part.etag").write_bytes(note)
+    get(server, tmp_path)
+    assert whole(tmp_path) and server.seen == [("/big.bin", None)]
+    assert "begins again" in capsys.readouterr().err
+
+
+def test_a_part_of_an_earlier_version_of_this_program_is_continued(server, small, tmp_path):
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/big.bin.part").write_bytes(CONTENT[:1000])
+    (tmp_path / "llama/big.bin.part.etag").write_text('"1"')
+    get(server, tmp_path)
+    assert whole(tmp_path) and server.seen == [("/big.bin", "bytes=1000-")]
+
+
+@pytest.mark.parametrize("etag, modified", [("", None), ('W/"1"', "Tue, 01 Feb 2022 00:00:00 GMT")])
+def test_a_size_that_changes_between_two_attempts(server, small, tmp_path, monkeypatch, etag, modified):
+    remote = small._replace(size="300 kB")
+    monkeypatch.setattr(prepare, "PARTS", {"llama": Part([remote], "none")})
+    server.etag, server.modified, server.cut_after = etag, modified, [100_000]
+    server.versions = [CONTENT, bytes(300_500), bytes(300_500)]
+    get(server, tmp_path)
+    assert (tmp_path / "llama/big.bin").read_bytes() == bytes(300_500), "two versions in one file"
+    assert len(server.seen) == 3
+
+
+def test_the_date_of_a_file_is_asked_for_where_there_is_no_etag(server, small, tmp_path):
+    server.etag, server.modified, server.cut_after = "", "Tue, 01 Feb 2022 00:00:00 GMT", [100_000]
+    asked = []
+    answer = server.answer
+    server.answer = lambda handler: (asked.append(handler.headers.get("If-Range")), answer(handler))
+    server.ranges = False
+    get(server, tmp_path)
+    assert whole(tmp_path) and asked == [None, "Tue, 01 Feb 2022 00:00:00 GMT", None]
+
+
+def test_a_redirect_in_a_circle(server, small, tmp_path):
+    server.redirects["/big.bin"] = f"{server.url}/other"
+    server.redirects["/other"] = f"{server.url}/big.bin"
+    message = fails(server, tmp_path, "302")
+    assert len(message) < 300 and len(server.seen) < 15
+
+
+def test_a_connection_that_drips_is_given_up_on(server, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "TIMEOUT", 0.1)
+    monkeypatch.setattr(prepare, "SLOWEST", 1_000_000)
+    monkeypatch.setattr(prepare, "PATIENCE", 3)
+    server.drip = 100
+    fails(server, tmp_path, "bytes a second", "kept")
+    assert len(server.seen) == 3 and 0 < (tmp_path / "llama/big.bin.part").stat().st_size < 10_000
+
+
+def test_a_few_bytes_each_time_are_no_progress(server, small, tmp_path):
+    server.cut_after = [1] * 50
+    fails(server, tmp_path, "5 B are kept")
+    assert len(server.seen) == prepare.PATIENCE
+
+
+def test_a_disk_that_fills_up(server, small, tmp_path, monkeypatch):
+    class Full:
+        """A file on a disk with room for 100 kB."""
+
+        def __init__(self, path, mode):
+            self.file = open(path, mode, buffering=0)
+
+        def write(self, block):
+            room = 100_000 - self.file.tell()
+            self.file.write(block[:room])
+            if len(block) > room:
+                raise OSError(28, "No space left on device")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+    def on_a_small_disk(path, mode):
+        return Full(path, mode) if mode == "ab" else open(path, mode)
+
+    with monkeypatch.context() as small_disk:
+        small_disk.setattr(prepare, "open", on_a_small_disk, raising=False)
+        fails(server, tmp_path, "the disk is full", "100 kB are kept")
+    assert len(server.seen) == 1
+    get(server, tmp_path)
+    assert whole(tmp_path) and server.seen[1] == ("/big.bin", "bytes=100000-")
+
+
+def test_a_file_of_unpublished_size_must_fit_onto_the_disk(server, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PARTS", {"llama": Part([small._replace(size="")], "none")})
+    usage = prepare.shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
+    fails(server, tmp_path, "300 kB are needed", "1 kB are free")
+    assert not left(tmp_path)
+
+
+def test_what_a_server_says_is_one_short_line(server, small, tmp_path):
+    def answer(handler):
+        handler.wfile.write(b"HTTP/1.0 500 \x1b[31m" + b"x" * 1000 + b"\r\n\r\n")
+
+    server.answer = answer
+    message = fails(server, tmp_path, "500", "xxx")
+    assert len(message) < 300 and message.isprintable()
 
 
 # ---- The folder --------------------------------------------------------------------------------------------

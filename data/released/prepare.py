@@ -21,6 +21,7 @@ References: https://github.com/0nutation/SpeechGPT (what to download)
             examples/speech_to_speech/docs/textless_s2st_real_data.md of fairseq (mHuBERT)
 """
 
+import errno
 import hashlib
 import http.client
 import os
@@ -42,8 +43,11 @@ if __package__ in (None, ""):  # run as a script: let it find the other files
 from config import Parser, command_line
 from files import read_json, write_json
 
-PATIENCE = 5  # attempts without a single new byte before giving up
+PATIENCE = 5  # attempts in a row that bring fewer than LEAST bytes before giving up
+LEAST = 1 << 16
 TIMEOUT = 30  # seconds of silence from a server
+SLOWEST = 1000  # bytes a second; a slower connection is closed and opened again
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -231,7 +235,9 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, file, code, message, headers, url):
         if not _allowed(url, local=urllib.parse.urlsplit(request.full_url).hostname in LOOPBACK):
-            raise OSError(f"{request.full_url} redirects to {url}, which is not https: refused")
+            raise OSError(
+                f"{_plain(request.full_url)} redirects to {_plain(url)}, which is not https: refused"
+            )
         named = (headers.get("X-Linked-Etag") or "").strip('"')
         self.sha256 = named if re.fullmatch("[0-9a-f]{64}", named) else self.sha256
         return super().redirect_request(request, file, code, message, headers, url)
@@ -242,36 +248,58 @@ def _allowed(url: str, local: bool) -> bool:
     return parts.scheme == "https" or (local and parts.scheme == "http" and parts.hostname in LOOPBACK)
 
 
+def _plain(text: object) -> str:
+    """What a server says, as one short line without control characters."""
+    words = "".join(c if c.isprintable() else " " for c in str(text)).split()
+    return " ".join(words)[:100]
+
+
+class BeginAgain(ConnectionError):
+    """What was received cannot be continued; it was removed."""
+
+
 def fetch(remote: Remote, url: str, out: Path) -> dict:
-    """Downloads one file, from where an earlier attempt stopped. Returns its entry in downloaded.json."""
+    """Downloads one file, from where an earlier attempt stopped. Returns its entry in downloaded.json.
+
+    It ends: an attempt that brings little is one of PATIENCE, and only once it begins from zero again."""
     path = out / remote.path
     part = out / (remote.path + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    failures = 0
+    failures = restarts = 0
+    most = _size(part)
     while True:
-        before = part.stat().st_size if part.exists() else 0
         try:
             total, named = _receive(remote, url, part)
             break
         except urllib.error.HTTPError as error:
-            raise OSError(
-                f"{url}: the server says {error.code} {error.reason}; {_advice(error.code)}"
-            ) from None
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            after = part.stat().st_size if part.exists() else 0
-            failures = 0 if after > before else failures + 1
-            reason = getattr(error, "reason", None) or error
-            if failures >= PATIENCE:
+            reason = f"the server says {error.code} {_plain(error.reason)}"
+            raise OSError(f"{url}: {reason}; {_advice(error.code)}") from None
+        except BeginAgain as error:
+            restarts += 1
+            if restarts > 1:
                 raise OSError(
-                    f"{url}: {reason}; {show(after)} are kept, run the same command again"
+                    f"{url}: {error} for the second time: try later, or use another --mirror"
                 ) from None
+            print(f"{remote.path}: {error}: begins again", file=sys.stderr)
+            most = 0
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            kept = _size(part)
+            failures = 0 if kept >= most + LEAST else failures + 1
+            most = max(most, kept)
+            if failures >= PATIENCE:
+                reason = _plain(getattr(error, "reason", None) or error)
+                raise OSError(f"{url}: {reason}; {show(kept)} are kept, run the same command again") from None
             time.sleep(min(30, 0.1 * 4**failures))
-    found = part.stat().st_size
-    if found != total or not fits(found, remote):
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            kept = show(_size(part))
+            raise OSError(
+                f"{path}: the disk is full; {kept} are kept, make room and run the command again"
+            ) from None
+    if not fits(_size(part), remote):
         _forget(part)
-        raise OSError(
-            f"{url} gave {found:,} bytes, expected {remote.size or f'{total:,}'}: try again, or see its page"
-        )
+        raise OSError(f"{url} gave {total:,} bytes, expected {remote.size}: moved or replaced? See its page")
     digest = sha256(part)
     if named and digest != named:
         _forget(part)
@@ -280,69 +308,137 @@ def fetch(remote: Remote, url: str, out: Path) -> dict:
         )
     os.replace(part, path)
     _forget(part)
-    return {"url": url, "size": found, "sha256": digest}
+    return {"url": url, "size": total, "sha256": digest}
 
 
 def _receive(remote: Remote, url: str, part: Path) -> tuple[int, str | None]:
     """Appends to `part` until it is whole; returns its size, and its SHA-256 if the server named it.
 
-    Raises what urllib raises when the connection is cut."""
-    tag = part.with_name(part.name + ".etag")  # which version the bytes so far belong to
-    done = part.stat().st_size if part.exists() else 0
+    Raises what urllib raises when the connection is cut, and BeginAgain."""
+    done = _size(part)
+    version = _read_version(part)
+    if done and not version:
+        raise _begin_again(part, "nothing tells what the bytes that are there are a part of")
     headers = {"User-Agent": "speechgpt", "Accept-Encoding": "identity"}
     if done:
         headers["Range"] = f"bytes={done}-"
-        if tag.exists():
-            headers["If-Range"] = tag.read_text()  # another version by now: the server sends all of it
+        if version.name:
+            headers["If-Range"] = version.name  # another version by now: the server sends all of it
     redirects = Redirects()
     opener = urllib.request.build_opener(redirects)
     request = urllib.request.Request(url, headers=headers)
     try:
         response = opener.open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing is left to send
+        if error.code != 416 or not done:  # 416: nothing is left to send
             raise
-        total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
-        if total and int(total[1]) == done:
+        if error.headers.get("Content-Range") == f"bytes */{done}":
             return done, redirects.sha256
-        _forget(part)
-        raise ConnectionError("the file has changed on the server") from None
+        raise _begin_again(part, "the file has changed on the server") from None
     with response:
-        start = 0
-        if response.status == 206:
-            span = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-            if not span or int(span[1]) != done:
-                _forget(part)
-                raise ConnectionError("the server sent another range than was asked for")
-            start = done
-            total = int(span[2])
-        else:  # all of it: the beginning, or a server that cannot resume in the middle
-            total = int(response.headers.get("Content-Length") or -1)
-        if total < 0:
+        total = _announced(response, done)
+        if total is None and done:
+            raise _begin_again(part, "the server cannot continue it or has another version")
+        if total is None:
             raise OSError(f"{url}: the server does not say how large it is; use another --mirror")
+        if done and version.total not in (None, total):
+            raise _begin_again(part, "the file has changed on the server")
         if not fits(total, remote):
             raise OSError(
                 f"{url} has {total:,} bytes, expected {remote.size}: moved or replaced? See its page"
             )
-        if not start:
+        free = shutil.disk_usage(part.parent).free
+        if total - done > free:
+            needed = show(total - done)
+            raise OSError(
+                f"{part.parent}: {needed} are needed and {show(free)} are free: choose another disk"
+            )
+        if not done:
             _forget(part)
             part.touch()
-            etag = response.headers.get("ETag", "")
-            if etag.startswith('"'):  # a weak one, W/"...", promises nothing about bytes
-                tag.write_text(etag)
-        with open(part, "ab") as file, _bar(remote.path, total, start) as bar:
-            while block := response.read(1 << 18):
-                file.write(block)
-                bar.update(len(block))
-                start += len(block)
-    if start < total:
-        raise ConnectionError(f"the connection ended at {start:,} of {total:,} bytes")
+            _write_version(part, response.headers, total)
+        surplus = _append(response, part, done, total, remote.path)
+    if surplus:
+        _forget(part)
+        raise OSError(f"{url} sends more than the {total:,} bytes that it announced: use another --mirror")
+    done = _size(part)
+    if done < total:
+        raise ConnectionError(f"the connection ended at {done:,} of {total:,} bytes")
     return total, redirects.sha256
+
+
+def _announced(response: http.client.HTTPResponse, done: int) -> int | None:
+    """Size of the whole file; None if the server does not say it, or does not send what follows on `done`."""
+    if response.status == 206:
+        span = re.fullmatch(
+            r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})", response.headers.get("Content-Range", "")
+        )
+        return int(span[2]) if span and int(span[1]) == done else None
+    length = re.fullmatch(r"\d{1,15}", response.headers.get("Content-Length", ""))
+    return int(length[0]) if length and not done else None
+
+
+def _append(response: http.client.HTTPResponse, part: Path, done: int, total: int, title: str) -> bool:
+    """Writes what comes, up to `total` bytes; says whether more has come. TimeoutError if it comes slowly."""
+    since, fresh = time.monotonic(), 0
+    with open(part, "ab") as file, _bar(title, total, done) as bar:
+        while block := response.read1(1 << 18):
+            file.write(block[: total - done])
+            if done + len(block) > total:
+                return True
+            done += len(block)
+            fresh += len(block)
+            bar.update(len(block))
+            if (passed := time.monotonic() - since) > TIMEOUT:
+                if fresh < SLOWEST * passed:
+                    raise TimeoutError(f"fewer than {SLOWEST:,} bytes a second arrive")
+                since, fresh = time.monotonic(), 0
+    return False
+
+
+class Version(NamedTuple):
+    """Which version of the file the bytes so far belong to."""
+
+    name: str  # ETag or, without a strong one, Last-Modified; "": the server gives neither
+    total: int | None  # bytes; None in notes of older programs
+
+
+def _write_version(part: Path, headers: http.client.HTTPMessage, total: int) -> None:
+    names = (headers.get("ETag", ""), headers.get("Last-Modified", ""))
+    name = next((name for name in names if re.fullmatch(VERSION, name)), "")
+    _note(part).write_text(f"{name}\n{total}\n", encoding="ascii")
+
+
+def _read_version(part: Path) -> Version | None:
+    """None if there is no note, or if it is not what `_write_version` writes."""
+    if not _note(part).is_file():
+        return None
+    with open(_note(part), "rb") as file:
+        text = file.read(1000).decode("ascii", "replace")
+    found = re.fullmatch(rf"({VERSION}|)(?:\n(\d{{1,15}})\n)?", text) if text else None
+    return Version(found[1], int(found[2]) if found[2] else None) if found else None
+
+
+# Not W/"...", a weak ETag, which promises nothing about bytes.
+VERSION = r'"[!#-~]{0,200}"|[A-Z][a-z]{2}, [A-Za-z0-9 :]{1,40}'
+
+
+def _note(part: Path) -> Path:
+    return part.with_name(part.name + ".etag")
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _begin_again(part: Path, reason: str) -> BeginAgain:
+    _forget(part)
+    return BeginAgain(reason)
 
 
 def _forget(part: Path) -> None:
     part.unlink(missing_ok=True)
-    part.with_name(part.name + ".etag").unlink(missing_ok=True)
+    _note(part).unlink(missing_ok=True)
 
 
 def _advice(code: int) -> str:
