@@ -35,7 +35,7 @@ from tqdm import tqdm
 import run
 from config import Parser, command_line
 from data import audio
-from data.corpus import read_dialogues, read_manifest
+from data.corpus import read_dialogues, resolve
 from evaluation import measures, report
 from evaluation.judge import Recognizer, need_extra, normalize_text
 from evaluation.measures import SPLITS, Item, LookupBaselines, Row
@@ -260,7 +260,7 @@ def evaluate(
     model, before = load_models(folder, device)
     dialogues = read_dialogues(corpus)
     lookup = LookupBaselines([row for row in dialogues if row["split"] == "train"])
-    manifest = [row | {"path": corpus / row["wav"]} for row in read_manifest(corpus)]
+    manifest = [row | {"path": corpus / row["wav"]} for row in resolve(corpus)]
     out.mkdir(parents=True, exist_ok=True)
 
     with one_thread(model.llama):  # the recognizer has the other cores
@@ -271,7 +271,7 @@ def evaluate(
     measured = {"bits": model}
     if (folder.parent / "stage1").is_dir():
         measured["bits.1"] = SpeechGPT(Llama.from_pretrained(folder.parent / "stage1"), model.tok)
-    train = measures.train_units(model.extractor, manifest, corpus, 400)
+    train = measures.train_units(model.extractor, manifest, folder.parent / "units.jsonl", 400)
     rows += measures.bits_rows(measured, speech, train)
     if examples:
         seconds, factor = measures.first_reply(folder, out / examples[0]["question"], str(device))

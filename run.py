@@ -30,6 +30,17 @@ class Run:
     workers: int = 0  # processes that prepare batches while a GPU computes
 
     @property
+    def manifest(self) -> Path:
+        """The recordings that this run uses, every field filled in (data/corpus.py); dialogues.jsonl and
+        skipped.jsonl are beside it. Nothing is written into the corpus folder."""
+        return self.out / "manifest.jsonl"
+
+    @property
+    def units(self) -> Path:
+        """Their units (data/units.py)."""
+        return self.out / "units.jsonl"
+
+    @property
     def model(self) -> Path:
         """The talking model that it makes: llama/, lora/, hubert/, vocoder/."""
         return self.out / "model"

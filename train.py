@@ -7,9 +7,9 @@
     torchrun --nproc_per_node 8 train.py configs/tiny.toml   the same on eight GPUs
 
     stage                         writes
-    corpus                        out/corpus            speech with its text
+    corpus                        out/corpus            speech with its text; out/manifest.jsonl
     hubert     train_hubert.py    out/state/hubert      one HuBERT a round
-    units      train_hubert.py    out/model/hubert      HuBERT as far as needed, k-means; corpus/units.jsonl
+    units      train_hubert.py    out/model/hubert      HuBERT as far as needed, k-means; out/units.jsonl
     text       here               out/text              a LLaMA on text
     stage1     here               out/stage1            the same with units in its vocabulary
     stage2     here               out/model/llama
@@ -40,7 +40,9 @@ import train_hubert
 import train_vocoder
 from config import Amount, Count, Parser, Positive, Share, Whole, command_line, load, read
 from data import batches, corpus, documents
+from data.codes import datasets
 from data.tiny import prepare
+from data.units import read_units
 from evaluation.judge import need_extra
 from evaluation.measures import check_targets
 from generate import Decoding, generate
@@ -175,7 +177,8 @@ def train_language(name: str, run: Run, config: Config):
     tok = make_tokenizer(name, run, config)
     torch.manual_seed(run.seed)
     model = LANGUAGE[name].model(run, config, tok).to(run.device)
-    examples = documents.examples(run.corpus, "train", section.mix)
+    tables = documents.read_tables(run.out, None if name == "text" else tok.n_units)
+    examples = documents.examples(tables, "train", section.mix)
     render = partial(documents.render, tok, noise=section.noise)
     batch_at = batches.documents(
         render,
@@ -194,7 +197,8 @@ def train_language(name: str, run: Run, config: Config):
         total, weights = llama.next_token_losses(model, ids, mask, positions, docs, weight)  # eq. 3 and 4
         return Loss(total, weights, (docs >= 0).sum(), {})
 
-    probe = held_out_probe(run, section, tok, model, loss)
+    held_out = documents.examples(tables, "heldout", section.mix)
+    probe = held_out_probe(run, section, tok, model, loss, held_out)
     optimize(run, name, run.state(name), model, loss, batch_at, section, probe)
     if rank() == 0:
         LANGUAGE[name].save(run, config, model, tok)
@@ -209,9 +213,10 @@ def token_weights(model: Llama, tok: Tokenizer, unit_weight: float) -> torch.Ten
     return weight[:rows]  # a model of text has no units yet
 
 
-def held_out_probe(run: Run, section: Language, tok: Tokenizer, model: Llama, loss: Callable) -> Callable:
+def held_out_probe(
+    run: Run, section: Language, tok: Tokenizer, model: Llama, loss: Callable, held_out: list
+) -> Callable:
     """The loss on up to 64 held-out documents; and what the model answers to three of them."""
-    held_out = documents.examples(run.corpus, "heldout", section.mix)
     held_out = random.Random(run.seed).sample(held_out, min(64, len(held_out)))
     rendered = [documents.render(tok, example, random.Random(i)) for i, example in enumerate(held_out)]
 
@@ -246,7 +251,7 @@ def make_tokenizer(name: str, run: Run, config: Config) -> Tokenizer:
             foreign = foreign_units.has_foreign_units(config.pretrained)
             Tokenizer.extend(base_llama_folder(run, config), run.tokenizer, n_units, anew=foreign)
         else:
-            text = documents.sentences(run.corpus, "train")
+            text = documents.sentences(documents.read_tables(run.out, None), "train")
             Tokenizer.train(text, run.tokenizer, config.vocab_size, n_units)
     barrier()
     return Tokenizer.from_pretrained(run.tokenizer)
@@ -315,13 +320,13 @@ def make_corpus(run: Run, config: Config):
     if rank() == 0:
         if config.corpus.name == "tiny":
             prepare.prepare(run.corpus, seed=run.seed, **config.corpus.options)
-        corpus.check(run.corpus)  # whoever made it, it must be readable
+        corpus.check(run.corpus, run.out)  # whoever made it, it must be readable
     barrier()
 
 
 def check_mixes(run: Run, config: Config):
     """ValueError, before hours of other stages, if a mix asks for dialogues and the corpus has none."""
-    if corpus.read_dialogues(run.corpus):
+    if corpus.read_dialogues(run.out):
         return
     for name in LANGUAGE:
         for kind in getattr(config, name).mix:
@@ -351,7 +356,7 @@ def vocoder_stage(run: Run, config: Config):
     train_vocoder.train(
         config.vocoder,
         config.vocoder_model,
-        run.corpus,
+        datasets(run.corpus, read_units(run.manifest, run.units, config.units.clusters)),
         out=run.model / "vocoder",
         work=work,
         metrics=run.metrics / "vocoder.jsonl",

@@ -131,7 +131,7 @@ def pretrain_round(
     if previous is not None:  # only the codewords are new
         model.load_state_dict(previous.state_dict() | {"label_embs": model.label_embs})
     if not weights.exists():
-        rows = training_rows(run.corpus, section.speaker)
+        rows = training_rows(run.manifest, section.speaker)
         if not labels_file.exists() and rank() == 0:
             write_targets(run, section, rows, features, n_clusters, labels_file)
         barrier()
@@ -192,13 +192,13 @@ def mask_spans(section: HubertSection, seed: int, draws: Tensor) -> Tensor:
     return torch.cat(masks)
 
 
-def training_rows(corpus: Path, speaker: int | None = None) -> list[dict]:
+def training_rows(manifest: Path, speaker: int | None = None) -> list[dict]:
     """Rows of the manifest to train on, of one speaker or of all."""
-    rows = [row for row in read_manifest(corpus) if row["split"] == "train"]
+    rows = [row for row in read_manifest(manifest) if row["split"] == "train"]
     if speaker is not None:
         rows = [row for row in rows if row["speaker"] == speaker]
     if not rows:
-        raise ValueError(f"{corpus}: speaker {speaker} has no training recording; correct hubert.speaker")
+        raise ValueError(f"{manifest}: speaker {speaker} has no training recording; correct hubert.speaker")
     return rows
 
 
@@ -230,8 +230,7 @@ def load_labels(path: Path) -> list[np.ndarray]:
 
 
 def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalizer: NormalizerSection):
-    """Writes model/hubert (HuBERT as far as the units need it, and the clusters) and the corpus'
-    units.jsonl."""
+    """Writes model/hubert (HuBERT as far as the units need it, and the clusters) and units.jsonl."""
     folder = run.state("units")
     targets = folder / "found/targets.npz"
     # What a killed run has extracted was computed with these clusters: they are not refitted.
@@ -242,7 +241,8 @@ def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalize
     if normalizer.steps:
         normalize_speech(run, normalizer, extractor, targets)
     if rank() == 0:
-        unit_files.extract(run.corpus, extractor, run.device, folder, section.perturb)
+        rows = read_manifest(run.manifest)
+        unit_files.extract(run.corpus, rows, run.units, extractor, run.device, folder, section.perturb)
         extractor.save_pretrained(run.model / "hubert")
     barrier()
 
@@ -257,7 +257,7 @@ def find_units(run: Run, section: UnitsSection, hubert: HubertSection) -> UnitEx
     checkpoint.assign(model, tensors, str(weights))
     model.to(run.device).eval()
     features = partial(layer_features, model, section.layer, section.smooth)
-    rows = [row for row in read_manifest(run.corpus) if row["split"] == "train"]
+    rows = [row for row in read_manifest(run.manifest) if row["split"] == "train"]
     kmeans = fit_kmeans(run, rows, features, section.clusters, section.cluster_frames)
     return UnitExtractor(model, kmeans, section.layer, section.smooth)
 
@@ -278,7 +278,7 @@ class Target(NamedTuple):
 
 def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtractor, target_file: Path):
     """Fine-tunes HuBERT so that any speaker's utterance gets the units of the target speaker's rendition."""
-    rows = {row["id"]: row for row in read_manifest(run.corpus) if row["split"] == "train"}
+    rows = {row["id"]: row for row in read_manifest(run.manifest) if row["split"] == "train"}
     if not target_file.exists() and rank() == 0:
         found = normalizer_targets(run, [*rows.values()], extractor)
         ids = [target.id for target in found]

@@ -3,10 +3,11 @@
     python train_vocoder.py CONFIG.toml [--vocoder.steps 100 ...]     alone; train.py calls `train` below
     torchrun --nproc_per_node 8 train_vocoder.py CONFIG.toml          the same on 8 GPUs
 
-reads of CONFIG.toml the keys `corpus` (a folder with manifest.jsonl and units.jsonl), `kmeans` (optional: a
-folder with the clusters of these units, to initialize their embeddings), `out`, `device`, and the sections
-[vocoder] and [vocoder_model], which are `VocoderStage` below and `VocoderConfig` of vocoder.py. It writes the
-vocoder to `out`, and training state, metrics and samples of held-out speech to `out`.training.
+reads of CONFIG.toml the keys `corpus` (a folder with manifest.jsonl), `units` (the table of their units, by
+default units.jsonl in that folder), `kmeans` (optional: a folder with the clusters of these units, to
+initialize their embeddings), `out`, `device`, and the sections [vocoder] and [vocoder_model], which are
+`VocoderStage` below and `VocoderConfig` of vocoder.py. It writes the vocoder to `out`, and training state,
+metrics and samples of held-out speech to `out`.training.
 
 There are two loops. The second is HiFi-GAN's: the discriminators learn to tell real speech from generated;
 then the generator learns to fool them and to match the mel spectrogram. Its defaults are the recipe of the
@@ -39,7 +40,9 @@ import vocoder
 from config import Amount, Count, Share, Whole
 from data import audio
 from data.audio import HOP
-from data.codes import CodeDataset, rows_of_rank
+from data.codes import CodeDataset, datasets, rows_of_rank
+from data.corpus import resolve
+from data.units import join_units
 from hubert import KMeans
 from training.loop import MAY_CHANGE
 from vocoder import FrameSpectrum, UnitVocoder, VocoderConfig
@@ -86,7 +89,7 @@ class VocoderStage:
 def train(
     stage: VocoderStage,
     model: VocoderConfig,
-    corpus: Path,
+    recordings: dict[str, CodeDataset],
     out: Path,
     work: Path,
     metrics: Path,
@@ -94,13 +97,13 @@ def train(
     kmeans: KMeans | None = None,
     initial: UnitVocoder | None = None,
 ):
-    """Trains on the recordings and units of `corpus`; writes config.json and generator.safetensors to `out`.
+    """Trains on recordings["train"]; writes config.json and generator.safetensors to `out`.
 
     The folder `work` holds the training state, from which an interrupted run continues, and samples of
     held-out speech; losses go to the JSON-lines file `metrics`. Ours: `kmeans` initializes the embeddings of
     the units from its centers (LOG.md has what it is worth); `initial` is a generator to start from."""
-    dataset = CodeDataset(corpus, "train")
-    held_out = CodeDataset(corpus, "heldout")
+    dataset = recordings["train"]
+    held_out = recordings["heldout"]
     check(model, stage, dataset, held_out)
     torch.manual_seed(stage.seed)
     generator = (initial or UnitVocoder(model)).to(device).train()
@@ -348,6 +351,7 @@ def resume(path: Path, modules: dict, optimizers: dict, settings: dict) -> int:
 class Config:
     corpus: str
     out: str
+    units: str = ""
     kmeans: str = ""
     device: str = "auto"
     vocoder: VocoderStage = field(default_factory=VocoderStage)
@@ -362,9 +366,12 @@ def main():
     run.init_distributed(device)
     kmeans = KMeans.from_pretrained(options.kmeans) if options.kmeans else None
     corpus = Path(options.corpus)
+    units = options.units or corpus / "units.jsonl"
+    rows = join_units(resolve(corpus), units, options.vocoder_model.num_embeddings)
+    data = datasets(corpus, rows)
     out = Path(options.out)
     work = Path(f"{out}.training")
-    train(options.vocoder, options.vocoder_model, corpus, out, work, work / "metrics.jsonl", device, kmeans)
+    train(options.vocoder, options.vocoder_model, data, out, work, work / "metrics.jsonl", device, kmeans)
     run.destroy()
 
 

@@ -95,7 +95,7 @@ class Packed(NamedTuple):
 Document = tuple[list[int], list[bool]]  # (ids, which of them are targets)
 
 
-def pack(documents: list[Document], max_len: int, pad: int = 0) -> Packed:
+def pack(documents: list[Document], max_len: int) -> Packed:
     """Documents -> rows: the longest first, each into the first row with room, cut to max_len tokens."""
     rows: list[list[Document]] = []
     room: list[int] = []
@@ -112,7 +112,7 @@ def pack(documents: list[Document], max_len: int, pad: int = 0) -> Packed:
 
     width = max_len - min(room)
     packed = Packed(
-        ids=torch.full((len(rows), width), pad),
+        ids=torch.zeros(len(rows), width, dtype=torch.long),
         mask=torch.zeros(len(rows), width, dtype=torch.bool),
         positions=torch.zeros(len(rows), width, dtype=torch.long),
         docs=torch.full((len(rows), width), -1),

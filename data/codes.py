@@ -4,9 +4,9 @@
     crop of 4 frames               3 9 9 9            with 4 * 320 samples of its waveform
     with a margin of 2         7 7 3 9 9 9 4 4        and still 4 * 320 samples
 
-Reads the manifest of a corpus (data/corpus.py) and what the stage "units" wrote into its folder, units.jsonl:
+The recordings are rows of the manifest with their units, as `data.units.read_units` gives them:
 
-    {"id": "0001", "units": [7, 3, 9, 4], "durations": [2, 1, 3, 2]}
+    {"id": "0001", "wav": "0001.wav", "speaker": 0, ..., "units": [7, 3, 9, 4], "durations": [2, 1, 3, 2]}
 """
 
 from functools import lru_cache
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from data import audio
 from data.audio import HOP
-from data.corpus import read_manifest
-from files import read_jsonl
 from vocoder import FrameSpectrum
 
 
@@ -49,16 +47,19 @@ def rows_of_rank(size: int, rank: int, world_size: int) -> slice:
     return slice(rank * size // world_size, (rank + 1) * size // world_size)
 
 
-class CodeDataset:
-    """The recordings of one split that have units, with their units."""
+def datasets(corpus: Path, rows: list[dict]) -> dict[str, "CodeDataset"]:
+    """What the vocoder learns from and what it is measured on."""
+    return {split: CodeDataset(corpus, rows, split) for split in ("train", "heldout")}
 
-    def __init__(self, corpus: Path, split: str):
+
+class CodeDataset:
+    """The recordings of one split, in the folder `corpus`, with their units."""
+
+    def __init__(self, corpus: Path, rows: list[dict], split: str):
         self.corpus = corpus
-        units = {row["id"]: row for row in read_jsonl(corpus / "units.jsonl", ("id", "units", "durations"))}
-        rows = read_manifest(corpus)
-        self.rows = [row | units[row["id"]] for row in rows if row["split"] == split and row["id"] in units]
+        self.rows = [row for row in rows if row["split"] == split]
         if not self.rows and split == "train":
-            raise ValueError(f"{corpus}: no training recording has units; run the stage 'units' first")
+            raise ValueError(f'{corpus}: there is no training recording ("split": "train")')
         self.n_frames = np.array([sum(row["durations"]) for row in self.rows], dtype=np.int64)
         self.by_length = self.n_frames.argsort(kind="stable")
         self.probabilities = self.n_frames / self.n_frames.sum()  # of being drawn for a crop

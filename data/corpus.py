@@ -16,7 +16,7 @@ sound files and a `manifest.jsonl` with one JSON object a line:
               recordings of training sentences)
     kind      statement, question, answer or reading                                "statement"
     family    a group of sentences; the report and a mix of documents may name it   ""
-    seconds   its length                                                            measured
+    seconds   its length; measured in any case by `resolve`
     answer    of a question, for the report to compare with                         not asked by the report
 
 For chain-of-modality training (§3.2) there may be a `dialogues.jsonl`, whose `split` and `family` may be left
@@ -24,8 +24,9 @@ out, too. Questions and answers are spoken by the recordings that have the same 
 
     {"question": "What is three plus four?", "answer": "Three plus four is seven.", "family": "plus"}
 
-`check` opens every recording before anything is trained, and lists those that cannot be used in
-`skipped.jsonl`; the readers leave them out.
+`check` opens every recording before anything is trained, and writes what the stages read into the folder of
+the run: manifest.jsonl with every field filled in, dialogues.jsonl, and skipped.jsonl, the recordings that
+cannot be used, with reasons. The corpus folder is only read.
 """
 
 import math
@@ -42,94 +43,17 @@ STRINGS = ("wav", "text", "id", "split", "kind", "family", "answer", "question")
 MOST_SKIPPED = 0.1  # of the recordings; where more cannot be used, something else is wrong than a few files
 
 
-def read_manifest(corpus: str | Path) -> list[dict]:
-    """The rows of corpus/manifest.jsonl without the skipped ones, every field filled in (see the top).
+def read_manifest(path: str | Path) -> list[dict]:
+    """The rows of a manifest, or of the manifest.jsonl in a folder, with defaults filled in (see the top).
 
-    ValueError, one line, names a row that is not as it should be. No recording is opened but to measure its
-    `seconds` where the manifest does not give them."""
-    corpus = Path(corpus)
-    skipped = read_skipped(corpus)
-    rows = [row for row in _read_rows(corpus) if row["id"] not in skipped]
-    if not rows:
-        raise ValueError(f"{corpus}/skipped.jsonl lists every recording of the manifest: none can be used")
-    for row in rows:
-        if "seconds" not in row:
-            row["seconds"] = audio.seconds(corpus / row["wav"])
-    return rows
-
-
-def read_dialogues(corpus: str | Path) -> list[dict]:
-    """The rows of corpus/dialogues.jsonl, every field filled in; without that file there are none."""
-    path = Path(corpus) / "dialogues.jsonl"
-    if not path.is_file():
-        return []
-    rows = []
-    for number, row in enumerate(read_jsonl(path, ("question", "answer")), 1):
-        row = {"split": "train", "family": ""} | row
-        if problem := _problem(row):
-            raise ValueError(f"{path}, row {number}: {problem}")
-        rows.append(row)
-    return rows
-
-
-def read_skipped(corpus: str | Path) -> dict[str, str]:
-    """id -> reason, of the recordings that `check` found unusable."""
-    path = Path(corpus) / "skipped.jsonl"
-    if not path.is_file():
-        return {}
-    return {row["id"]: row["reason"] for row in read_jsonl(path, ("id", "reason"))}
-
-
-def write_manifest(corpus: str | Path, rows: list[dict]) -> None:
-    """Writes corpus/manifest.jsonl; atomic."""
-    write_jsonl(Path(corpus) / "manifest.jsonl", rows)
-
-
-def check(corpus: str | Path) -> list[dict]:
-    """Opens every recording, before anything is trained and on one rank only; returns the rows to be used.
-
-    The others are listed with the reason in corpus/skipped.jsonl, and counted in one printed line. If they
-    are more than MOST_SKIPPED of all, that line is a ValueError. Files are opened, not decoded: damage in the
-    middle of a file is not found."""
-    import run  # with torch, which those who only make a corpus need not wait for
-
-    corpus = Path(corpus)
-    rows = _read_rows(corpus)
-    read_dialogues(corpus)
-    usable, skipped = [], []
-    with run.progress(len(rows), title="check", unit="file") as bar:
-        for row in rows:
-            if reason := _unusable(corpus / row["wav"]):
-                skipped.append({"id": row["id"], "wav": row["wav"], "reason": reason})
-            else:
-                usable.append(row)
-            bar.update()
-
-    path = corpus / "skipped.jsonl"
-    if not skipped:
-        if path.exists():  # all that it listed has been mended
-            path.unlink()
-        return usable
-    write_jsonl(path, skipped)
-    kinds = Counter(row["reason"].split(":")[0] for row in skipped)
-    counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-    first = skipped[0]
-    message = (
-        f"{corpus}: {len(skipped)} of {len(rows)} recordings cannot be used ({counts}); the first is "
-        f"{first['wav']}: {first['reason']}; {path} lists them all"
-    )
-    if len(skipped) > MOST_SKIPPED * len(rows):
-        raise ValueError(f"{message}: mend them, or take their rows out of the manifest")
-    print(f"{message}; they are left out", flush=True)
-    return usable
-
-
-def _read_rows(corpus: Path) -> list[dict]:
-    """All rows of the manifest, with defaults and checked, but for `seconds`."""
-    path = corpus / "manifest.jsonl"
+    ValueError, one line, names a row that is not as it should be. No recording is opened: `resolve`."""
+    path = Path(path)
+    if path.is_dir() or path.suffix != ".jsonl":
+        path = path / "manifest.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; `python data/tiny/prepare.py {corpus}` makes a corpus"
+            f"{path}: no such file; a corpus needs one (docs/own-data.md), and --stage corpus "
+            "makes that of a run (if it says `finished before`, delete its folder in state/)"
         )
     rows = []
     ids = set()
@@ -148,6 +72,74 @@ def _read_rows(corpus: Path) -> list[dict]:
     return rows
 
 
+def read_dialogues(folder: str | Path) -> list[dict]:
+    """The rows of folder/dialogues.jsonl, every field filled in; without that file there are none."""
+    path = Path(folder) / "dialogues.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    for number, row in enumerate(read_jsonl(path, ("question", "answer")), 1):
+        row = {"split": "train", "family": ""} | row
+        if problem := _problem(row):
+            raise ValueError(f"{path}, row {number}: {problem}")
+        rows.append(row)
+    return rows
+
+
+def write_manifest(folder: str | Path, rows: list[dict]) -> None:
+    """Writes folder/manifest.jsonl; atomic."""
+    write_jsonl(Path(folder) / "manifest.jsonl", rows)
+
+
+def resolve(corpus: str | Path, skip_list: Path | None = None) -> list[dict]:
+    """Opens every recording of a corpus; returns the rows to be used, each with its `seconds`.
+
+    The others are listed with the reason in the file `skip_list`, if it is given, and counted by reason in
+    one printed line. If they are more than MOST_SKIPPED of all, that line is a ValueError. Files are opened,
+    not decoded: damage in the middle of a file is not found."""
+    import run  # with torch, which those who only make a corpus need not wait for
+
+    corpus = Path(corpus)
+    rows = read_manifest(corpus)
+    usable, skipped = [], []
+    with run.progress(len(rows), title="check", unit="file") as bar:
+        for row in rows:
+            try:
+                usable.append(row | {"seconds": audio.seconds(corpus / row["wav"])})
+            except (OSError, ValueError) as error:
+                reason = str(error).removeprefix(str(corpus / row["wav"])).lstrip(": ").removeprefix("is ")
+                skipped.append({"id": row["id"], "wav": row["wav"], "reason": reason})
+            bar.update()
+    if skip_list:
+        skip_list.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(skip_list, skipped)
+    if skipped:
+        kinds = Counter(row["reason"].split(":")[0] for row in skipped)
+        counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+        first = skipped[0]
+        message = (
+            f"{corpus}: {len(skipped)} of {len(rows)} recordings cannot be used ({counts}); the first is "
+            f"{first['wav']}: {first['reason']}"
+        )
+        if skip_list:
+            message += f"; {skip_list} lists them all"
+        if len(skipped) > MOST_SKIPPED * len(rows):
+            raise ValueError(f"{message}; mend them, or take their rows out of the manifest")
+        if run.rank() == 0:
+            print(f"{message}; they are left out", flush=True)
+    return usable
+
+
+def check(corpus: str | Path, out: str | Path) -> list[dict]:
+    """Writes manifest.jsonl, dialogues.jsonl and skipped.jsonl of a run into its folder `out`, before
+    anything is trained and on one rank only; returns the rows to be used."""
+    dialogues = read_dialogues(corpus)
+    usable = resolve(corpus, Path(out) / "skipped.jsonl")
+    write_jsonl(Path(out) / "dialogues.jsonl", dialogues)
+    write_manifest(out, usable)  # last: a folder with a manifest is complete
+    return usable
+
+
 def _problem(row: dict) -> str:
     """What is wrong with the fields of a row; "" if nothing is."""
     for key in STRINGS:
@@ -161,13 +153,4 @@ def _problem(row: dict) -> str:
     seconds = row.get("seconds", 1.0)
     if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
         return f'"seconds" is {seconds!r}; it must be a length greater than 0'
-    return ""
-
-
-def _unusable(wav: Path) -> str:
-    """Why a recording cannot be used; "" if it can."""
-    try:
-        audio.seconds(wav)
-    except (OSError, ValueError) as error:
-        return str(error).removeprefix(str(wav)).lstrip(": ").removeprefix("is ")
     return ""

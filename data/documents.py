@@ -21,7 +21,7 @@ An Example is what a document is made from; `render` makes the document, with in
 renditions drawn anew in every epoch. To see some, with their targets, and how they are packed:
 
     python -m data.documents --show 3
-    python -m data.documents --show 5 --corpus out/tiny/corpus --mix '{ asr = 0.5, "t2t/minus" = 0.5 }'
+    python -m data.documents --show 5 --run out/tiny --mix '{ asr = 0.5, "t2t/minus" = 0.5 }'
 """
 
 import os
@@ -73,11 +73,32 @@ class Example(NamedTuple):
     source: str | Pair | Exchange
 
 
-def sentences(corpus: str | Path, split: str) -> list[str]:
+class Tables(NamedTuple):
+    """What the documents of a run are made from."""
+
+    folder: Path  # of the run, for messages
+    rows: list[dict]  # of the manifest, with their units
+    copies: list[dict]  # augmented copies of some (`units.read_perturbed`)
+    dialogues: list[dict]
+
+
+def read_tables(folder: str | Path, n_units: int | None) -> Tables:
+    """The tables in the folder of a run: manifest.jsonl, dialogues.jsonl and, unless n_units is None, for
+    text alone, units.jsonl."""
+    folder = Path(folder)
+    dialogues = read_dialogues(folder)
+    if n_units is None:
+        return Tables(folder, read_manifest(folder), [], dialogues)
+    where = folder / "manifest.jsonl", folder / "units.jsonl", n_units
+    copies = [row | {"speaker": UNKNOWN_SPEAKER} for row in read_perturbed(*where)]
+    return Tables(folder, read_units(*where), copies, dialogues)
+
+
+def sentences(tables: Tables, split: str) -> list[str]:
     """The text of one split: every dialogue as question and answer, every statement."""
-    dialogues = [row for row in read_dialogues(corpus) if row["split"] == split]
+    dialogues = [row for row in tables.dialogues if row["split"] == split]
     statements = set()
-    for row in read_manifest(corpus):
+    for row in tables.rows:
         if row["split"] == split and row["kind"] == "statement":
             statements.add(row["text"])
     texts = [f"{row['question']} {row['answer']}" for row in dialogues]
@@ -88,25 +109,23 @@ def sentences(corpus: str | Path, split: str) -> list[str]:
     return texts
 
 
-def pairs(corpus: str | Path, split: str) -> list[Pair]:
-    """All recordings of a split; in train also the augmented copies (`units.read_perturbed`)."""
-    rows = read_units(corpus) + [row | {"speaker": UNKNOWN_SPEAKER} for row in read_perturbed(corpus)]
+def pairs(tables: Tables, split: str) -> list[Pair]:
+    """All recordings of a split; in train also the augmented copies."""
+    rows = tables.rows + tables.copies
     return [Pair(row["units"], row["text"], row["speaker"]) for row in rows if row["split"] == split]
 
 
-def exchanges(corpus: str | Path, split: str) -> list[Exchange]:
+def exchanges(tables: Tables, split: str) -> list[Exchange]:
     """All dialogues of a split. `rendition`: training dialogues, with other recordings of their questions."""
     questions: dict[tuple[str, str], list[list[int]]] = {}  # (split, text) -> units of each recording
     answers: dict[str, list[list[int]]] = {}
-    for row in read_units(corpus):
+    for row in tables.rows + tables.copies:
         questions.setdefault((row["split"], row["text"]), []).append(row["units"])
         if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER:
             answers.setdefault(row["text"], []).append(row["units"])
-    for row in read_perturbed(corpus):
-        questions.setdefault((row["split"], row["text"]), []).append(row["units"])
 
     found = []
-    for row in read_dialogues(corpus):
+    for row in tables.dialogues:
         if row["split"] == ("heldout" if split == "heldout" else "train"):
             question_units = questions.get((split, row["question"]), [])
             answer_units = answers.get(row["answer"], [])
@@ -122,11 +141,11 @@ def exchanges(corpus: str | Path, split: str) -> list[Exchange]:
 READERS: dict[Callable, tuple[str, ...]] = {
     sentences: ("text",),
     pairs: ("speech", "asr", "tts"),
-    exchanges: (*MODES, "chain", "standard"),
+    exchanges: DIALOGUE_KINDS,
 }
 
 
-def examples(corpus: str | Path, split: str, mix: dict[str, float]) -> list[Example]:
+def examples(tables: Tables, split: str, mix: dict[str, float]) -> list[Example]:
     """One epoch: every example of every kind at least once; small kinds are repeated up to their share.
 
     Only rows of `split` are in it: what is held out never reaches a render of training."""
@@ -134,14 +153,14 @@ def examples(corpus: str | Path, split: str, mix: dict[str, float]) -> list[Exam
     sources = {}
     for reader, kinds in READERS.items():  # each read once, and only if the mix needs it
         wanted = [name for name in mix if name.split("/")[0] in kinds]
-        table = reader(corpus, split) if wanted else []
+        table = reader(tables, split) if wanted else []
         for name in wanted:
             kind, _, family = name.partition("/")
             sources[name] = [source for source in table if fits(kind, family, source)]
     empty = [name for name in mix if not sources[name]]
     if empty and split == "train":
         raise ValueError(
-            f"{corpus}: there is nothing of kind '{empty[0]}' to train on; take it out of the mix"
+            f"{tables.folder}: there is nothing of kind '{empty[0]}' to train on; take it out of the mix"
         )
     mix = {name: share for name, share in mix.items() if name not in empty}
     size = max((len(sources[name]) / share for name, share in mix.items()), default=0)  # of the epoch
@@ -303,23 +322,8 @@ def show_rows(documents: list[Document], packed: batches.Packed, width: int = 72
     return lines
 
 
-def units_of(source: str | Pair | Exchange) -> list[int]:
-    """All units that a document of `source` may show."""
-    if isinstance(source, Pair):
-        return source.units
-    if isinstance(source, Exchange):
-        return [unit for units in source.question_units + source.answer_units for unit in units]
-    return []
-
-
-def choose_examples(corpus: Path | None, split: str, mix: dict, count: int, seed: int) -> list[tuple]:
-    """(example, its random numbers): the first `count` that training with this seed reads. Without a corpus,
-    built-in ones."""
-    if corpus is None:
-        return [(BUILT_IN[i % len(BUILT_IN)], random.Random(f"{seed} {i}")) for i in range(count)]
-    found = examples(corpus, split, mix)
-    if not found:
-        raise ValueError(f"{corpus}: split '{split}' has nothing of the kinds {', '.join(mix)}")
+def choose_examples(found: list[Example], count: int, seed: int) -> list[tuple[Example, random.Random]]:
+    """(example, its random numbers): the first `count` that training with this seed reads."""
     chosen = []
     for index in range(count):
         item, epoch = batches.order(index, len(found), seed)
@@ -334,9 +338,11 @@ def main() -> None:
     )
     parser.add_argument("--show", type=int, default=3, help="number of documents")
     parser.add_argument(
-        "--corpus", help="folder with manifest.jsonl and units.jsonl (default: out/tiny/corpus)"
+        "--run", help="folder of a run, with manifest.jsonl and units.jsonl (default: out/tiny)"
     )
-    parser.add_argument("--tokenizer", default="weights/tiny/llama", help="folder with tokenizer.model")
+    parser.add_argument(
+        "--tokenizer", help="folder with tokenizer.model (default: that of --run, or weights/tiny/llama)"
+    )
     parser.add_argument(
         "--mix", default="{ asr = 1, tts = 1, chain = 1 }", help="kinds and shares, as in configs/*.toml"
     )
@@ -356,20 +362,19 @@ def main() -> None:
         raise ValueError(f"--mix is {options.mix!r}: write it as in '{{ asr = 0.5, tts = 0.5 }}'")
     check_mix(mix)
 
-    tok = tokenizer.Tokenizer.from_pretrained(options.tokenizer)
-    corpus = Path(options.corpus or "out/tiny/corpus")
-    if options.corpus is None and not (corpus / "units.jsonl").is_file():
-        print(
-            f"built-in examples: {corpus} has no units yet (`python train.py configs/tiny.toml` makes them)"
-        )
-        corpus = None
-    chosen = choose_examples(corpus, options.split, mix, options.show, options.seed)
-    highest = max((unit for example, _ in chosen for unit in units_of(example.source)), default=-1)
-    if highest >= tok.n_units:
-        raise ValueError(
-            f"{corpus or 'an example'} has unit {highest}, {options.tokenizer} has {tok.n_units} units: "
-            "the two are of different models; give the --tokenizer of that corpus"
-        )
+    run = Path(options.run or "out/tiny")
+    own = run / "tokenizer"
+    tok = tokenizer.Tokenizer.from_pretrained(
+        options.tokenizer or (own if own.is_dir() else "weights/tiny/llama")
+    )
+    if options.run or (run / "units.jsonl").is_file():
+        found = examples(read_tables(run, tok.n_units), options.split, mix)
+        if not found:
+            raise ValueError(f"{run}: split '{options.split}' has nothing of the kinds {', '.join(mix)}")
+        chosen = choose_examples(found, options.show, options.seed)
+    else:
+        print(f"built-in examples: {run} has no units yet (`python train.py configs/tiny.toml` makes them)")
+        chosen = [(BUILT_IN[i % len(BUILT_IN)], random.Random(i)) for i in range(options.show)]
     rendered = [render(tok, example, draw, options.noise) for example, draw in chosen]
 
     marks = Marks.choose()

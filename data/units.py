@@ -1,5 +1,7 @@
 """A corpus as units: every recording through HuBERT and k-means, once, into `units.jsonl` (paper §3.1).
 
+Both files are in the folder of a run, not in that of the corpus: another run may have other units of it.
+
     manifest.jsonl  {"id": "q0001-a", "wav": "wav/q0001-a.wav", "text": "...", "speaker": 0, ...}
     units.jsonl     {"id": "q0001-a", "units": [17, 4, 93, ...], "durations": [2, 1, 5, ...]}
 
@@ -25,19 +27,51 @@ import torch
 import run
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest
-from files import read_jsonl, write_atomic
+from files import read_jsonl, show, write_atomic
 
 
-def read_units(corpus: str | Path) -> list[dict]:
-    """The manifest's rows, each with its `units` and `durations`."""
-    units = {row["id"]: row for row in read_jsonl(Path(corpus) / "units.jsonl", ("id", "units", "durations"))}
-    rows = read_manifest(corpus)
-    lost = [row["id"] for row in rows if row["id"] not in units]
+def read_units(manifest: str | Path, units: str | Path, n_units: int) -> list[dict]:
+    """The rows of a manifest (run.manifest), each with its `units` and `durations` (run.units).
+
+    ValueError, one line, for a row without units, and for units outside 0..n_units - 1."""
+    return join_units(read_manifest(manifest), units, n_units)
+
+
+def join_units(rows: list[dict], path: str | Path, n_units: int) -> list[dict]:
+    """`rows` of a manifest, each with its `units` and `durations` from the file `path`."""
+    found = {row["id"]: row for row in read_table(path, n_units)}
+    lost = [row["id"] for row in rows if row["id"] not in found]
     if lost:
         raise ValueError(
-            f"{corpus}/units.jsonl lacks {len(lost)} recordings (first: {lost[0]}); run stage units again"
+            f"{path} lacks {len(lost)} recordings (first: {show(lost[0])}): it is of another manifest; "
+            "make the units anew"
         )
-    return [row | units[row["id"]] for row in rows]
+    return [row | found[row["id"]] for row in rows]
+
+
+def read_table(path: str | Path, n_units: int, needed: tuple[str, ...] = ()) -> list[dict]:
+    """The rows of a table of units: `id`, `units`, `durations` and the `needed` keys."""
+    rows = read_jsonl(path, ("id", "units", "durations", *needed))
+    for number, row in enumerate(rows, 1):
+        if problem := _problem(row, n_units):
+            raise ValueError(f"{path}, row {number}: {problem}")
+    return rows
+
+
+def _problem(row: dict, n_units: int) -> str:
+    """What is wrong with a row of units; "" if nothing is."""
+    units, durations = row["units"], row["durations"]
+    for name, numbers in (("units", units), ("durations", durations)):
+        if not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
+            return f'"{name}" must be a list of whole numbers'
+    if len(units) != len(durations):
+        return f"{len(units)} units have {len(durations)} durations"
+    if min(durations) < 1:
+        return f"a duration is {show(min(durations))}; a unit lasts a frame or more"
+    if not 0 <= min(units) <= max(units) < n_units:
+        outside = max(units) if max(units) >= n_units else min(units)
+        return f"unit {show(outside)} is not one of 0 to {n_units - 1}: it is of another HuBERT's clusters"
+    return ""
 
 
 def map_speech(
@@ -72,26 +106,27 @@ def map_speech(
 
 def extract(
     corpus: str | Path,
+    rows: list[dict],
+    out: Path,
     extractor: Callable,
     device: torch.device,
     work: Path,
     perturb: tuple[float, float] = (0.0, 0.0),
     portion: int = 500,
 ) -> None:
-    """Writes corpus/units.jsonl; and perturbed.jsonl, see below, if `perturb` is not 0.
+    """Writes the file `out`, units.jsonl, for the `rows` of a manifest whose recordings are in the folder
+    `corpus`; and perturbed.jsonl beside it, see below, if `perturb` is not 0.
 
     Until everything is written, finished portions are kept in folder `work`: a killed run goes on there."""
-    corpus = Path(corpus)
-    rows = read_manifest(corpus)
     tables = {"units": rows}
     if any(perturb):
         tables["perturbed"] = draw_perturbations(rows, perturb)
     parts = {}
     for name, table in tables.items():
-        parts[name] = _extract(corpus, table, name, extractor, device, work, portion)
-    (corpus / "perturbed.jsonl").unlink(missing_ok=True)  # of other units
+        parts[name] = _extract(Path(corpus), table, name, extractor, device, work, portion)
+    out.with_name("perturbed.jsonl").unlink(missing_ok=True)  # of other units
     for name, part in parts.items():
-        write_atomic(corpus / f"{name}.jsonl", part.read_bytes())  # perhaps on another disk: no rename
+        write_atomic(out.with_name(f"{name}.jsonl"), part.read_bytes())
     for part in parts.values():
         part.unlink()
 
@@ -156,12 +191,14 @@ def dtw_align(source: np.ndarray, target: np.ndarray, ends: int = 10) -> tuple[n
     return path, mean_distance
 
 
-def cooccurrence(corpus: str | Path, extractor, n_units: int, recordings: int = 2000) -> torch.Tensor:
-    """(n_units, K): P(unit of `extractor` | unit of units.jsonl), counted on frames of training recordings.
+def cooccurrence(
+    corpus: str | Path, rows: list[dict], extractor, n_units: int, recordings: int = 2000
+) -> torch.Tensor:
+    """(n_units, K): P(unit of `extractor` | unit of `rows`), counted on frames of training recordings.
 
     Additive smoothing: every row gets half a pseudo-frame with the distribution of all frames, so a unit that
     is not in those recordings has that distribution."""
-    rows = [row for row in read_units(corpus) if row["split"] == "train"]
+    rows = [row for row in rows if row["split"] == "train"]
     rows = random.Random(0).sample(rows, min(len(rows), recordings))
     old_units = map_speech(
         corpus, rows, extractor.frame_units, torch.device("cpu"), "units of the other HuBERT"
@@ -207,11 +244,12 @@ def perturbed(wav: np.ndarray, row: dict) -> np.ndarray:
     return np.pad(wav, (0, max(0, audio.WINDOW - len(wav))))
 
 
-def read_perturbed(corpus: str | Path) -> list[dict]:
-    """The rows of perturbed.jsonl with those of the manifest; without that file there are none."""
-    path = Path(corpus) / "perturbed.jsonl"
+def read_perturbed(manifest: str | Path, units: str | Path, n_units: int) -> list[dict]:
+    """The rows of perturbed.jsonl (beside `units`) with those of the manifest; without that file there are
+    none."""
+    path = Path(units).with_name("perturbed.jsonl")
     if not path.exists():
         return []
-    found = read_jsonl(path, ("id", "units", "durations", "rate", "pitch"))
-    rows = {row["id"]: row for row in read_manifest(corpus)}
+    found = read_table(path, n_units, ("rate", "pitch"))
+    rows = {row["id"]: row for row in read_manifest(manifest)}
     return [rows[row["id"]] | row for row in found if row["id"] in rows]

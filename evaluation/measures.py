@@ -278,15 +278,16 @@ def unit_bits(model, speech: list[list[int]]) -> list[tuple[float, int]]:
     return counts
 
 
-def train_units(extractor, manifest: list[dict], corpus: Path, limit: int) -> list[list[int]]:
-    """The training split as units: from units.jsonl if `extractor` wrote it, else of `limit` recordings."""
+def train_units(extractor, manifest: list[dict], table: Path, limit: int) -> list[list[int]]:
+    """The training split as units: from `table`, units.jsonl, if `extractor` wrote it, else of `limit`
+    recordings."""
 
     def encode(row: dict) -> list[int]:
         return extractor(audio.load(row["path"]))[0]
 
     train = [row for row in manifest if row["split"] == "train"]
-    if (corpus / "units.jsonl").exists():
-        stored = {row["id"]: row["units"] for row in read_jsonl(corpus / "units.jsonl", ("id", "units"))}
+    if table.exists():
+        stored = {row["id"]: row["units"] for row in read_jsonl(table, ("id", "units"))}
         if all(stored.get(row["id"]) == encode(row) for row in train[:3]):
             return [stored[row["id"]] for row in train if row["id"] in stored]
     return [encode(row) for row in random.Random(0).sample(train, min(limit, len(train)))]

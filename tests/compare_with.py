@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(tempfile.gettempdir()) / "speechgpt-compare"
 TIMES = {"tokens_per_s", "seconds", "finished"}  # keys of metrics and tables that no two runs share
 TIMED_ROWS = {"first", "first.factor"}  # of the report
-FILES_RENAMED: dict[str, str] = {}  # pattern of a path under out/ then: path now
+FILES_RENAMED = {r"^ci/corpus/(units|perturbed)\.jsonl$": r"ci/\1.jsonl"}  # a path under out/ then: path now
+FILES_ADDED = {"ci/manifest.jsonl", "ci/dialogues.jsonl", "ci/skipped.jsonl"}  # that were not there then
 KEYS_RENAMED: dict[str, str] = {}  # of metrics and of items
 
 TALK = """
@@ -104,7 +105,8 @@ def results(out: Path) -> dict[str, object]:
 
 
 def differences(then: dict, now: dict) -> list[str]:
-    lines = [f"{name}: only {'then' if name in then else 'now'}" for name in sorted(then.keys() ^ now.keys())]
+    alone = sorted((then.keys() ^ now.keys()) - FILES_ADDED)
+    lines = [f"{name}: only {'then' if name in then else 'now'}" for name in alone]
     for name in sorted(then.keys() & now.keys()):
         if then[name] != now[name]:
             lines.append(f"{name}: differs{where(then[name], now[name])}")

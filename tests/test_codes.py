@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_train_vocoder import make_corpus
+from test_train_vocoder import make_corpus, recordings
 
-from data.codes import CodeDataset
 from vocoder import FrameSpectrum
 
 
@@ -17,7 +16,7 @@ def corpus(tmp_path):
 
 
 def test_whole_recordings_of_similar_lengths(corpus):
-    dataset = CodeDataset(corpus, "train")
+    dataset = recordings(corpus)["train"]
     chosen = dataset.similar_lengths(np.random.default_rng(0), 3)
     assert len(set(chosen.tolist())) == 3
     codes, mels, lengths, speakers, units, durations, *_ = dataset.recordings(chosen)
@@ -32,14 +31,14 @@ def test_whole_recordings_of_similar_lengths(corpus):
         assert torch.equal(mels[b, :, : 2 * n], target)
         assert units[b][mask[b]].tolist() == row["units"]
         assert durations[b][mask[b]].tolist() == row["durations"]
-    many = CodeDataset(corpus, "train")
+    many = recordings(corpus)["train"]
     many.rows = [row | {"durations": [1 + i]} for i in range(100) for row in many.rows[:1]]
     many.by_length = np.arange(100)
     assert all(np.ptp(many.similar_lengths(np.random.default_rng(seed), 2)) < 32 for seed in range(20))
 
 
 def test_crops_are_the_waveforms_of_their_codes(corpus):
-    dataset = CodeDataset(corpus, "train")
+    dataset = recordings(corpus)["train"]
     batch = dataset.crops(np.random.default_rng(0), 20, 4)
     for codes, crop, speaker in zip(batch.codes.tolist(), batch.target.numpy(), batch.speakers.tolist()):
         found = []
@@ -55,7 +54,7 @@ def test_crops_are_the_waveforms_of_their_codes(corpus):
 
 
 def test_after_the_end_of_a_recording_come_its_last_code_and_silence(corpus):
-    dataset = CodeDataset(corpus, "train")
+    dataset = recordings(corpus)["train"]
     longest = int(dataset.n_frames.max())
     batch = dataset.crops(np.random.default_rng(0), 4, longest + 3)
     for codes, wav in zip(batch.codes, batch.target):
@@ -64,7 +63,7 @@ def test_after_the_end_of_a_recording_come_its_last_code_and_silence(corpus):
 
 
 def test_a_margin_is_context_around_a_crop_whose_waveform_stays_the_same(corpus):
-    dataset = CodeDataset(corpus, "train")
+    dataset = recordings(corpus)["train"]
     narrow = dataset.crops(np.random.default_rng(1), 20, 4)
     wide = dataset.crops(np.random.default_rng(1), 20, 4, margin=3)
     assert torch.equal(wide.codes[:, 3:-3], narrow.codes) and torch.equal(wide.target, narrow.target)
@@ -75,7 +74,7 @@ def test_a_margin_is_context_around_a_crop_whose_waveform_stays_the_same(corpus)
 
 
 def test_a_batch_is_a_function_of_its_random_numbers(corpus):
-    dataset = CodeDataset(corpus, "train")
+    dataset = recordings(corpus)["train"]
     a, b, c = (dataset.crops(np.random.default_rng([0, step]), 4, 8) for step in (5, 5, 6))
     assert (
         all(torch.equal(x, y) for x, y in zip(a[:6], b[:6]))
@@ -88,7 +87,7 @@ def test_a_batch_is_a_function_of_its_random_numbers(corpus):
 
 
 def test_a_manifest_may_leave_out_what_has_a_default(corpus):
-    whole = CodeDataset(corpus, "train")
+    whole = recordings(corpus)["train"]
     path = corpus / "manifest.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
@@ -98,6 +97,6 @@ def test_a_manifest_may_leave_out_what_has_a_default(corpus):
         if row["split"] == "train":
             del row["split"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bare = CodeDataset(corpus, "train")
+    bare = recordings(corpus)["train"]
     assert [row["id"] for row in bare.rows] == [row["id"] for row in whole.rows]
     assert [row["speaker"] for row in bare.rows] == [row["speaker"] for row in whole.rows]

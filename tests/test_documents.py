@@ -64,30 +64,41 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def tables(folder: Path) -> documents.Tables:
+    return documents.read_tables(folder, 10)
+
+
 @pytest.fixture(scope="module")
 def tok(corpus, tmp_path_factory):
-    return Tokenizer.train(documents.sentences(corpus, "train"), tmp_path_factory.mktemp("tok"), 700, 10)
+    return Tokenizer.train(
+        documents.sentences(tables(corpus), "train"), tmp_path_factory.mktemp("tok"), 700, 10
+    )
 
 
 def test_nothing_held_out_is_in_training_examples(corpus):
     everything = dict.fromkeys(documents.KINDS, 1.0)
-    seen = repr([documents.examples(corpus, "train", everything), documents.exchanges(corpus, "rendition")])
+    seen = repr(
+        [
+            documents.examples(tables(corpus), "train", everything),
+            documents.exchanges(tables(corpus), "rendition"),
+        ]
+    )
     assert "two plus two" not in seen.lower() and "cow" not in seen
     assert "Add one and one" in seen
 
 
 def test_exchanges_pair_a_recorded_question_with_the_target_speakers_answer(corpus):
-    e, unspoken = documents.exchanges(corpus, "train")
+    e, unspoken = documents.exchanges(tables(corpus), "train")
     assert (len(e.question_units), len(e.answer_units)) == (2, 1)
     assert (len(unspoken.question_units), len(unspoken.answer_units)) == (0, 1)
-    r, _ = documents.exchanges(corpus, "rendition")
+    r, _ = documents.exchanges(tables(corpus), "rendition")
     assert r.question == e.question and r.question_units != e.question_units
-    (h,) = documents.exchanges(corpus, "heldout")
+    (h,) = documents.exchanges(tables(corpus), "heldout")
     assert h.answer == "Two plus two is four." and h.answer_units == []
 
 
 def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
-    e, _ = documents.exchanges(corpus, "train")
+    e, _ = documents.exchanges(tables(corpus), "train")
     for k in range(40):
         ids, mask = documents.render(
             tok, documents.Example(("chain", "standard")[k % 2], e), random.Random(k), 0.1
@@ -100,7 +111,7 @@ def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
 
 
 def test_only_the_target_speaker_is_a_tts_target(corpus, tok):
-    found = documents.examples(corpus, "train", {"asr": 0.5, "tts": 0.5})
+    found = documents.examples(tables(corpus), "train", {"asr": 0.5, "tts": 0.5})
     assert {e.source.speaker for e in found if e.kind == "asr"} == {0, 1}
     assert {e.source.speaker for e in found if e.kind == "tts"} == {TARGET_SPEAKER}
     for example in found:
@@ -113,27 +124,27 @@ def test_only_the_target_speaker_is_a_tts_target(corpus, tok):
 def test_augmented_copies_are_input_only(corpus, tmp_path):
     for name in ("manifest", "units", "dialogues"):
         (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
-    assert units.read_perturbed(tmp_path) == []
+    assert units.read_perturbed(tmp_path, tmp_path / "units.jsonl", 10) == []
     rows = [
         row | {"units": [9, 8], "durations": [3, 3], "rate": 1.1, "pitch": 0.9}
-        for row in units.read_units(corpus)
+        for row in units.read_units(corpus, corpus / "units.jsonl", 10)
         if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER
     ]
     keys = ("id", "units", "durations", "rate", "pitch")
     (tmp_path / "perturbed.jsonl").write_text(
         "".join(json.dumps({k: row[k] for k in keys}) + "\n" for row in rows)
     )
-    assert units.read_perturbed(tmp_path) == rows and len(rows) == 2
+    assert units.read_perturbed(tmp_path, tmp_path / "units.jsonl", 10) == rows and len(rows) == 2
     perturbed = [documents.Pair([9, 8], row["text"], documents.UNKNOWN_SPEAKER) for row in rows]
     for kind, times in (("asr", 1), ("tts", 0)):
-        found = [e.source for e in documents.examples(tmp_path, "train", {kind: 1.0})]
+        found = [e.source for e in documents.examples(tables(tmp_path), "train", {kind: 1.0})]
         assert all(found.count(pair) == times for pair in perturbed)
-    e, _ = documents.exchanges(tmp_path, "train")
-    before, _ = documents.exchanges(corpus, "train")
+    e, _ = documents.exchanges(tables(tmp_path), "train")
+    before, _ = documents.exchanges(tables(corpus), "train")
     assert e.question_units == [*before.question_units, [9, 8]] and e.answer_units == before.answer_units
     for split in ("rendition", "heldout"):
-        assert documents.exchanges(tmp_path, split) == documents.exchanges(corpus, split)
-        assert documents.pairs(tmp_path, split) == documents.pairs(corpus, split)
+        assert documents.exchanges(tables(tmp_path), split) == documents.exchanges(tables(corpus), split)
+        assert documents.pairs(tables(tmp_path), split) == documents.pairs(tables(corpus), split)
 
 
 def test_sentences_to_read_aloud_are_not_answered_in_text(corpus, tmp_path):
@@ -150,7 +161,7 @@ def test_sentences_to_read_aloud_are_not_answered_in_text(corpus, tmp_path):
     )
     reads = {
         kind: row["question"]
-        in {e.source.question for e in documents.examples(tmp_path, "train", {kind: 1.0})}
+        in {e.source.question for e in documents.examples(tables(tmp_path), "train", {kind: 1.0})}
         for kind in ("t2t", "t2s", "t2t/reading")
     }
     assert reads == {"t2t": False, "t2s": True, "t2t/reading": True}
@@ -158,17 +169,17 @@ def test_sentences_to_read_aloud_are_not_answered_in_text(corpus, tmp_path):
 
 def test_every_kind_has_its_share_and_every_example_its_turn(corpus):
     mix = {"asr": 0.6, "tts": 0.1, "s2t": 0.2, "text": 0.1}
-    found = documents.examples(corpus, "train", mix)
+    found = documents.examples(tables(corpus), "train", mix)
     for kind, share in mix.items():
         assert abs(sum(e.kind == kind for e in found) - share * len(found)) < 1
-    alone = {kind: documents.examples(corpus, "train", {kind: 1.0}) for kind in mix}
+    alone = {kind: documents.examples(tables(corpus), "train", {kind: 1.0}) for kind in mix}
     for kind, examples in alone.items():
         assert all(e in found for e in examples) and {e.kind for e in examples} == {kind}
 
 
 def test_speech_of_a_question_needs_a_recording_of_it(corpus):
     asked = {
-        kind: {e.source.question for e in documents.examples(corpus, "train", {kind: 1.0})}
+        kind: {e.source.question for e in documents.examples(tables(corpus), "train", {kind: 1.0})}
         for kind in ("s2s", "s2t", "t2s", "t2t", "chain", "standard")
     }
     spoken = {"What is one plus one?"}
@@ -178,14 +189,14 @@ def test_speech_of_a_question_needs_a_recording_of_it(corpus):
 
 
 def test_a_family_may_have_a_share_of_its_own(corpus):
-    found = documents.examples(corpus, "train", {"t2t": 0.5, "t2t/plus": 0.5})
+    found = documents.examples(tables(corpus), "train", {"t2t": 0.5, "t2t/plus": 0.5})
     assert {e.kind for e in found} == {"t2t"}
     assert (
         sum(e.source.family == "plus" for e in found) == 3 * sum(e.source.family == "more" for e in found) > 0
     )
     for kind in ("t2t/minus", "asr/plus", "text/plus", "tts/plus", "speech/plus"):
         with pytest.raises(ValueError, match=f"nothing of kind '{kind}'"):
-            documents.examples(corpus, "train", {kind: 1.0})
+            documents.examples(tables(corpus), "train", {kind: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -202,7 +213,7 @@ def test_a_family_may_have_a_share_of_its_own(corpus):
 )
 def test_a_mix_that_cannot_be_is_one_line(corpus, mix):
     with pytest.raises(ValueError, match="mix: "):
-        documents.examples(corpus, "train", mix)
+        documents.examples(tables(corpus), "train", mix)
 
 
 def test_a_kind_without_examples_is_refused_in_train_and_left_out_elsewhere(corpus, tmp_path):
@@ -212,12 +223,14 @@ def test_a_kind_without_examples_is_refused_in_train_and_left_out_elsewhere(corp
         (tmp_path / f"{name}.jsonl").write_text("\n".join(keep))
     (tmp_path / "dialogues.jsonl").write_text((corpus / "dialogues.jsonl").read_text())
     with pytest.raises(ValueError, match="nothing of kind 's2s'"):
-        documents.examples(tmp_path, "train", {"s2s": 1.0})
-    assert {e.kind for e in documents.examples(tmp_path, "heldout", {"s2s": 0.5, "s2t": 0.5})} == {"s2t"}
+        documents.examples(tables(tmp_path), "train", {"s2s": 1.0})
+    assert {e.kind for e in documents.examples(tables(tmp_path), "heldout", {"s2s": 0.5, "s2t": 0.5})} == {
+        "s2t"
+    }
 
 
 def test_speech_documents_train_every_token(corpus, tok):
-    (example, *_) = documents.examples(corpus, "train", {"speech": 1.0})
+    (example, *_) = documents.examples(tables(corpus), "train", {"speech": 1.0})
     ids, mask = documents.render(
         tok, example, random.Random(0), noise=0.5
     )  # output speech is never disturbed
@@ -267,7 +280,7 @@ def test_show_works_on_a_fresh_clone(tmp_path):
 
 def test_show_prints_the_documents_that_training_reads(corpus, tok, tok_folder):
     flags = (
-        "--corpus",
+        "--run",
         str(corpus),
         "--tokenizer",
         tok_folder,
@@ -278,7 +291,7 @@ def test_show_prints_the_documents_that_training_reads(corpus, tok, tok_folder):
     )
     done = show("--show", "6", "--max-len", "80", *flags)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    examples = documents.examples(corpus, "train", {"asr": 0.5, "t2t": 0.5})
+    examples = documents.examples(tables(corpus), "train", {"asr": 0.5, "t2t": 0.5})
     (batch,) = documents.batches.documents(partial(documents.render, tok), examples, 3, 6, 80, 1)(0)
     assert f"{batch.ids.shape[0]} rows of {batch.ids.shape[1]} columns" in done.stdout
     assert done.stdout.count("document ") >= 12
@@ -324,7 +337,7 @@ def test_no_color_is_honored(monkeypatch):
 
 
 def test_a_mistake_of_the_user_of_show_is_one_line_and_exit_code_1():
-    done = show("--corpus", "nowhere")
+    done = show("--run", "nowhere")
     assert done.returncode == 1 and done.stdout == ""
     assert (
         done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "no such file" in done.stderr
@@ -356,7 +369,7 @@ def test_show_refuses_units_that_the_tokenizer_does_not_have(corpus, tok_folder,
     for name in ("manifest", "dialogues"):
         (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
     units_text = (corpus / "units.jsonl").read_text()
-    (tmp_path / "units.jsonl").write_text(units_text.replace('"units": [', '"units": [77, '))
-    monkeypatch.setattr(sys, "argv", ["data.documents", "--corpus", str(tmp_path), "--tokenizer", tok_folder])
-    with pytest.raises(ValueError, match="has unit 77"):
+    (tmp_path / "units.jsonl").write_text(units_text.replace(", 3, 7]", ", 3, 77]"))
+    monkeypatch.setattr(sys, "argv", ["data.documents", "--run", str(tmp_path), "--tokenizer", tok_folder])
+    with pytest.raises(ValueError, match="unit 77 is not one of 0 to 9"):
         documents.main()

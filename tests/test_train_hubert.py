@@ -10,7 +10,7 @@ import torch
 from runs import metrics, stages, train
 
 from checkpoint import read_tensors
-from data import audio, units
+from data import audio, corpus, units
 from data.corpus import TARGET_SPEAKER
 from data.tiny import prepare
 from hubert import KMeans, UnitExtractor
@@ -39,10 +39,10 @@ def test_the_own_voice_is_also_heard_as_if_others_spoke(out):
     stages(out, "units", flags=flags)
     own = {
         row["id"]: row
-        for row in units.read_units(out / "corpus")
+        for row in units.read_units(out / "manifest.jsonl", out / "units.jsonl", 20)
         if row["split"] == "train" and row["speaker"] == 0
     }
-    rows = units.read_perturbed(out / "corpus")
+    rows = units.read_perturbed(out / "manifest.jsonl", out / "units.jsonl", 20)
     assert [row["id"] for row in rows] == list(own) and len({row["rate"] for row in rows}) == len(rows)
     for key, most in (("rate", 0.3), ("pitch", 0.2)):
         drawn = np.log([row[key] for row in rows])
@@ -54,12 +54,13 @@ def test_the_own_voice_is_also_heard_as_if_others_spoke(out):
         assert (row["units"], row["durations"]) == extractor(torch.from_numpy(wav))
     shutil.rmtree(out / "state/units")
     stages(out, "units")
-    assert not (out / "corpus/perturbed.jsonl").exists()  # it would be of other units
+    assert not (out / "perturbed.jsonl").exists()  # it would be of other units
 
 
 def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_says_it(out):
     shutil.rmtree(out / "state/units")
     prepare.prepare(out / "corpus", sentences=20, renditions=len(prepare.SPEAKERS), workers=1, progress=False)
+    corpus.check(out / "corpus", out)
     flags = ["--normalizer.steps", 40, "--normalizer.lr", 2e-3, "--normalizer.save_every", 10]
     stages(out, "units", flags=flags)
     loss, same = ([line[key] for line in metrics(out, "normalize")] for key in ("loss", "same"))
@@ -68,7 +69,7 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     assert (found / "kmeans.safetensors").read_bytes() == (normal / "kmeans.safetensors").read_bytes()
     assert (found / "model.safetensors").read_bytes() != (normal / "model.safetensors").read_bytes()
     before, after = UnitExtractor.from_pretrained(found), UnitExtractor.from_pretrained(normal)
-    rows = {row["id"]: row for row in units.read_units(out / "corpus")}
+    rows = {row["id"]: row for row in units.read_units(out / "manifest.jsonl", out / "units.jsonl", 20)}
     for row in [*rows.values()][:3]:
         assert row["units"] == after(torch.from_numpy(audio.load(out / "corpus" / row["wav"])))[0]
 
@@ -93,7 +94,7 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     assert others == sum(row["speaker"] != TARGET_SPEAKER for row in train_rows) > 50
 
     (out / "state/units/done.json").unlink()  # as if it had been interrupted
-    manifest = out / "corpus/manifest.jsonl"
+    manifest = out / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace(f'"{next(iter(targets))}"', '"another"'))
     done = train("configs/ci.toml", "--out", out, "--stage", "units", *flags)
     assert (
@@ -101,6 +102,20 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
         and "is of other recordings than" in done.stderr
         and "Traceback" not in done.stderr
     )
+
+
+def test_a_run_with_other_clusters_beside_the_first_disturbs_nothing(spoken, tmp_path):
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in spoken.rglob("*")}
+
+    before = times()
+    flags = ["--corpus.name", spoken / "corpus", "--units.clusters", 10]
+    stages(tmp_path / "out", "corpus", "hubert", "units", flags=flags)
+    assert times() == before  # the corpus is only read
+    here, there = ([run / "manifest.jsonl", run / "units.jsonl"] for run in (tmp_path / "out", spoken))
+    assert len(units.read_units(*here, 10)) == len(units.read_units(*there, 20)) > 20
+    with pytest.raises(ValueError, match="is not one of 0 to 9"):
+        units.read_units(*there, 10)
 
 
 def test_model_hubert_has_no_layer_above_the_units(out):
@@ -123,11 +138,11 @@ def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
     # the units of this run: each of the old ones by another number, and one more that is never heard
     n = len(centers)
     other = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [json.loads(line) for line in (grown / "corpus/units.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (grown / "units.jsonl").read_text().splitlines()]
     frames = torch.zeros(n)
     train_ids = {
         row["id"]
-        for row in map(json.loads, (grown / "corpus/manifest.jsonl").read_text().splitlines())
+        for row in map(json.loads, (grown / "manifest.jsonl").read_text().splitlines())
         if row["split"] == "train"
     }
     assert len(train_ids) <= 2000  # all of them are counted
@@ -136,7 +151,7 @@ def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
             for unit, duration in zip(row["units"], row["durations"]):
                 frames[unit] += duration
         row["units"] = [other[unit] for unit in row["units"]]
-    (grown / "corpus/units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (grown / "units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.rmtree(grown / "tokenizer")
     shutil.rmtree(grown / "state/stage1")
     flags = [
@@ -207,7 +222,7 @@ def test_hubert_learns_from_the_speaker_it_is_told_to(out):
     assert "Traceback" not in done.stderr
     shutil.rmtree(out / "state/hubert")
     stages(out, "hubert", flags=["--hubert.speaker", 0, "--hubert.perturb", 0.2])
-    rows = [json.loads(line) for line in (out / "corpus/manifest.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     theirs = [row for row in rows if row["split"] == "train" and row["speaker"] == 0]
     assert 0 < len(theirs) < sum(row["split"] == "train" for row in rows)
     for number in (1, 2):

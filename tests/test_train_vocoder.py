@@ -18,6 +18,8 @@ import checkpoint
 import run
 import train_vocoder
 from data import audio
+from data.codes import CodeDataset, datasets
+from data.units import read_units
 from hubert import KMeans
 from train_vocoder import VocoderStage, train
 from vocoder import UnitVocoder, VocoderConfig
@@ -94,11 +96,15 @@ def corpus(tmp_path) -> Path:
     return make_corpus(tmp_path / "corpus")
 
 
+def recordings(corpus: Path) -> dict[str, CodeDataset]:
+    return datasets(corpus, read_units(corpus, corpus / "units.jsonl", 10))
+
+
 def learn(corpus: Path, out: Path, stage: dict | None = None, model: dict | None = None, **options):
     train(
         VocoderStage(**STAGE | (stage or {})),
         VocoderConfig(**MODEL | (model or {})),
-        corpus,
+        recordings(corpus),
         out,
         Path(f"{out}.training"),
         Path(f"{out}.training/metrics.jsonl"),
@@ -154,7 +160,7 @@ def test_metrics_go_where_they_are_wanted_while_it_runs(corpus, tmp_path, monkey
     train(
         VocoderStage(**STAGE | dict(steps=4)),
         VocoderConfig(**MODEL),
-        corpus,
+        recordings(corpus),
         tmp_path / "out",
         tmp_path / "state",
         metrics,

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import audio, units
-from data.corpus import TARGET_SPEAKER
+from data import audio, documents, units
+from data.corpus import TARGET_SPEAKER, read_manifest
 
 
 def test_a_recording_of_one_frame_keeps_it_at_every_pace(tmp_path):
@@ -25,15 +25,17 @@ def test_a_recording_of_one_frame_keeps_it_at_every_pace(tmp_path):
 
 
 def test_a_killed_extraction_does_nothing_twice(tmp_path):
-    corpus, work = tmp_path / "corpus", tmp_path / "work"
+    corpus, work, out = tmp_path / "corpus", tmp_path / "work", tmp_path / "out/units.jsonl"
     work.mkdir()
+    out.parent.mkdir()
     rows = [
         {"id": str(i), "wav": f"{i}.wav", "text": "", "speaker": i % 2, "split": "train"} for i in range(6)
     ]
     for row in rows:
         audio.save(corpus / row["wav"], np.full(4000, 0.1))
     (corpus / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (corpus / "perturbed.jsonl").write_text("of other units")
+    out.with_name("perturbed.jsonl").write_text("of other units")
+    before = sorted(corpus.iterdir())
     calls = []
 
     def extractor(wav, last=10**6):
@@ -43,7 +45,17 @@ def test_a_killed_extraction_does_nothing_twice(tmp_path):
         return [len(calls)], [1]
 
     def extract(*perturb, last=10**6):
-        units.extract(corpus, lambda wav: extractor(wav, last), torch.device("cpu"), work, perturb, portion=1)
+        cpu = torch.device("cpu")
+        units.extract(
+            corpus,
+            read_manifest(corpus),
+            out,
+            lambda wav: extractor(wav, last),
+            cpu,
+            work,
+            perturb,
+            portion=1,
+        )
 
     for last in (3, 8):  # in the middle of the one, then of the other
         with pytest.raises(KeyboardInterrupt):
@@ -51,14 +63,17 @@ def test_a_killed_extraction_does_nothing_twice(tmp_path):
         assert len(calls) == last
     extract(0.2, 0.1)
     assert len(calls) == 9 and calls[:6] == [4000] * 6 and 4000 not in calls[6:]
-    assert [row["id"] for row in units.read_units(corpus)] == [row["id"] for row in rows]
-    assert [row["id"] for row in units.read_perturbed(corpus)] == ["0", "2", "4"] and not any(work.iterdir())
+    assert [row["id"] for row in units.read_units(corpus, out, 20)] == [row["id"] for row in rows]
+    assert [row["id"] for row in units.read_perturbed(corpus, out, 20)] == ["0", "2", "4"] and not any(
+        work.iterdir()
+    )
     extract(0.0, 0.0)
-    assert not (corpus / "perturbed.jsonl").exists() and not any(work.iterdir())
+    assert not out.with_name("perturbed.jsonl").exists() and not any(work.iterdir())
     others = [json.dumps(row) + "\n" for row in rows if row["speaker"] != TARGET_SPEAKER]
     (corpus / "manifest.jsonl").write_text("".join(others))
     extract(0.2, 0.1)
-    assert len(units.read_units(corpus)) == 3 and units.read_perturbed(corpus) == []
+    assert len(units.read_units(corpus, out, 40)) == 3 and units.read_perturbed(corpus, out, 40) == []
+    assert sorted(corpus.iterdir()) == before  # it is only read
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 9))
@@ -80,10 +95,36 @@ def test_dtw_has_no_path_through_what_is_too_short():
 def test_a_corpus_without_units_says_which_stage_to_run(tmp_path):
     (tmp_path / "manifest.jsonl").write_text('{"wav": "x.wav", "text": "Hello.", "seconds": 1.0}\n')
     with pytest.raises(FileNotFoundError, match="run the stage"):
-        units.read_units(tmp_path)
+        units.read_units(tmp_path, tmp_path / "units.jsonl", 3)
     (tmp_path / "units.jsonl").write_text("")
-    with pytest.raises(ValueError, match="run stage units again"):
-        units.read_units(tmp_path)
+    with pytest.raises(ValueError, match="lacks 1 recordings .*'x'.* make the units anew"):
+        units.read_units(tmp_path, tmp_path / "units.jsonl", 3)
+
+
+@pytest.mark.parametrize(
+    "found, durations, words",
+    [
+        ([0, 3], [1, 1], "unit 3 is not one of 0 to 2"),
+        ([-1], [1], "unit -1 is not one of 0 to 2"),
+        ([10**30], [1], "is not one of 0 to 2"),
+        ([1.0], [1], '"units" must be a list of whole numbers'),
+        ([True], [1], '"units" must be'),
+        ("12", [1], '"units" must be'),
+        ([], [], '"units" must be'),
+        ([0, 1], [1], "2 units have 1 durations"),
+        ([0], [0], "a duration is 0"),
+        ([0], [None], '"durations" must be'),
+    ],
+)
+def test_a_row_of_units_that_cannot_be_is_named_and_never_becomes_text(tmp_path, found, durations, words):
+    (tmp_path / "manifest.jsonl").write_text('{"wav": "x.wav", "text": "Hello."}\n')
+    row = json.dumps({"id": "x", "units": found, "durations": durations})
+    (tmp_path / "units.jsonl").write_text(row + "\n")
+    with pytest.raises(ValueError, match=f"units.jsonl, row 1: .*{words}") as error:
+        units.read_units(tmp_path, tmp_path / "units.jsonl", 3)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    with pytest.raises(ValueError, match=words):
+        documents.read_tables(tmp_path, 3)
 
 
 def test_cooccurrence_counts_frames_that_belong_together(tmp_path):
@@ -95,9 +136,8 @@ def test_cooccurrence_counts_frames_that_belong_together(tmp_path):
             centers = torch.zeros(3, 1)
 
     audio.save(tmp_path / "a.wav", np.full(2000, 0.1))
-    (tmp_path / "manifest.jsonl").write_text('{"wav": "a.wav", "text": ""}\n')
-    (tmp_path / "units.jsonl").write_text('{"id": "a", "units": [1, 0], "durations": [3, 3]}\n')
-    table = units.cooccurrence(tmp_path, Extractor(), n_units=3)
+    rows = [{"wav": "a.wav", "split": "train", "units": [1, 0], "durations": [3, 3]}]
+    table = units.cooccurrence(tmp_path, rows, Extractor(), n_units=3)
     prior = torch.tensor([3, 1, 2]) / 6 / 2  # half a frame, spread as all frames are
     expected = torch.stack([torch.tensor([2.0, 1, 0]) + prior, torch.tensor([1.0, 0, 2]) + prior, prior])
     torch.testing.assert_close(table, expected / expected.sum(1, keepdim=True))

@@ -36,7 +36,8 @@ def translate_embeddings(
     k = len(extractor.kmeans.centers)
     if k != known.n_units:
         raise ValueError(unlike(folder, k, f"LLaMA knows {known.n_units}"))
-    p_old = unit_files.cooccurrence(run.corpus, extractor, n_units)  # (n_units, K)
+    rows = unit_files.read_units(run.manifest, run.units, n_units)
+    p_old = unit_files.cooccurrence(run.corpus, rows, extractor, n_units)  # (n_units, K)
     for old, new in tables:
         old_units = old[known.unit_ids.start : known.unit_ids.stop]
         new[tok.unit_ids.start : tok.unit_ids.stop] = p_old @ old_units
@@ -67,7 +68,8 @@ def initial_vocoder(run: Run, folder: str, config: VocoderConfig, n_units: int) 
         raise ValueError(
             f"there are {n_units} clusters; set vocoder_model.num_embeddings to at least {n_units}"
         )
-    p_old = unit_files.cooccurrence(run.corpus, extractor, n_units)  # (n_units, K)
+    rows = unit_files.read_units(run.manifest, run.units, n_units)
+    p_old = unit_files.cooccurrence(run.corpus, rows, extractor, n_units)  # (n_units, K)
     vocoder = UnitVocoder(config)
     vocoder.load_state_dict(before.state_dict() | {"dict.weight": vocoder.dict.weight.data})
     vocoder.dict.weight.data[:n_units] = p_old @ before.dict.weight.data[:k]
