@@ -13,15 +13,20 @@ A checkpoint is a table of names and tensors. The format we write, safetensors, 
 The older formats (torch.save, fairseq, joblib) are pickles, and a pickle is a program: see pickles.py.
 
 Whatever the format, a tensor is a view of a memory map; `assign` converts them into a module one by one. A
-damaged file is a ValueError of one line, but safetensors has no checksums of the numbers themselves.
+damaged file is a ValueError of one line. Safetensors has no checksums, so our files carry their own in the
+header's metadata, where other readers ignore them: one for each tensor, so that whoever reads a part of a
+file can check that part.
 
 References: safetensors, https://github.com/huggingface/safetensors
             sharded folders, https://huggingface.co/docs/transformers/big_models
 """
 
+import contextlib
 import copy
 import json
+import os
 import re
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +36,7 @@ from torch import Tensor, nn
 
 from files import MAX_JSON, one_line, parse_json, read_json, show, stream_atomic
 from pickles import Inert, MappedFile, read_pickle, read_zip
+from run import rank
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -51,12 +57,29 @@ def _safetensors_header(file: MappedFile) -> tuple[dict, int]:
     return parse_json(file.bytes(8, n)), 8 + n
 
 
+def _checksum(name: str, entry: dict, numbers: object) -> str:
+    """CRC-32 of a tensor's name, dtype, shape and numbers: eight hexadecimal digits."""
+    start = zlib.crc32(f"{name} {entry['dtype']} {entry['shape']}".encode())
+    return f"{zlib.crc32(numbers, start):08x}"
+
+
+def _checksum_of_metadata(metadata: dict[str, str]) -> str:
+    """The same of everything in the metadata but the checksums."""
+    rest = {key: value for key, value in metadata.items() if key != "crc32"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+
+
 def _read_safetensors(file: MappedFile) -> dict[str, Tensor]:
     header, start = _safetensors_header(file)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    ours = "crc32" in metadata
+    checksums = metadata["crc32"].split(" ") if ours else [""] * (1 + len(header))
+    if len(checksums) != 1 + len(header) or ours and checksums[0] != _checksum_of_metadata(metadata):
+        raise ValueError("damaged: the checksum of its metadata does not match")
     tensors = {}
     end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    for (name, entry), checksum in zip(in_order, checksums[1:]):
         dtype = DTYPES.get(entry["dtype"])
         begin, stop = entry["data_offsets"]
         if dtype is None:
@@ -67,6 +90,8 @@ def _read_safetensors(file: MappedFile) -> dict[str, Tensor]:
         end += tensors[name].nbytes
         if stop != end:
             raise ValueError(f"{show(name)} ends at {show(stop)}, but its shape and dtype say {end}")
+        if ours and checksum != _checksum(name, entry, file.view(start + begin, end - begin)):
+            raise ValueError(f"damaged: the checksum of {show(name)} does not match")
     if start + end != file.size:
         raise ValueError(f"the header accounts for {start + end} bytes, the file has {file.size}")
     return {name: tensors[name] for name in header}
@@ -77,15 +102,18 @@ def save_tensors(
     tensors: dict[str, Tensor],
     metadata: dict[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    previous: Path | None = None,
 ) -> None:
     """Writes a safetensors file, atomically and one tensor at a time. Tensors may be on any device.
 
-    dtype: what float32 tensors become on disk (None: they stay). To halve a folder of weights:
+    previous: where the old file is kept. dtype: what float32 tensors become on disk (None: they stay). To
+    halve a folder of weights:
 
         for file in Path("model").rglob("*.safetensors"):
             save_tensors(file, read_tensors(file), dtype=torch.float16)"""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    metadata = {"format": "pt", **(metadata or {})}
+    header: dict[str, dict] = {"__metadata__": metadata}
     stored = {name: dtype if dtype and t.dtype == torch.float32 else t.dtype for name, t in tensors.items()}
     order = sorted(tensors, key=lambda name: -stored[name].itemsize)  # keeps every tensor aligned
     end = 0
@@ -95,17 +123,26 @@ def save_tensors(
         end += tensors[name].numel() * stored[name].itemsize
         shape = list(tensors[name].shape)
         header[name] = {"dtype": names[stored[name]], "shape": shape, "data_offsets": [begin, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    assert len(head) <= MAX_JSON, f"the header of {path} would have {len(head)} bytes, at most {MAX_JSON}"
+
+    def head(checksums: list[str]) -> bytes:
+        metadata["crc32"] = " ".join([_checksum_of_metadata(metadata), *checksums])
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        assert len(text) <= MAX_JSON, f"the header of {path} would have {len(text)} bytes, at most {MAX_JSON}"
+        return len(text).to_bytes(8, "little") + text
 
     def write(file: BinaryIO) -> None:
-        file.write(len(head).to_bytes(8, "little") + head)
+        file.write(head(["00000000"] * len(order)))
+        checksums = []
         for name in order:
             tensor = tensors[name].detach().to("cpu", stored[name]).contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            numbers = tensor.reshape(-1).view(torch.uint8).numpy()
+            checksums.append(_checksum(name, header[name], numbers))
+            file.write(numbers)
+        file.seek(0)
+        file.write(head(checksums))  # as long as before
 
-    stream_atomic(path, write)
+    stream_atomic(path, write, previous=previous)
 
 
 # ---- Any file ----------------------------------------------------------------------------------------------
@@ -247,6 +284,8 @@ def assign(
 #     adamw.exp_avg.generator.conv.weight  what an optimizer keeps for that weight: here its first moment
 #     "state"                              JSON: the step, and what else the caller wants to find again
 #     "tensors"                            how many there are
+#
+# The state saved before the last one is kept beside it, in case that the last one is damaged.
 
 Modules = dict[str, nn.Module | dict[str, nn.Parameter]]
 Optimizers = dict[str, torch.optim.Optimizer]
@@ -254,7 +293,8 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 def save_training(path: str | Path, modules: Modules, optimizers: Optimizers, meta: dict) -> None:
     """Writes the weights of `modules`, the state of `optimizers` and `meta` (JSON types, with a "step") as
-    one file, atomically. Every parameter of an optimizer belongs to one of the modules, which names it."""
+    one file, atomically, and keeps the one that was there. Every parameter of an optimizer belongs to one of
+    the modules, which names it."""
     assert _is_step(meta["step"]), f"step is {meta['step']!r}, not a whole number >= 0"
     weights = _weights(modules, optimizers)
     tensors = dict(weights)
@@ -262,27 +302,70 @@ def save_training(path: str | Path, modules: Modules, optimizers: Optimizers, me
         for key, weight in weights.items():
             for slot, value in _tensors(optimizer.state.get(weight, {})).items():
                 tensors[f"{name}.{slot}.{key}"] = value
-    save_state(path, tensors, meta)
+    save_state(path, tensors, meta, _beside(path, "previous"))
+
+
+def _beside(path: str | Path, what: str) -> Path:
+    """state.safetensors -> state.previous.safetensors"""
+    return Path(path).with_suffix(f".{what}{Path(path).suffix}")
+
+
+def has_training(path: str | Path) -> bool:
+    """Whether there is a state to go on from."""
+    return Path(path).exists() or _beside(path, "previous").exists()
+
+
+def remove_training(path: str | Path) -> None:
+    """Of a run that is finished."""
+    for file in (Path(path), _beside(path, "previous"), _beside(path, "damaged")):
+        file.unlink(missing_ok=True)
+
+
+def training_meta(path: str | Path) -> dict:
+    """The `meta` of the state that load_training will take if it fits; {} if none can be read."""
+    for file in (Path(path), _beside(path, "previous")):
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            meta = load_state(file)[1]
+            if isinstance(meta, dict):
+                return meta
+    return {}
 
 
 @torch.no_grad()
-def load_training(path: str | Path, modules: Modules, optimizers: Optimizers) -> dict:
+def load_training(
+    path: str | Path, modules: Modules, optimizers: Optimizers, steps: int | None = None
+) -> dict:
     """Puts back what save_training wrote, to the last bit, and returns its `meta`.
 
     Every tensor must have exactly the shape and dtype of its weight, or those that the optimizer itself would
     make (a fused optimizer writes beyond the end of a moment that is too small); none may be missing or left
-    over. Otherwise a ValueError of one line that says to delete the folder, and nothing is changed."""
+    over, none NaN or infinite, and the step not beyond `steps`. A state that is not so is put aside, and the
+    one before it is taken. If there is none, a ValueError of one line says to delete the folder, and nothing
+    is changed."""
     path = Path(path)
     weights = _weights(modules, optimizers)
     kept = {name: _slots(optimizer) for name, optimizer in optimizers.items()}
-    try:
-        tensors, meta = load_state(path)
-        with one_line(path):
-            if not _is_step(meta["step"]):
-                raise ValueError(f"step is {show(meta['step'])}, not a whole number >= 0")
-            states = _fit(tensors, weights, kept)
-    except ValueError as error:
-        raise ValueError(f"{error}; delete {path.parent} to start again") from None
+    problem: Exception | None = None
+    for file in (path, _beside(path, "previous")):
+        try:
+            tensors, meta = load_state(file)
+            with one_line(file):
+                if not _is_step(meta["step"]) or steps is not None and meta["step"] > steps:
+                    most = f"of 0 to {steps}" if steps is not None else ">= 0"
+                    raise ValueError(f"step is {show(meta['step'])}, not a whole number {most}")
+                states = _fit(tensors, weights, kept)
+            break
+        except (ValueError, FileNotFoundError) as error:
+            if problem is None or isinstance(problem, FileNotFoundError):
+                problem = error
+    else:
+        if isinstance(problem, FileNotFoundError):
+            raise problem
+        raise ValueError(f"{problem}; delete {path.parent} to start again") from None
+    if problem and path.exists() and rank() == 0:
+        with contextlib.suppress(OSError):  # Windows renames no file that another process reads
+            os.replace(path, _beside(path, "damaged"))
+        print(f"{problem}; going on from the state before it, of step {meta['step']}", flush=True)
     for key, weight in weights.items():
         weight.copy_(tensors[key])
     for name, optimizer in optimizers.items():
@@ -361,11 +444,16 @@ def _check(name: str, found: Tensor | None, shape: torch.Size, dtype: torch.dtyp
         raise ValueError(f"{name} is missing")
     if (found.shape, found.dtype) != (shape, dtype):
         raise ValueError(f"{name} is {show(found.shape)} {found.dtype}, expected {show(shape)} {dtype}")
+    if found.is_floating_point() and not found.isfinite().all():
+        raise ValueError(f"{name} holds numbers that are NaN or infinite")
 
 
-def save_state(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> None:
+def save_state(
+    path: str | Path, tensors: dict[str, Tensor], meta: dict, previous: Path | None = None
+) -> None:
     """Tensors of any dtype; everything else (step, seeds, ...) as JSON in the header."""
-    save_tensors(path, tensors, {"state": json.dumps(meta), "tensors": str(len(tensors))})
+    metadata = {"state": json.dumps(meta), "tensors": str(len(tensors))}
+    save_tensors(path, tensors, metadata, previous=previous)
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:

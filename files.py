@@ -34,8 +34,15 @@ def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> None:
     stream_atomic(path, lambda file: file.write(data), sync)
 
 
-def stream_atomic(path: str | Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
-    """write_atomic for a file too large to put together in memory: `write(file)` writes its content."""
+def stream_atomic(
+    path: str | Path,
+    write: Callable[[BinaryIO], object],
+    sync: bool = True,
+    previous: str | Path | None = None,
+) -> None:
+    """write_atomic for a file too large to put together in memory: `write(file)` writes its content.
+
+    previous: the name under which the old file is kept; at every moment one of the two is there."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -49,6 +56,8 @@ def stream_atomic(path: str | Path, write: Callable[[BinaryIO], object], sync: b
                     os.fsync(file.fileno())  # the content is on disk before its name
                 if not temporary.exists() or not os.path.samestat(temporary.stat(), os.fstat(file.fileno())):
                     raise OSError("another process is writing the same file")
+            if previous and path.exists():
+                os.replace(path, previous)
             os.replace(temporary, path)  # when closed: Windows renames no open file
         except BaseException:
             temporary.unlink(missing_ok=True)

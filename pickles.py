@@ -80,6 +80,11 @@ class MappedFile:
         self.check(start, n)
         return self.map[start : start + n]
 
+    def view(self, start: int, n: int) -> memoryview:
+        """The same without a copy."""
+        self.check(start, n)
+        return memoryview(self.map)[start : start + n]
+
     def verify(self, crc: int, start: int, n: int) -> None:
         if crc == 0 or n > MAX_CRC:  # 0: torch was told not to compute it
             return

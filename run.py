@@ -1,16 +1,21 @@
 """Device, ranks, learning-rate schedule, progress bar, metrics file: what every run needs.
 
 One process or many: `torchrun --nproc_per_node 8 train.py ...` sets RANK, WORLD_SIZE and LOCAL_RANK; without
-them this is rank 0 of 1. Only rank 0 writes files.
+them this is rank 0 of 1. Only rank 0 writes files, and one rank alone tells what has gone wrong.
 """
 
 import json
 import math
+import multiprocessing
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Event, Thread
 
 import torch
 import torch.distributed as dist
@@ -28,6 +33,10 @@ class Run:
     seed: int
     device: torch.device
     workers: int = 0  # processes that prepare batches while a GPU computes
+
+    def __post_init__(self):
+        if self.workers:
+            check_workers(self.workers)
 
     @property
     def manifest(self) -> Path:
@@ -57,6 +66,20 @@ class Run:
     def state(self, stage: str) -> Path:
         """What stage `stage` keeps while it works, and the record of what it was begun with."""
         return self.out / "state" / stage
+
+
+def check_workers(workers: int):
+    """ValueError, before anything is done, if this machine can have no processes that prepare batches."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise ValueError(f"workers is {workers}, but this system cannot fork processes; use --workers 0")
+    try:
+        multiprocessing.get_context("fork").Queue()  # of semaphores, which are shared memory too
+        torch.zeros(1).share_memory_()
+    except (RuntimeError, OSError):
+        raise ValueError(
+            f"workers is {workers}, but there is no shared memory to hand batches over; use --workers 0, or "
+            "mount /dev/shm (docker run --shm-size 2g)"
+        ) from None
 
 
 def rank() -> int:
@@ -92,36 +115,118 @@ def device(name: str = "auto") -> torch.device:
 
 
 def autocast(where: torch.device, wanted: bool = True) -> torch.autocast:
-    """Matrix products in bfloat16, where the machine is faster at them: CUDA, and CPUs with AVX512-BF16."""
-    able = (
-        where.type == "cuda"
-        or where.type == "cpu"
-        and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    )
+    """Matrix products in bfloat16, on CUDA and CPUs. Whether a CPU is faster at them is measured by
+    training/precision.py."""
+    able = where.type in ("cuda", "cpu")
     return torch.autocast(where.type if able else "cpu", torch.bfloat16, enabled=able and wanted)
+
+
+# ---- Many processes ----------------------------------------------------------------------------------------
+# Rank 0 alone makes a corpus or its units, for hours perhaps, while the others wait: their patience has no
+# end, as long as all are alive. Every process adds to its own counter on a notice board (a TCPStore, which
+# torchrun keeps) every few seconds; one whose counter stands still is stuck, and then all of them end.
+
+BEAT = 2.0  # seconds between two additions
+PATIENCE = 120.0  # seconds after which a process whose counter stands still is given up
+LOST = "the others end, and the same command continues from the last saved state"
+
+_board: dist.Store | None = None
+_barriers = 0
+_left = Event()  # this process has left the others
 
 
 def init_distributed(where: torch.device):
     """Joins the other ranks, if there are any."""
+    global _board
     if world_size() > 1 and not dist.is_initialized():
         if where.type == "mps":
             raise ValueError("several processes cannot share an Apple GPU; use --device cpu")
         if where.type == "cuda":
             torch.cuda.set_device(where)
         backend = "nccl" if where.type == "cuda" else "gloo"
-        # The others wait while rank 0 alone makes a corpus or its units: for hours, perhaps.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=timedelta(days=20))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # A connection of its own: others wait on that of the process group, for as long as it takes.
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
+        _board = dist.PrefixStore(f"board{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        Thread(target=_watch, args=(_board,), daemon=True).start()
 
 
 def barrier():
     """Returns when all ranks are here: what rank 0 wrote before, the others may read after."""
-    if dist.is_initialized():
-        dist.barrier()
+    global _barriers
+    if _board is None:
+        if dist.is_initialized():
+            dist.barrier()
+        return
+    _barriers += 1
+    here = f"barrier {_barriers}"
+    _board.add(here, 1)
+    while _board.add(here, 0) < world_size():
+        time.sleep(0.01)
 
 
 def destroy():
+    """Leaves the other ranks."""
+    if _board is not None:
+        _board.add(f"left {rank()}", 1)
+        _left.set()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around all that a process does which may be one of many: leaves the others at the end.
+
+    What goes wrong in several of them is told by the first, and the rest end in silence; when one was killed,
+    the first of the others to notice says so."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as problem:
+        if world_size() > 1:
+            if not _is_first():
+                sys.exit(1)
+            if isinstance(problem, dist.DistError) or "gloo" in str(problem):
+                lost = "lost the connection to another process of this run (was it killed, or its machine?)"
+                raise ConnectionError(f"{lost}; {LOST}") from None
+        raise
+    destroy()
+
+
+def _is_first() -> bool:
+    """Whether no other process has told yet what has gone wrong."""
+    if _board is None:  # they are about to read the same config, with the same mistake in it
+        return rank() == 0
+    try:
+        return _board.add("told", 1) == 1
+    except dist.DistError:  # rank 0 kept the board, and is gone
+        return rank() == 1
+
+
+def _watch(board: dist.Store):
+    """Ends this process when another has told of an error, or is stuck. Rank 0 watches all, the others it."""
+    watched = {other: (0, time.monotonic()) for other in (range(1, world_size()) if rank() == 0 else (0,))}
+    while not _left.wait(BEAT):
+        try:
+            board.add(f"beat {rank()}", 1)
+            if board.add("told", 0):
+                # Time to say it, and to write what is being written. Rank 0, which may keep the board, is last.
+                time.sleep(4 * BEAT if rank() else 6 * BEAT)
+                os._exit(1)
+            for other, (beats, since) in watched.items():
+                now = board.add(f"beat {other}", 0)
+                if now != beats:
+                    watched[other] = (now, time.monotonic())
+                elif time.monotonic() - since > PATIENCE and not board.add(f"left {other}", 0):
+                    if board.add("told", 1) == 1:
+                        stuck = f"process {other} of {world_size()} has not moved for {PATIENCE:.0f} seconds"
+                        print(f"\nerror: {stuck}; {LOST}", file=sys.stderr, flush=True)
+        except dist.DistError:
+            if not _left.wait(5 * BEAT):  # the board is gone, and this process is not about to end
+                if rank() == 1:
+                    print(f"\nerror: lost the connection to process 0; {LOST}", file=sys.stderr, flush=True)
+                os._exit(1)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
@@ -174,5 +279,8 @@ class Metrics:
     def write(self, **numbers: float | str):
         if rank() > 0:
             return
+        for key, value in numbers.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                numbers[key] = None  # JSON has no NaN
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(numbers) + "\n")

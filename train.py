@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 
+import checkpoint
 import llama
 import lora
 import train_hubert
@@ -48,11 +49,11 @@ from evaluation.measures import check_targets
 from generate import Decoding, generate
 from hubert import KMeans
 from llama import Llama, LlamaConfig
-from run import Run, barrier, destroy, init_distributed, rank, world_size
+from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
 from training import foreign_units
-from training.loop import Loss, Optimization, optimize
+from training.loop import Loss, Optimization, check_ranks, optimize
 from training.stages import Stage, finished, in_parallel, run_stage
 from vocoder import VocoderConfig
 
@@ -244,7 +245,7 @@ def make_tokenizer(name: str, run: Run, config: Config) -> Tokenizer:
     LLaMA's."""
     # The first stage that needs it makes it, whatever a run with other settings has left.
     first = "stage1" if config.pretrained else "text"
-    made_anew = name == first and not (run.state(name) / "state.safetensors").exists()
+    made_anew = name == first and not checkpoint.has_training(run.state(name) / "state.safetensors")
     if rank() == 0 and (made_anew or not (run.tokenizer / "added_tokens.json").exists()):
         n_units = config.units.clusters
         if config.pretrained:
@@ -349,7 +350,7 @@ def vocoder_stage(run: Run, config: Config):
     work = run.state("vocoder")
     kmeans = KMeans.from_pretrained(run.model / "hubert") if config.units.embed_centers else None
     initial = None
-    if not (work / "state.safetensors").exists():
+    if not checkpoint.has_training(work / "state.safetensors"):
         initial = foreign_units.initial_vocoder(
             run, config.pretrained, config.vocoder_model, config.units.clusters
         )
@@ -515,6 +516,16 @@ def run_all(run: Run, config: Config):
     run_some(("evaluate",), run, config)
 
 
+def check_divisions(stages: list[str], config: Config, ranks: int):
+    """ValueError, before anything is done, if a step of these stages cannot be divided among so many
+    processes."""
+    for name in stages:
+        for key in STAGES[name].sections:
+            section = getattr(config, key)
+            if isinstance(section, Optimization) and not STAGES[name].skip(config):
+                check_ranks(key, section, ranks)
+
+
 def table_of_stages() -> str:
     lines = []
     for name, stage in STAGES.items():
@@ -524,6 +535,7 @@ def table_of_stages() -> str:
     return "\n".join(lines)
 
 
+@together()
 def main():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("config", nargs="?", help="a file of configs/, for example configs/tiny.toml")
@@ -546,14 +558,12 @@ def main():
     out = Path(config.out)
     corpus = out / "corpus" if config.corpus.name == "tiny" else Path(config.corpus.name)
     run = Run(out, corpus, config.seed, find_device(config.device), config.workers)
+    check_divisions([stage] if stage else [*STAGES], config, world_size())
     init_distributed(run.device)
-    try:
-        if stage:
-            run_some((stage,), run, config)
-        else:
-            run_all(run, config)
-    finally:
-        destroy()
+    if stage:
+        run_some((stage,), run, config)
+    else:
+        run_all(run, config)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def pretrain_round(
         train_round(run, section, number, rows, model)
         if rank() == 0:
             checkpoint.save_tensors(weights, model.state_dict())
-            (folder / f"round{number}/state.safetensors").unlink(missing_ok=True)
+            checkpoint.remove_training(folder / f"round{number}/state.safetensors")
         barrier()
     checkpoint.assign(model, checkpoint.read_tensors(weights), str(weights))
     return model.to(run.device).eval()

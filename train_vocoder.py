@@ -18,10 +18,14 @@ alone, at a seventh of the cost for each second of speech. See configs/tiny.toml
 All random numbers of a step come from its number, so that an interrupted run continues to the last bit. On
 several ranks each computes some rows of the same batch: its loss is a sum over these, divided by the count of
 the whole step, and gradients are summed, so that one process and many learn the same.
+
+A step whose losses or gradients are not finite changes nothing; if these are the generator's alone, the
+discriminators have learned from it.
 """
 
-import dataclasses
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_, get_total_norm, parameters_to_vector, vector_to_parameters
 from torch.optim import AdamW
 
 import checkpoint
@@ -40,11 +44,13 @@ import vocoder
 from config import Amount, Count, Share, Whole
 from data import audio
 from data.audio import HOP
-from data.codes import CodeDataset, datasets, rows_of_rank
+from data.codes import Batch, CodeDataset, datasets, rows_of_rank
 from data.corpus import resolve
 from data.units import join_units
 from hubert import KMeans
-from training.loop import MAY_CHANGE
+from training.loop import SkippedSteps, told_of_memory
+from training.precision import choose_bf16
+from training.stages import first_change, to_json
 from vocoder import FrameSpectrum, UnitVocoder, VocoderConfig
 
 
@@ -124,115 +130,185 @@ def train(
         modules["discriminators"] = discriminators
         optimizers["optimizer_d"] = optimizer_d
 
-    settings = {"stage": dataclasses.asdict(stage), "model": dataclasses.asdict(model)}
+    settings = {"stage": to_json(stage), "model": to_json(model)}
     work.mkdir(parents=True, exist_ok=True)
     state = work / "state.safetensors"
-    done = resume(state, modules, optimizers, settings) if state.exists() else 0
-    log = run.Metrics(metrics, done)
-    autocast = run.autocast(device, stage.bf16)
     total = stage.frame_steps + stage.steps
-    bar = run.progress(total, done, "vocoder")
+    meta = resume(state, modules, optimizers, settings, total) if checkpoint.has_training(state) else {}
+    done = meta.get("step", 0)
+    log = run.Metrics(metrics, done)
+    skipped = SkippedSteps("vocoder", meta)
+    formats = meta["bf16"] if isinstance(meta.get("bf16"), dict) else {}  # of each loop
 
-    def is_evaluated(step: int) -> bool:
-        return (step + 1) % stage.eval_every == 0 or step + 1 in (stage.frame_steps, total)
+    # ---- What a step of either loop computes
 
-    def finish_step(step: int, lr: float, norm: Tensor, numbers: dict[str, float]):
-        if is_evaluated(step) and run.rank() == 0:
-            shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
-            bar.write(f"vocoder, step {step + 1}: {shown}")
-        log.write(step=step, lr=lr, grad_norm=norm.item(), **numbers)
-        if ((step + 1) % stage.save_every == 0 or step + 1 == total) and run.rank() == 0:
-            checkpoint.save_training(state, modules, optimizers, settings | {"step": step + 1})
-        bar.set_postfix(numbers, refresh=False)
-        bar.update()
+    def on_this_rank(size: int, make: Callable[[slice], Batch]) -> Batch:
+        """Some rows of a batch of `size`; those of a process too many do not count."""
+        part = rows_of_rank(size, run.rank(), run.world_size())
+        if part.start == part.stop:
+            return make(slice(0, 1))._replace(share=0.0).to(device)
+        return make(part).to(device)
 
-    # Ours: the frame-rate half alone learns the log-mels of whole recordings.
-    for step in range(done, stage.frame_steps):
-        rng = random_numbers(stage.seed, step)
-        chosen = dataset.similar_lengths(rng, stage.frame_batch)
-        part = rows_of_rank(len(chosen), run.rank(), run.world_size())
-        batch = dataset.recordings(chosen, part).to(device)
-        lr = run.cosine(step, stage.warmup, stage.frame_steps, stage.frame_lr, stage.floor)
-        optimizer_f.param_groups[0]["lr"] = lr
+    def recordings(step: int) -> Batch:
+        chosen = dataset.similar_lengths(random_numbers(stage.seed, step), stage.frame_batch)
+        return on_this_rank(len(chosen), lambda part: dataset.recordings(chosen, part))
 
-        with autocast:
+    def crops(step: int) -> Batch:
+        def make(part: slice) -> Batch:
+            rng = random_numbers(stage.seed, step)
+            return dataset.crops(rng, stage.batch_size, stage.segment, stage.margin, part)
+
+        return on_this_rank(stage.batch_size, make)
+
+    def duration_loss(batch: Batch) -> Tensor:
+        loss = generator.duration_loss(batch.units, batch.durations, batch.total_units)
+        return loss * stage.duration_weight * (batch.share > 0)
+
+    def frame_losses(batch: Batch, bf16: bool) -> dict[str, Tensor]:
+        with run.autocast(device, bf16):
             features = generator.frame_features(batch.codes, batch.speakers, batch.n_units)
-        duration = generator.duration_loss(batch.units, batch.durations, batch.total_units)
-        losses = {
-            "frames": spectrum.loss(features, batch.target, batch.lengths, batch.total_frames),
-            "duration": duration * stage.duration_weight,
-        }
-        optimizer_f.zero_grad()
-        sum(losses.values()).backward()
-        sum_gradients(frame_half)
-        norm = clip_grad_norm_(frame_half.parameters(), stage.clip)
-        optimizer_f.step()
+        frames = spectrum.loss(features, batch.target, batch.lengths, batch.total_frames)
+        return {"frames": frames * (batch.share > 0), "duration": duration_loss(batch)}
 
-        numbers = sum_over_ranks(losses)
-        if is_evaluated(step):
-            numbers |= evaluate_frames(generator, spectrum, held_out, autocast)
-        finish_step(step, lr, norm, numbers)
+    def generate(batch: Batch, bf16: bool) -> Tensor:
+        with run.autocast(device, bf16):
+            return generator.generate(batch.codes, batch.speakers, stage.margin, batch.n_units).float()
 
-    for parameter in vocoder.frame_parameters(generator):
-        parameter.requires_grad_(stage.frame_steps == 0)  # frozen if it was trained alone
-
-    # HiFi-GAN: the generator learns the waveforms of crops.
-    for step in range(max(done, stage.frame_steps), total):
-        rng = random_numbers(stage.seed, step)
-        part = rows_of_rank(stage.batch_size, run.rank(), run.world_size())
-        batch = dataset.crops(rng, stage.batch_size, stage.segment, stage.margin, part).to(device)
-        gan_step = step - stage.frame_steps
-        adversarial = gan_step >= stage.adversarial_start
-        lr = run.cosine(gan_step, stage.warmup, stage.steps, stage.lr, stage.floor)
-        optimizer_g.param_groups[0]["lr"] = lr
-
+    def generator_losses(batch: Batch, fake: Tensor, adversarial: bool, bf16: bool) -> dict[str, Tensor]:
+        losses = {"duration": duration_loss(batch)}
         real = batch.target
-        with autocast:
-            fake = generator.generate(batch.codes, batch.speakers, stage.margin, batch.n_units).float()
-
-        if adversarial:
-            disc_lr = stage.lr if stage.disc_lr is None else stage.disc_lr
-            disc_lr = run.cosine(gan_step, stage.warmup, stage.steps, disc_lr, stage.floor)
-            optimizer_d.param_groups[0]["lr"] = disc_lr
-            discriminators.requires_grad_(True)
-            with autocast:
-                real_scored = discriminate(discriminators, real)
-                fake_scored = discriminate(discriminators, fake.detach())
-                loss_d = vocoder.discriminator_loss(real_scored, fake_scored) * batch.share
-            optimizer_d.zero_grad()
-            loss_d.backward()
-            sum_gradients(discriminators)
-            optimizer_d.step()
-
-        duration = generator.duration_loss(batch.units, batch.durations, batch.total_units)
-        losses = {"duration": duration * stage.duration_weight}
         if stage.mel_weight:
             losses["mel"] = vocoder.mel_loss(fake, real) * stage.mel_weight * batch.share
         if stage.spectral_weight:
             spectral = vocoder.spectral_loss(fake, real, stage.spectral_sizes)
             losses["spectral"] = spectral * stage.spectral_weight * batch.share
         if adversarial:
-            discriminators.requires_grad_(False)  # gradients pass through them and are not collected
-            with autocast:
+            with run.autocast(device, bf16):
                 real_scored = discriminate(discriminators, real)
                 fake_scored = discriminate(discriminators, fake)
                 fooled = vocoder.adversarial_loss(fake_scored)
                 matched = vocoder.feature_loss(real_scored, fake_scored)
             losses["adversarial"] = fooled * stage.adversarial_weight * batch.share
             losses["feature"] = matched * stage.feature_weight * batch.share
-        loss_g = sum(losses.values())
-        optimizer_g.zero_grad()
-        loss_g.backward()
-        sum_gradients(generator)
-        norm = clip_grad_norm_(generator.parameters(), stage.clip)
-        optimizer_g.step()
+        return losses
 
-        numbers = sum_over_ranks(losses | ({"discriminator": loss_d} if adversarial else {}))
-        if is_evaluated(step):
-            numbers |= evaluate(generator, held_out, work / f"step-{step + 1:06d}.wav")
-        finish_step(step, lr, norm, numbers)
+    def is_evaluated(step: int) -> bool:
+        return (step + 1) % stage.eval_every == 0 or step + 1 in (stage.frame_steps, total)
 
-    bar.close()
+    def finish_step(step: int, lr: float, norm: float, numbers: dict[str, float], is_good: bool):
+        if is_evaluated(step) and run.rank() == 0:
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+            bar.write(f"vocoder, step {step + 1}: {shown}{skipped.shown}")
+        shown = ", ".join(f"{key} {value:.3g}" for key, value in numbers.items())
+        bar.set_postfix_str(shown + skipped.shown, refresh=False)
+        if not is_good:
+            numbers["skipped"] = skipped.total
+        log.write(step=step, lr=lr, grad_norm=norm, **numbers)
+        if ((step + 1) % stage.save_every == 0 or step + 1 == total) and run.rank() == 0:
+            meta = settings | {"step": step + 1, "bf16": formats} | skipped.meta
+            checkpoint.save_training(state, modules, optimizers, meta)
+        bar.update()
+
+    advice = (
+        f"vocoder: lower batch_size (now {stage.batch_size}), segment ({stage.segment}) or, in the steps of "
+        f"whole recordings, frame_batch ({stage.frame_batch})"
+    )
+    with run.progress(total, done, "vocoder") as bar, told_of_memory(advice):
+        # ---- Ours: the frame-rate half alone learns the log-mels of whole recordings.
+        if done < stage.frame_steps:
+            formats["frames"] = choose_bf16(
+                "vocoder, whole recordings",
+                stage.bf16,
+                device,
+                {"bf16": formats.get("frames")},
+                frame_half,
+                batch=lambda: recordings(done),
+                loss=lambda batch, bf16: sum(frame_losses(batch, bf16).values()),
+            )
+        for step in range(done, stage.frame_steps):
+            batch = recordings(step)
+            lr = run.cosine(step, stage.warmup, stage.frame_steps, stage.frame_lr, stage.floor)
+            optimizer_f.param_groups[0]["lr"] = lr
+
+            losses = frame_losses(batch, formats["frames"])
+            optimizer_f.zero_grad()
+            sum(losses.values()).backward()
+            sum_gradients(frame_half)
+            norm = clip_grad_norm_(frame_half.parameters(), stage.clip).item()
+            numbers = sum_over_ranks(losses)
+            is_good = skipped.is_good(step, (norm, *numbers.values()), lr, generator.parameters(), batch)
+            if is_good:
+                optimizer_f.step()
+
+            if is_evaluated(step):
+                autocast = run.autocast(device, formats["frames"])
+                numbers |= evaluate_frames(generator, spectrum, held_out, autocast)
+            finish_step(step, lr, norm, numbers, is_good)
+
+        for parameter in vocoder.frame_parameters(generator):
+            parameter.requires_grad_(stage.frame_steps == 0)  # frozen if it was trained alone
+
+        # ---- HiFi-GAN: the generator learns the waveforms of crops.
+        first = max(done, stage.frame_steps)
+        if first < total:
+            ends_adversarial = stage.adversarial_start < stage.steps
+            formats["crops"] = choose_bf16(
+                "vocoder, crops",
+                stage.bf16,
+                device,
+                {"bf16": formats.get("crops")},
+                nn.ModuleList([generator, *([discriminators] if ends_adversarial else [])]),
+                batch=lambda: crops(first),
+                loss=lambda batch, bf16: sum(
+                    generator_losses(batch, generate(batch, bf16), ends_adversarial, bf16).values()
+                ),
+            )
+        for step in range(first, total):
+            bf16 = formats["crops"]
+            batch = crops(step)
+            gan_step = step - stage.frame_steps
+            adversarial = gan_step >= stage.adversarial_start
+            lr = run.cosine(gan_step, stage.warmup, stage.steps, stage.lr, stage.floor)
+            optimizer_g.param_groups[0]["lr"] = lr
+            fake = generate(batch, bf16)
+
+            found_d: dict[str, float] = {}
+            if adversarial:
+                disc_lr = stage.lr if stage.disc_lr is None else stage.disc_lr
+                disc_lr = run.cosine(gan_step, stage.warmup, stage.steps, disc_lr, stage.floor)
+                optimizer_d.param_groups[0]["lr"] = disc_lr
+                discriminators.requires_grad_(True)
+                with run.autocast(device, bf16):
+                    real_scored = discriminate(discriminators, batch.target)
+                    fake_scored = discriminate(discriminators, fake.detach())
+                    loss_d = vocoder.discriminator_loss(real_scored, fake_scored) * batch.share
+                optimizer_d.zero_grad()
+                loss_d.backward()
+                sum_gradients(discriminators)
+                found_d = sum_over_ranks({"discriminator": loss_d})
+                norm_d = get_total_norm([p.grad for p in discriminators.parameters() if p.grad is not None])
+                found_d["norm"] = norm_d.item()
+                if all(math.isfinite(number) for number in found_d.values()):
+                    optimizer_d.step()
+                discriminators.requires_grad_(False)  # gradients will pass through them, uncollected
+
+            losses = generator_losses(batch, fake, adversarial, bf16)
+            optimizer_g.zero_grad()
+            sum(losses.values()).backward()
+            sum_gradients(generator)
+            norm = clip_grad_norm_(generator.parameters(), stage.clip).item()
+            numbers = sum_over_ranks(losses)
+            found = (norm, *numbers.values(), *found_d.values())
+            is_good = skipped.is_good(step, found, lr, generator.parameters(), batch)
+            if is_good:
+                optimizer_g.step()
+
+            if adversarial:
+                numbers["discriminator"] = found_d["discriminator"]
+            if is_evaluated(step):
+                numbers |= evaluate(generator, held_out, work / f"step-{step + 1:06d}.wav")
+            finish_step(step, lr, norm, numbers, is_good)
+
     if run.rank() == 0:
         generator.save_pretrained(out)
     run.barrier()
@@ -307,7 +383,7 @@ def evaluate(generator: UnitVocoder, held_out: CodeDataset, sample: Path) -> dic
 
 
 def check(model: VocoderConfig, stage: VocoderStage, dataset: CodeDataset, held_out: CodeDataset):
-    """ValueError, one line, for a config that does not fit the corpus or the number of processes."""
+    """ValueError, one line, for a config that does not fit the corpus."""
     rows = dataset.rows + held_out.rows
     unit = max(max(row["units"]) for row in rows)
     if unit >= model.num_embeddings:
@@ -320,31 +396,23 @@ def check(model: VocoderConfig, stage: VocoderStage, dataset: CodeDataset, held_
             f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "
             f"vocoder_model.num_speakers to at least {speaker + 1}"
         )
-    if stage.batch_size < run.world_size():
-        raise ValueError(f"vocoder.batch_size {stage.batch_size} is less than {run.world_size()} processes")
-    if stage.frame_steps and min(stage.frame_batch, len(dataset.rows)) < run.world_size():
-        raise ValueError(
-            f"vocoder.frame_batch {stage.frame_batch} of {len(dataset.rows)} recordings is less than "
-            f"{run.world_size()} processes"
-        )
     if stage.segment * HOP <= max(stage.spectral_sizes):
         raise ValueError(
             f"vocoder.segment {stage.segment} is shorter than a window of vocoder.spectral_sizes"
         )
 
 
-def resume(path: Path, modules: dict, optimizers: dict, settings: dict) -> int:
-    """Loads the training state at `path`, if it has these settings; returns the step to continue with."""
-    before = checkpoint.load_state(path)[1]
-    for section, table in settings.items():
-        for key, value in table.items():
-            old = before[section].get(key)
-            if key not in MAY_CHANGE and vocoder.tuplify(old) != value:
-                raise ValueError(
-                    f"{path}: was begun with {key} = {old}, now it is {value}; "
-                    f"set it back, or delete {path.parent} to start again"
-                )
-    return checkpoint.load_training(path, modules, optimizers)["step"]
+def resume(path: Path, modules: dict, optimizers: dict, settings: dict, steps: int) -> dict:
+    """Loads the training state at `path`, if it has these settings; returns what else was saved with it."""
+    before = checkpoint.training_meta(path)
+    for key, section in (("stage", "vocoder"), ("model", "vocoder_model")):
+        if before and (change := first_change(before.get(key), settings[key])):
+            where, was, value = change
+            raise ValueError(
+                f"{path}: was begun with [{section}] {where} = {was}, now it is {value}; "
+                f"put the old value back, or delete {path.parent} to begin anew"
+            )
+    return checkpoint.load_training(path, modules, optimizers, steps)
 
 
 @dataclass
@@ -358,6 +426,7 @@ class Config:
     vocoder_model: VocoderConfig = field(default_factory=VocoderConfig)
 
 
+@run.together()
 def main():
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise ValueError("usage: python train_vocoder.py CONFIG.toml [--vocoder.steps 100 ...]")
@@ -372,7 +441,6 @@ def main():
     out = Path(options.out)
     work = Path(f"{out}.training")
     train(options.vocoder, options.vocoder_model, data, out, work, work / "metrics.jsonl", device, kmeans)
-    run.destroy()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,25 @@
-"""One process, accumulation and many processes learn the same, in every stage with training/loop.py."""
+"""One process, accumulation and many processes learn the same, in every stage with training/loop.py; and what
+many say when one is killed, stuck or mistaken."""
 
+import multiprocessing
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from runs import ENVIRONMENT, ROOT, stages
+import torch
+from runs import ENVIRONMENT, ROOT, metrics, stages
 
+import config
+import run
+import train
 from checkpoint import read_tensors
-
-pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
-
 
 LEARNED = {  # by each stage, in an order in which none changes what the next one begins with
     "stage3": "model/lora/adapter_model.safetensors",
@@ -76,6 +84,7 @@ def one_process(taught, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.skipif(find_spec("hibari") is None, reason="the tiny world is spoken by the extra 'demo'")
 @pytest.mark.parametrize(
     "accumulate, ranks",
     [
@@ -95,3 +104,170 @@ def test_many_processes_and_micro_batches_learn_what_one_learns(
         assert one.keys() == many.keys()
         far = max((one[name].float() - many[name].float()).abs().max().item() for name in one)
         assert far < 1e-6, f"{stage}: {far}"
+    for name in (*LANGUAGE, "hubert1", "normalize"):
+        first, *rest = zip(metrics(one_process, name), metrics(out, name), strict=True)
+        assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-6), (
+            name
+        )  # the same documents and masks
+        for one, many in (first, *rest):
+            assert one.keys() == many.keys()
+            for key in one:  # of a thousand guesses, one may be a tie
+                assert one[key] == pytest.approx(
+                    many[key], rel=1e-4, abs=2e-3 * (key in ("accuracy", "same"))
+                ), key
+
+
+# ---- What goes wrong in one of many ------------------------------------------------------------------------
+
+
+def one_of_many(rank: int, n: int, port: int, folder: Path, event: str):
+    """Exchanges numbers with the other processes, until one of them does `event` at the fifth step."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    err = (folder / f"err{rank}").open("w")
+    os.dup2(err.fileno(), 2)
+    sys.stderr = err
+    run.BEAT, run.PATIENCE = 0.1, 1.5
+
+    @run.together()
+    def main():
+        if event == "config":
+            raise ValueError("lr: a typo")
+        run.init_distributed(torch.device("cpu"))
+        for step in range(1000 if event != "end" else 10):
+            if step == 5:
+                (folder / f"ready{rank}").touch()
+                if event == "all":
+                    raise ValueError("the same mistake")
+                if event == "work" and rank == 0:
+                    time.sleep(4)  # longer than the patience with those who do not answer
+                if event in ("work", "end"):
+                    run.barrier()
+                if event == "work":
+                    break
+                if rank == n - 1:
+                    if event == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if event == "stop":
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    if event == "own":
+                        raise ValueError("a mistake of its own")
+            run.all_reduce_sum(torch.ones(1))
+            time.sleep(0.005)
+
+    config.command_line(main)
+
+
+def many(folder: Path, event: str, n: int = 3) -> tuple[list[int], str, float]:
+    """The exit codes of n processes, all that they said, and the seconds it took from `event`."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["run", "train_vocoder"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=one_of_many, args=(i, n, port, folder, event)) for i in range(n)]
+    for process in processes:
+        process.start()
+    began = None
+    deadline = time.monotonic() + 60
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if began is None and (event == "config" or (folder / f"ready{n - 1}").exists()):
+            began = time.monotonic()
+        if event == "stop" and not any(process.is_alive() for process in processes[:-1]):
+            processes[-1].kill()
+        time.sleep(0.01)
+    seconds = time.monotonic() - began
+    for process in processes:
+        process.kill()
+        process.join()
+    said = "".join((folder / f"err{i}").read_text() for i in range(n))
+    return [process.exitcode for process in processes], said, seconds
+
+
+@pytest.mark.skipif(not hasattr(os, "dup2") or sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(
+    "event, codes, said",
+    [
+        ("end", [0, 0, 0], None),
+        ("work", [0, 0, 0], None),
+        ("kill", [1, 1, -9], "error: lost the connection to another process of this run"),
+        ("stop", [1, 1, -9], "error: process 2 of 3 has not moved for 2 seconds"),
+        ("own", [1, 1, 1], "error: a mistake of its own"),
+        ("all", [1, 1, 1], "error: the same mistake"),
+        ("config", [1, 1, 1], "error: lr: a typo"),
+    ],
+)
+def test_many_processes_end_soon_and_with_one_line(tmp_path, event, codes, said):
+    found, lines, seconds = many(tmp_path, event)
+    assert found == codes and len(lines) < 300, lines
+    assert (
+        lines.strip().splitlines() == [lines.strip()] and lines.strip().startswith(said)
+        if said
+        else not lines
+    )
+    assert seconds < 20, seconds
+    assert len(lines) < 300
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_torchrun_ends_the_others_when_one_is_killed(tmp_path):
+    """What torchrun itself reports, in many lines, is not ours to shorten; ours is one line at most."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, time, torch, config, run\n"
+        "@run.together()\n"
+        "def main():\n"
+        "    run.init_distributed(torch.device('cpu'))\n"
+        "    for step in range(10_000):\n"
+        "        if step == 5 and run.rank() == 1:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        run.all_reduce_sum(torch.ones(1))\n"
+        "config.command_line(main)\n"
+    )
+    began = time.monotonic()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    done = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        timeout=100,
+    )
+    assert done.returncode == 1 and time.monotonic() - began < 60
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) <= 1 and f'File "{script}"' not in done.stderr and "SIGKILL" in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7])
+def test_a_batch_that_eight_processes_cannot_divide_is_one_line_before_the_first_stage(
+    tmp_path, monkeypatch, rank, capsys
+):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    out = tmp_path / "ci"
+    monkeypatch.setattr(sys, "argv", ["train.py", "configs/ci.toml", "--out", str(out), "--device", "cpu"])
+    monkeypatch.setattr(train, "need_extra", lambda: None)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        config.command_line(train.main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and not out.exists()
+    assert said.count("\n") == (rank == 0)
+    assert rank > 0 or said.startswith(
+        "error: hubert.batch_size is 4: less than one for each of 8 process(es)"
+    )
+
+
+def test_the_tiny_config_can_be_divided_among_eight():
+    tiny = config.read(ROOT / "configs/tiny.toml", train.Config)
+    train.check_divisions([*train.STAGES], tiny, 8)
+    with pytest.raises(ValueError, match="hubert.batch_size is 8"):
+        train.check_divisions([*train.STAGES], tiny, 9)
+    train.check_divisions(["stage1", "vocoder"], tiny, 9)  # only what is asked for

@@ -13,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import run
 import train_vocoder
+import vocoder
 from data import audio
 from data.codes import CodeDataset, datasets
 from data.units import read_units
 from hubert import KMeans
 from train_vocoder import VocoderStage, train
+from training import precision
 from vocoder import UnitVocoder, VocoderConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +122,10 @@ def lines(out: Path) -> list[dict]:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read_tensors(out / "generator.safetensors")
+
+
+def state(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    return checkpoint.load_state(Path(f"{out}.training/state.safetensors"))
 
 
 def test_training_writes_a_vocoder_that_speaks(corpus, tmp_path):
@@ -286,9 +293,9 @@ def test_a_finished_run_is_not_trained_again_unless_its_state_is_deleted(corpus,
 @pytest.mark.parametrize(
     "stage, model, message",
     [
-        ({"lr": 2e-3}, {}, "begun with lr"),
-        ({"mpd_channels": (4, 4)}, {}, "begun with mpd_channels"),
-        ({}, {"upsample_initial_channel": 32}, "begun with upsample_initial_channel"),
+        ({"lr": 2e-3}, {}, r"begun with \[vocoder\] lr = 0.001, now it is 0.002"),
+        ({"mpd_channels": (4, 4)}, {}, r"begun with \[vocoder\] mpd_channels"),
+        ({}, {"upsample_initial_channel": 32}, r"begun with \[vocoder_model\] upsample_initial_channel = 16"),
     ],
 )
 def test_another_config_than_the_interrupted_run_had_is_refused(corpus, tmp_path, stage, model, message):
@@ -338,7 +345,7 @@ def train_on_ranks(rank: int, world_size: int, corpus: Path, out: Path):
     model["dur_predictor_params"] = MODEL["dur_predictor_params"] | {"var_pred_dropout": 0.0}
     stage = dict(eval_every=100, save_every=100, clip=1.0, lr=2e-5, frame_lr=1e-3)
     learn(corpus, out / "frames", stage | dict(frame_steps=20, frame_batch=6, steps=0), model)
-    gan = dict(steps=20, batch_size=6, segment=4, margin=2, adversarial_start=0)  # on four: 1, 2, 1, 2
+    gan = dict(steps=20, batch_size=3, segment=4, margin=2, adversarial_start=0)  # on four: 0, 1, 1, 1
     learn(corpus, out / "gan", stage | gan | dict(mpd_periods=(2,), msd_scales=1), model)
     run.destroy()
 
@@ -369,20 +376,134 @@ def test_one_process_and_many_learn_the_same(tmp_path):
                 if not key.startswith("optimizer"):
                     assert (found[key] - expected[key]).abs().max() < 1e-6, (many, key)
             for row, same in zip(lines(one), lines(many), strict=True):
-                assert row == pytest.approx(same, rel=1e-4)
+                assert row == pytest.approx(same, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "stage, message",
-    [
-        ({"batch_size": 3}, "batch_size 3 is less than 4 processes"),
-        ({"frame_steps": 1, "frame_batch": 3}, "frame_batch 3 of 5 recordings is less than 4"),
-    ],
-)
-def test_fewer_rows_than_processes_are_refused(corpus, tmp_path, monkeypatch, stage, message):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=message):
-        learn(corpus, tmp_path / "out", stage)
+@pytest.mark.parametrize("loop", ["frames", "crops"])
+def test_a_step_that_is_not_finite_changes_nothing_and_ten_end_the_run(corpus, tmp_path, monkeypatch, loop):
+    bad = {3, 4}
+    saved = []
+    make = getattr(train_vocoder.CodeDataset, "recordings" if loop == "frames" else "crops")
+    save = checkpoint.save_training
+
+    def damaged(*arguments):
+        batch = make(*arguments)
+        return batch._replace(target=batch.target * float("nan")) if len(saved) in bad else batch
+
+    def record(path, modules, optimizers, meta):
+        save(path, modules, optimizers, meta)
+        saved.append({name: t.clone() for name, t in checkpoint.load_state(path)[0].items()})
+
+    monkeypatch.setattr(train_vocoder.CodeDataset, make.__name__, damaged)
+    monkeypatch.setattr(checkpoint, "save_training", record)
+    steps = dict(frame_steps=16, steps=0) if loop == "frames" else dict(steps=16, adversarial_start=0)
+    learn(corpus, tmp_path / "out", steps | dict(save_every=1, eval_every=100, frame_batch=2))
+    unlearned = ("._u", "._v")  # the power iteration of a spectral norm goes on
+    learned = [name for name in saved[0] if not name.endswith(unlearned)]
+    for step in range(1, 16):
+        same = [torch.equal(saved[step - 1][name], saved[step][name]) for name in learned]
+        assert all(same) if step in bad else not all(same), step
+    assert {line["step"]: line["skipped"] for line in lines(tmp_path / "out") if "skipped" in line} == {
+        3: 1,
+        4: 2,
+    }
+    meta = state(tmp_path / "out")[1]
+    assert meta["skipped"] == 2 and meta["skipped_in_a_row"] == 0
+
+    saved.clear()
+    bad = set(range(2, 16))
+    with pytest.raises(
+        ValueError, match="10 steps in a row, up to step 11; the sound of this step"
+    ) as caught:
+        learn(corpus, tmp_path / "again", steps | dict(save_every=1, eval_every=100, frame_batch=2))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    tensors, meta = state(tmp_path / "again")
+    assert meta["step"] == 11 and meta["skipped_in_a_row"] == 9
+    assert all(torch.equal(saved[1][name], tensors[name]) for name in learned)
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_discriminators_alone_that_are_not_finite_change_nothing_either(corpus, tmp_path, monkeypatch):
+    loss = vocoder.discriminator_loss
+    monkeypatch.setattr(vocoder, "discriminator_loss", lambda *scored: loss(*scored) * float("inf"))
+    learn(corpus, tmp_path / "out", dict(steps=4, adversarial_start=2, save_every=1))
+    assert [line.get("skipped") for line in lines(tmp_path / "out")] == [None, None, 1, 2]
+    two, four = (
+        checkpoint.load_state(tmp_path / f"out.training/state{name}.safetensors")[0]
+        for name in (".previous", "")
+    )
+    assert all(t.isfinite().all() for t in four.values())
+    assert not any(name.startswith("optimizer_d") for name in four)
+    assert all(torch.equal(two[name], four[name]) for name in two if name.startswith("generator."))
+
+
+def test_a_damaged_state_falls_back_to_the_one_before_and_ends_the_same(corpus, tmp_path, capsys):
+    learn(corpus, tmp_path / "whole", dict(save_every=2))
+    learn(corpus, tmp_path / "out", dict(save_every=2))
+    file = tmp_path / "out.training/state.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-30] ^= 1
+    file.write_bytes(data)
+    learn(corpus, tmp_path / "out", dict(save_every=2))
+    assert "going on from the state before it, of step 4" in capsys.readouterr().out
+    whole, again = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("step", [7, -1, 2.0, True, None, "2"])
+def test_a_step_that_cannot_be_is_refused(corpus, tmp_path, step):
+    learn(corpus, tmp_path / "out", dict(steps=2))
+    tensors, meta = state(tmp_path / "out")
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    file = tmp_path / "out.training/state.safetensors"
+    checkpoint.save_state(file, tensors, meta | {"step": step})
+    with pytest.raises(ValueError, match="step is .*, not a whole number of 0 to 2; delete") as caught:
+        learn(corpus, tmp_path / "out", dict(steps=2))
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_each_loop_has_the_faster_format_and_a_resumed_run_goes_on_in_it(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    measured = iter([(1.0, 0.5), (1.0, 2.0)])
+    monkeypatch.setattr(precision, "measure", lambda model, loss: next(measured))
+    steps = dict(frame_steps=4, steps=2, adversarial_start=9, frame_batch=2, save_every=1, bf16=True)
+    used = []
+    features = UnitVocoder.frame_features
+
+    def spy(*arguments):
+        used.append(torch.is_autocast_enabled("cpu"))
+        if len(used) == 3:
+            raise KeyboardInterrupt
+        return features(*arguments)
+
+    monkeypatch.setattr(UnitVocoder, "frame_features", spy)
+    with pytest.raises(KeyboardInterrupt):
+        learn(corpus, tmp_path / "out", steps)
+    assert state(tmp_path / "out")[1]["bf16"] == {"frames": True}
+    learn(corpus, tmp_path / "out", steps)  # measures the other loop alone
+    assert state(tmp_path / "out")[1]["bf16"] == {"frames": True, "crops": False}
+    assert used[:5] == [True] * 5 and used[-1] is False and next(measured, None) is None
+
+
+def test_measuring_a_step_of_either_loop_changes_nothing_of_the_run(corpus, tmp_path, monkeypatch):
+    """Weights, buffers, random numbers: what is learned in float32 is the same, measured or not."""
+    steps = dict(frame_steps=2, steps=3, frame_batch=2, adversarial_start=1, save_every=100)
+    learn(corpus, tmp_path / "out", steps)
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(precision, "WORTH", 0.0)  # bfloat16 is never chosen
+    measure, calls = precision.measure, []
+    monkeypatch.setattr(precision, "measure", lambda *arguments: calls.append(1) or measure(*arguments))
+    learn(corpus, tmp_path / "measured", steps | dict(bf16=True))
+    one, other = state(tmp_path / "out")[0], state(tmp_path / "measured")[0]
+    assert len(calls) == 2 and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_refused_memory_is_one_line_with_advice(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(vocoder, "mel_loss", lambda *wav: torch.empty(1 << 55))
+    with pytest.raises(ValueError, match=r"vocoder: lower batch_size \(now 4\), segment \(8\)") as caught:
+        learn(corpus, tmp_path / "out")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert not list(tqdm._instances)
 
 
 def test_gradients_are_summed_over_the_ranks(monkeypatch):

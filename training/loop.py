@@ -15,14 +15,17 @@ over micro-batches and ranks. A mean of means would let the targets of a short m
 one process, accumulation and many processes learn the same, but for rounding (and dropout, which each rank
 draws for itself).
 
+A step whose loss or gradient is not finite changes nothing; it is counted, and ten in a row end the run.
+
 References: AdamW, Loshchilov & Hutter 2019, arXiv:1711.05101; schedule and betas as LLaMA, arXiv:2302.13971
 §2.3.
 """
 
 import contextlib
+import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +38,7 @@ import checkpoint
 from config import Amount, Count, Share, Whole
 from run import Metrics, Run, all_reduce_sum, autocast, cosine, progress, rank, world_size
 from training.muon import Muon
+from training.precision import choose_bf16
 
 
 @dataclass
@@ -88,15 +92,29 @@ def optimize(
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / "state.safetensors"
     modules = {"model": trained}
-    first = 0
-    if state_file.exists():
-        first = checkpoint.load_training(state_file, modules, optimizers)["step"]
-        if first > section.steps:
-            raise ValueError(
-                f"{state_file} is of step {first} of {section.steps}; delete {folder} to begin anew"
-            )
+    meta = {}
+    if checkpoint.has_training(state_file):
+        meta = checkpoint.load_training(state_file, modules, optimizers, section.steps)
+    first = meta.get("step", 0)
     metrics = Metrics(run.metrics / f"{name}.jsonl", first)
+    skipped = SkippedSteps(name, meta)
     objective = data_parallel(Objective(model, loss).train(), device)
+
+    def loss_in(batch: list[Tensor], bf16: bool) -> Tensor:
+        with autocast(device, bf16):
+            return loss(model, batch).total
+
+    advice = f"{name}: {smaller_steps(section)}"
+    with told_of_memory(advice):
+        bf16 = first < section.steps and choose_bf16(
+            name,
+            section.bf16,
+            device,
+            meta,
+            model,
+            batch=lambda: batch_at(first)[0],
+            loss=loss_in,
+        )
     steps = torch.utils.data.DataLoader(
         Steps(batch_at, first, section.steps),
         batch_size=None,
@@ -104,56 +122,64 @@ def optimize(
         multiprocessing_context="fork" if run.workers else None,
     )
 
-    bar = progress(section.steps, first, name)
-    began = time.perf_counter()
-    for step, micro_batches in enumerate(steps, first):
-        torch.manual_seed(zlib.crc32(f"{run.seed} {name} {step} {rank()}".encode()))
-        lr = cosine(step, section.warmup, section.steps, section.lr, section.floor)
-        for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-        # ---- gradients: of the sum of all losses first, then divided by the sum of all weights
-        losses = []
-        for i, batch in enumerate(micro_batches):
-            batch = [t.to(device, non_blocking=True) for t in batch]
-            last = i + 1 == len(micro_batches)
-            with gradients_exchanged(objective, last), autocast(device, section.bf16):
-                found = objective(batch)
-                found.total.backward()
-            losses.append(found)
-        sums, counts = sum_losses(losses)
-        scale = world_size() / counts[0].clamp(min=1e-9)  # data parallelism has averaged over the ranks
-        torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], scale)
-
-        # ---- update
-        norm = nn.utils.clip_grad_norm_(trained.values(), section.clip)
-        with autocast(device, section.bf16):  # Muon's matrix products
-            for optimizer in optimizers.values():
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-        # ---- report, probe, save
-        averages = (sums / counts.clamp(min=1e-9)).tolist()
-        numbers = dict(zip(["loss", *losses[0].metrics], averages))
-        seconds = time.perf_counter() - began
-        speed = sums[-1].item() / seconds  # tokens (or frames) read
+    with progress(section.steps, first, name) as bar, told_of_memory(advice):
         began = time.perf_counter()
-        bar.update()
-        bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        if (step + 1) % section.eval_every == 0 or step + 1 == section.steps:
-            model.eval()
-            held_out, sample = probe()
-            model.train()
-            numbers |= held_out
-            shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
-            if rank() == 0:
-                bar.write(f"{name}, step {step + 1}: {shown}{sample}")
+        for step, micro_batches in enumerate(steps, first):
+            if isinstance(micro_batches, Exception):
+                raise micro_batches
+            torch.manual_seed(zlib.crc32(f"{run.seed} {name} {step} {rank()}".encode()))
+            lr = cosine(step, section.warmup, section.steps, section.lr, section.floor)
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+
+            # ---- gradients: of the sum of all losses first, then divided by the sum of all weights
+            losses = []
+            for i, batch in enumerate(micro_batches):
+                batch = [t.to(device, non_blocking=True) for t in batch]
+                last = i + 1 == len(micro_batches)
+                with gradients_exchanged(objective, last), autocast(device, bf16):
+                    found = objective(batch)
+                    found.total.backward()
+                losses.append(found)
+            sums, counts = sum_losses(losses)
+            scale = world_size() / counts[0].clamp(min=1e-9)  # data parallelism has averaged over the ranks
+            torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], scale)
+            norm = nn.utils.clip_grad_norm_(trained.values(), section.clip)
+            averages = sums / counts.clamp(min=1e-9)
+            found = torch.cat([averages, sums[-1:], norm.float()[None]])
+            *averages, tokens, norm = found.tolist()  # the one wait of a step for the device
+            numbers = dict(zip(["loss", *losses[0].metrics], averages))
+
+            # ---- update
+            is_good = skipped.is_good(step, (numbers["loss"], norm), lr, trained.values(), batch)
+            with autocast(device, bf16):  # Muon's matrix products
+                for optimizer in optimizers.values():
+                    if is_good:
+                        optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+
+            # ---- report, probe, save
+            speed = tokens / (time.perf_counter() - began)  # tokens (or frames) read
             began = time.perf_counter()
-        metrics.write(step=step, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, **numbers)
-        if (step + 1) % section.save_every == 0 and rank() == 0:
-            checkpoint.save_training(state_file, modules, optimizers, {"step": step + 1})
-    bar.close()
+            bar.update()
+            shown = f"loss {numbers['loss']:.3f}, {speed:,.0f} tokens/s{skipped.shown}"
+            bar.set_postfix_str(shown, refresh=False)
+            if (step + 1) % section.eval_every == 0 or step + 1 == section.steps:
+                model.eval()
+                held_out, sample = probe()
+                model.train()
+                numbers |= held_out
+                shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+                if rank() == 0:
+                    bar.write(f"{name}, step {step + 1}: {shown}{skipped.shown}{sample}")
+                began = time.perf_counter()
+            if not is_good:
+                numbers["skipped"] = skipped.total
+            metrics.write(step=step, lr=lr, grad_norm=norm, tokens_per_s=speed, **numbers)
+            if (step + 1) % section.save_every == 0 and rank() == 0:
+                meta = {"step": step + 1, "bf16": bf16} | skipped.meta
+                checkpoint.save_training(state_file, modules, optimizers, meta)
     model.eval()
 
 
@@ -205,7 +231,10 @@ class Steps(torch.utils.data.Dataset):
         return self.last - self.first
 
     def __getitem__(self, i: int):
-        return self.batch_at(self.first + i)
+        try:
+            return self.batch_at(self.first + i)
+        except (ValueError, OSError) as problem:  # a process of its own would add its traceback to the line
+            return problem
 
 
 def data_parallel(objective: Objective, device: torch.device) -> nn.Module:
@@ -248,3 +277,84 @@ def make_optimizers(
     if inner:
         optimizers["muon"] = Muon(inner, section.lr, weight_decay=section.weight_decay)
     return optimizers
+
+
+# ---- What may go wrong in a step ---------------------------------------------------------------------------
+
+
+MOST_IN_A_ROW = 10
+
+
+class SkippedSteps:
+    """Counts the steps whose loss or gradient was not finite. Every rank has the same sums, so all decide
+    alike."""
+
+    def __init__(self, name: str, meta: dict):
+        """meta: of the training state that the run goes on from."""
+        self.name = name
+        counts = [meta.get(key) for key in ("skipped", "skipped_in_a_row")]
+        self.total, self.in_a_row = (n if type(n) is int and n >= 0 else 0 for n in counts)
+
+    @property
+    def meta(self) -> dict[str, int]:
+        return {"skipped": self.total, "skipped_in_a_row": self.in_a_row}
+
+    @property
+    def shown(self) -> str:
+        return f", {self.total} step(s) skipped: not finite" if self.total else ""
+
+    def is_good(
+        self, step: int, numbers: Iterable[float], lr: float, weights: Iterable[Tensor], batch: Iterable
+    ) -> bool:
+        """Whether a step may change the weights: its losses and gradient norms are `numbers`. ValueError if
+        it is the last of too many in a row that may not."""
+        if all(math.isfinite(number) for number in numbers):
+            self.in_a_row = 0
+            return True
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row < MOST_IN_A_ROW:
+            return False
+        if not all(weight.isfinite().all() for weight in weights):
+            cause = "the weights that it began with are not finite: make the stage before it anew"
+        elif not all(x.isfinite().all() for x in batch if isinstance(x, Tensor) and x.is_floating_point()):
+            cause = "the sound of this step is not finite: look for a damaged recording"
+        else:
+            cause = f"most likely the learning rate is too high (here {lr:.2g}): lower lr and begin it anew"
+        raise ValueError(
+            f"{self.name}: no finite loss and gradient in {self.in_a_row} steps in a row, up to step {step}; "
+            f"{cause}. The weights before them are kept"
+        )
+
+
+@contextlib.contextmanager
+def told_of_memory(advice: str) -> Iterator[None]:
+    """Refused memory becomes one line with advice; so does a process of --workers that has been killed."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as problem:
+        what = " ".join(str(problem).split())[:120]
+        refused = ("not enough memory", "out of memory", "allocate memory")
+        if isinstance(problem, MemoryError) or any(words in str(problem) for words in refused):
+            raise ValueError(f"not enough memory ({what}); {advice}") from None
+        if what.startswith("DataLoader worker"):
+            raise ValueError(f"{what}; take fewer --workers, or 0") from None
+        raise
+
+
+def smaller_steps(section: Optimization) -> str:
+    """Advice: which keys to change."""
+    lower = [key for key in ("batch_size", "max_len", "frames") if hasattr(section, key)]
+    now = [f"{key} (now {getattr(section, key)})" for key in lower]
+    return f"raise accumulate (now {section.accumulate}), or lower {' or '.join(now)}"
+
+
+def check_ranks(name: str, section: Optimization, ranks: int):
+    """ValueError, before anything is trained, if a step of this section cannot be divided among so many
+    processes."""
+    pieces = ranks * section.accumulate
+    if section.steps and section.batch_size < pieces:
+        raise ValueError(
+            f"{name}.batch_size is {section.batch_size}: less than one for each of {ranks} process(es) x "
+            f"{name}.accumulate {section.accumulate}; make it at least {pieces}, or take fewer processes"
+        )

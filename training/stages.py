@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+import checkpoint
 from config import command_line
 from files import read_json, write_json
 from run import Run, barrier, rank, world_size
@@ -83,7 +84,7 @@ def run_stage(stages: dict[str, Stage], name: str, run: Run, config):
     stage.work(run, config)
     if rank() == 0:
         write_json(done, {"finished": time.time(), "seconds": time.perf_counter() - began})
-        (folder / "state.safetensors").unlink(missing_ok=True)
+        checkpoint.remove_training(folder / "state.safetensors")
     barrier()
 
 
@@ -101,19 +102,25 @@ def check_unchanged(name: str, folder: Path, before: dict, now: dict):
         raise ValueError(f"stage {name} was begun by another version; delete {folder} to begin anew")
     advice = f"put the old value back, or delete {folder} to begin anew"
     for section, value in now["sections"].items():
-        old = before["sections"].get(section)
-        if isinstance(value, dict) and isinstance(old, dict):
-            for key in value:
-                if key not in MAY_CHANGE and value[key] != old.get(key):
-                    was = f"[{section}] {key} = {old.get(key)}"
-                    raise ValueError(f"stage {name} was begun with {was}, now it is {value[key]}; {advice}")
-        elif value != old:
-            raise ValueError(f"stage {name} was begun with {section} = {old}, now it is {value}; {advice}")
+        if change := first_change(before["sections"].get(section), value):
+            where, was, value = change
+            setting = f"[{section}] {where}" if where else section
+            raise ValueError(f"stage {name} was begun with {setting} = {was}, now it is {value}; {advice}")
     for stage, when in now["after"].items():
         if when != before["after"].get(stage):
             raise ValueError(
                 f"stage {name} was begun before stage {stage} was made anew; delete {folder} to follow it"
             )
+
+
+def first_change(old: object, now: object, where: str = "") -> tuple[str, str, str] | None:
+    """(dotted key, old value, new value) of the first setting that may not change and has."""
+    if isinstance(old, dict) and isinstance(now, dict):
+        for key in sorted(now.keys() - MAY_CHANGE):
+            if change := first_change(old.get(key), now.get(key), f"{where}.{key}".lstrip(".")):
+                return change
+        return None
+    return None if old == now else (where, f"{old}"[:80], f"{now}"[:80])
 
 
 def to_json(value):
