@@ -211,7 +211,7 @@ def _watch(board: dist.Store):
         try:
             board.add(f"beat {rank()}", 1)
             if board.add("told", 0):
-                # Time to say it, and to write what is being written. Rank 0, which may keep the board, is last.
+                # Time to say it, and to write what is being written; rank 0 may keep the board: it is last.
                 time.sleep(4 * BEAT if rank() else 6 * BEAT)
                 os._exit(1)
             for other, (beats, since) in watched.items():
