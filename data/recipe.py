@@ -17,8 +17,8 @@ SOURCE, or SOURCE inside OUT, the manifest is laid beside the recordings and not
 
 Every recording is decoded once (--quick: only its header is read), in several processes. Results go into
 OUT/.prepare.jsonl, batch by batch and in order; a killed run continues behind the last whole line, and makes
-the same manifest, byte for byte. Of a corpus, only a number of 8 bytes for each id and recording is held in
-memory, to find what is named twice.
+the same manifest, byte for byte. Nothing of a corpus is held in memory but a number for each id and recording,
+to find what is named twice: 150 bytes an utterance.
 """
 
 import dataclasses
@@ -212,6 +212,7 @@ def prepare(
             bar.update(max(0, total - bar.n))
     write_jsonl(out / "left_out.jsonl", (row for entry in entries(journal) for row in entry["skipped"]))
     if not found.hours:
+        journal.unlink()  # tried anew when something has been mended
         raise ValueError(found.nothing(settings.source, out / "left_out.jsonl"))
     write_manifest(out, (row for entry in entries(journal) for row in entry["rows"]))
     journal.unlink()

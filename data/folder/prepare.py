@@ -76,7 +76,7 @@ class Finder:
             endings |= {os.path.splitext(name)[1] for name in recordings}
             if recordings or folder.count("/") < 2:
                 folders.append(folder)
-        self.endings = sorted(endings)
+        self.endings = sorted(endings, key=lambda ending: (ending.lower() in UNREADABLE, ending))
         self.folders = folders if len(folders) <= MANY else folders[:1]
 
     def find(self, name: str, folder: str) -> tuple[str, str]:
