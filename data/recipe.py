@@ -17,8 +17,8 @@ SOURCE, or SOURCE inside OUT, the manifest is laid beside the recordings and not
 
 Every recording is decoded once (--quick: only its header is read), in several processes. Results go into
 OUT/.prepare.jsonl, batch by batch and in order; a killed run continues behind the last whole line, and makes
-the same manifest, byte for byte. Nothing of a corpus is held in memory but a number for each id and recording,
-to find what is named twice: 150 bytes an utterance.
+the same manifest, byte for byte. Nothing of a corpus is held in memory but a number for each id and each
+recording, to find what is named twice: 150 bytes an utterance.
 """
 
 import dataclasses
