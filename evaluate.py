@@ -20,15 +20,15 @@ and evaluation/report.py writes the files: report.md, report.json, items.jsonl, 
 """
 
 import functools
-import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -38,10 +38,12 @@ from data import audio
 from data.corpus import read_dialogues, resolve
 from evaluation import measures, report
 from evaluation.judge import Recognizer, need_extra, normalize_text
-from evaluation.measures import SPLITS, Item, LookupBaselines, Row
+from evaluation.measures import Item, LookupBaselines, Row
+from files import harmless
 from generate import one_thread
 from llama import Llama
-from sample import Reply, SpeechGPT
+from request import Reply, Request
+from sample import SpeechGPT, default_model
 
 # ---- What is asked of the model ----------------------------------------------------------------------------
 
@@ -61,6 +63,7 @@ class Session:
     takes: int | None
     bar: tqdm
     background: ThreadPoolExecutor
+    problems: list[str]  # what could not be measured, a line each
     outputs: list[tuple[str, list[dict], list[str], Future]] = field(default_factory=list)  # see add
 
     def add(self, measure: str, rows: list[dict], references: list[str], texts: Future):
@@ -79,11 +82,48 @@ class Session:
         self.add(measure, rows, values(rows, column), texts)
         return texts
 
+    def ask(self, prompts: list, mode: str, model: SpeechGPT | None = None, **options) -> list[Reply]:
+        """Replies of the model, or of another, in batches of prompts of similar size. A prompt that it cannot
+        answer has an empty reply, and is noted; if it cannot answer any batch, that is a ValueError."""
+        request = Request(mode, max_new=MAX_NEW[mode[2]], **options)
+        order = sorted(range(len(prompts)), key=lambda i: size(prompts[i]))
+        replies: list[Reply] = [None] * len(prompts)
+        failed = 0
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            try:
+                answers = (model or self.model).answer_each([prompts[i] for i in batch], request)
+            except (ValueError, OSError) as problem:  # not of a prompt
+                failed += len(batch)
+                if failed == len(prompts):
+                    raise
+                answers = [problem] * len(batch)
+            for i, answer in zip(batch, answers):
+                if isinstance(answer, Exception):
+                    self.problems.append(f"not answered: {answer}")
+                    answer = Reply("", "", [], None, str(answer))
+                replies[i] = answer
+            self.bar.update(len(batch))
+        return replies
+
+    def speak(self, units: list[int], speaker: int | None = None, durations: list[int] | None = None):
+        """Units -> samples (N,), or None, noted, if the vocoder cannot."""
+        try:
+            return self.model.vocoder(units, speaker, durations).float().cpu().numpy()
+        except ValueError as problem:
+            self.problems.append(f"not resynthesized: {problem}")
+            return None
+
     def items(self) -> list[Item]:
         """All outputs, one by one; waits for the recognizer."""
         items = []
-        for measure, rows, references, texts in self.outputs:
-            for row, reference, text in zip(rows, references, texts.result()):
+        for measure, rows, references, future in self.outputs:
+            try:
+                texts = future.result()
+            except Exception as problem:  # whatever the recognizer stumbled over: the others count
+                self.problems.append(f"{measure} not recognized: {problem}")
+                continue
+            for row, reference, text in zip(rows, references, texts):
                 about = (row["id"], row["split"], row["speaker"], row["family"], row["text"])
                 items.append(Item(measure, *about, reference, text))
         return items
@@ -93,18 +133,9 @@ def values(rows: list[dict], column: str) -> list:
     return [row[column] for row in rows]
 
 
-def ask(model: SpeechGPT, prompts: list, mode: str, bar: tqdm, **options) -> list[Reply]:
-    """model.reply_batch, in batches of prompts of similar size."""
-    size = os.path.getsize if mode[0] == "s" else len
-    order = sorted(range(len(prompts)), key=lambda i: size(prompts[i]))
-    replies = [None] * len(prompts)
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
-        answers = model.reply_batch([prompts[i] for i in batch], mode, max_new=MAX_NEW[mode[2]], **options)
-        for i, reply in zip(batch, answers):
-            replies[i] = reply
-        bar.update(len(batch))
-    return replies
+def size(prompt: str | Path) -> int:
+    """By which prompts of a batch are alike."""
+    return prompt.stat().st_size if isinstance(prompt, Path) and prompt.exists() else len(str(prompt))
 
 
 def transcribe(session: Session, before: SpeechGPT | None, rows: list[dict], half: int) -> list[Encoded]:
@@ -113,54 +144,49 @@ def transcribe(session: Session, before: SpeechGPT | None, rows: list[dict], hal
     wavs = [audio.load(path) for path in paths]
     session.add_speech("source", rows, "text", wavs)
     encoded = [session.model.extractor(wav) for wav in wavs]
-    replies = ask(session.model, paths, "s2t", session.bar, task="asr")
+    replies = session.ask(paths, "s2t", task="asr")
     session.add_texts("asr", rows, "text", [reply.text for reply in replies])
     if before:
-        replies = ask(before, paths[:half], "s2t", session.bar, task="asr")
+        replies = session.ask(paths[:half], "s2t", before, task="asr")
         session.add_texts("asr.before", rows[:half], "text", [reply.text for reply in replies])
     return encoded
 
 
 def resynthesize(session: Session, rows: list[dict], encoded: list[Encoded]):
     """Units -> speech: of the target speaker, then of the recording's own speaker with its durations."""
-    vocoder = session.model.vocoder
-    wavs = [samples(vocoder(units)) for units, _ in encoded]
+    wavs = [session.speak(units) for units, _ in encoded]
     session.add_speech("resynthesis", rows, "text", wavs)
     n_speakers = getattr(session.model, "n_speakers", 1)
     wavs = []
     for row, (units, durations) in zip(rows, encoded):
         speaker = row["speaker"] if row["speaker"] in range(n_speakers) else None
-        wavs.append(samples(vocoder(units, speaker, durations)))
+        wavs.append(session.speak(units, speaker, durations))
     session.add_speech("resynthesis.own", rows, "text", wavs)
-
-
-def samples(wav: torch.Tensor) -> np.ndarray:
-    return wav.float().cpu().numpy()
 
 
 def read_aloud(session: Session, rows: list[dict]):
     """Text -> speech."""
     sampled = {"seed": session.seed, "takes": session.takes}
-    replies = ask(session.model, values(rows, "text"), "t2s", session.bar, task="tts", **sampled)
+    replies = session.ask(values(rows, "text"), "t2s", task="tts", **sampled)
     session.add_speech("tts", rows, "text", [reply.wav for reply in replies])
 
 
 def answer_in_text(session: Session, rows: list[dict], half: int):
     """Questions -> answers in text: spoken questions, the same as text, and spoken ones without the chain."""
-    replies = ask(session.model, values(rows, "path"), "s2t", session.bar)
+    replies = session.ask(values(rows, "path"), "s2t")
     session.add_texts("transcript", rows, "text", [reply.transcript for reply in replies])
     session.add_texts("answer", rows, "answer", [reply.text for reply in replies])
-    replies = ask(session.model, values(rows, "text"), "t2t", session.bar)
+    replies = session.ask(values(rows, "text"), "t2t")
     session.add_texts("text", rows, "answer", [reply.text for reply in replies])
     rows = rows[:half]
-    replies = ask(session.model, values(rows, "path"), "s2t", session.bar, chain=False)
+    replies = session.ask(values(rows, "path"), "s2t", chain=False)
     session.add_texts("standard", rows, "answer", [reply.text for reply in replies])
 
 
 def answer_in_speech(session: Session, rows: list[dict]) -> tuple[list[Reply], Future]:
     """Spoken questions -> spoken replies; returns them and their recognized texts to come."""
     sampled = {"seed": session.seed, "takes": session.takes}
-    replies = ask(session.model, values(rows, "path"), "s2s", session.bar, **sampled)
+    replies = session.ask(values(rows, "path"), "s2s", **sampled)
     session.add_texts("spoken.text", rows, "answer", [reply.text for reply in replies])
     recognized = session.add_speech("spoken.answer", rows, "answer", [reply.wav for reply in replies])
     own_texts = []  # a reply without text is compared with the right answer
@@ -170,48 +196,90 @@ def answer_in_speech(session: Session, rows: list[dict]) -> tuple[list[Reply], F
     return replies, recognized
 
 
-def draw(manifest: list[dict], split: str, kind: str, n: int, seed: int) -> list[dict]:
-    """At most n random rows of a split: of "speech" (all but answers) or of "questions" with answers."""
-    rows = [row for row in manifest if row["split"] == split]
-    if kind == "questions":
-        rows = [row for row in rows if "answer" in row]
-    else:
-        rows = [row for row in rows if row["kind"] != "answer"]
-    return random.Random(f"{seed} {split}").sample(rows, min(n, len(rows)))
+class Drawn(NamedTuple):
+    """The rows of the manifest that are measured, by split."""
+
+    speech: dict[str, list[dict]]  # all but answers
+    questions: dict[str, list[dict]]  # those with an answer to compare with
+
+    def paths(self) -> list[Path]:
+        return [row["path"] for table in self for rows in table.values() for row in rows]
+
+
+def draw(manifest: list[dict], n: int, seed: int, problems: list[str]) -> Drawn:
+    """At most n random rows of each split and kind, without what cannot be decoded. A corpus without new
+    renditions is measured on recordings of its train split, in rows of that name."""
+    there = {row["split"] for row in manifest}
+    first = "rendition" if "rendition" in there else "train"
+    drawn = Drawn({}, {})
+    for split in (first, "heldout"):
+        rows = [row for row in manifest if row["split"] == split]
+        kinds = (
+            (drawn.speech, [row for row in rows if row["kind"] != "answer"]),
+            (drawn.questions, [row for row in rows if "answer" in row]),
+        )
+        for table, rows in kinds:
+            rows = random.Random(f"{seed} {split}").sample(rows, min(n, len(rows)))
+            table[split] = [row for row in rows if is_readable(row, problems)]
+    return drawn
+
+
+def is_readable(row: dict, problems: list[str]) -> bool:
+    try:
+        length = len(audio.load(row["path"])) / audio.RATE
+    except (ValueError, OSError) as problem:
+        problems.append(f"left out: {problem}")
+        return False
+    if length + 2 * Recognizer.SILENCE > Recognizer.FULL:
+        problems.append(
+            f"left out: {row['path']} lasts {length:.0f} s, the recognizer hears {Recognizer.FULL}"
+        )
+        return False
+    return True
 
 
 def ask_all(
-    model: SpeechGPT, before: SpeechGPT | None, manifest: list[dict], n: int, seed: int, takes: int | None
+    models: tuple[SpeechGPT, SpeechGPT | None],
+    drawn: Drawn,
+    n: int,
+    seed: int,
+    takes: int | None,
+    problems: list[str],
 ) -> tuple[list[Item], list[list[int]], list[Spoken]]:
     """Returns every scored output, the held-out speech as units, and all spoken replies.
 
     Of each split, n recordings are transcribed and n questions answered in text; half as many are
     resynthesized, read aloud, answered in speech and by standard prompting, since transcribing speech output
-    takes longest. `before` is the model without its adapter, if it has one."""
+    takes longest. models: the model; the same without its adapter, if it has one."""
+    model, before = models
     half = -(-n // 2)
-    speech = {split: draw(manifest, split, "speech", n, seed) for split in SPLITS}
-    questions = {split: draw(manifest, split, "questions", n, seed) for split in SPLITS}
     steps = 0
-    for rows in speech.values():
+    for rows in drawn.speech.values():
         steps += 2 * len(rows) + (5 if before else 4) * len(rows[:half])
-    for rows in questions.values():
+    for rows in drawn.questions.values():
         steps += 2 * len(rows) + 3 * len(rows[:half])
     recognizer = Recognizer()
+    background = ThreadPoolExecutor(1)
     encoded = {}
     talks = []
-    with ThreadPoolExecutor(1) as background, run.progress(steps, title="evaluate", unit="item") as bar:
-        session = Session(model, recognizer, seed, takes, bar, background)
-        for split, rows in speech.items():
-            encoded[split] = transcribe(session, before, rows, half)
-            resynthesize(session, rows[:half], encoded[split][:half])
-            read_aloud(session, rows[:half])
-        for rows in questions.values():
-            answer_in_text(session, rows, half)
-            talks.append((rows[:half], *answer_in_speech(session, rows[:half])))
-        items = session.items()
+    try:
+        with run.progress(steps, title="evaluate", unit="item") as bar:
+            session = Session(model, recognizer, seed, takes, bar, background, problems)
+            for split, rows in drawn.speech.items():
+                encoded[split] = transcribe(session, before, rows, half)
+                resynthesize(session, rows[:half], encoded[split][:half])
+                read_aloud(session, rows[:half])
+            for rows in drawn.questions.values():
+                answer_in_text(session, rows, half)
+                talks.append((rows[:half], *answer_in_speech(session, rows[:half])))
+            items = session.items()
+    finally:  # Ctrl-C does not wait for what is in the queue
+        background.shutdown(wait=False, cancel_futures=True)
+        recognizer.close()
     spoken = []
     for rows, replies, recognized in talks:
-        spoken += zip(rows, replies, recognized.result())
+        texts = [""] * len(rows) if recognized.exception() else recognized.result()
+        spoken += zip(rows, replies, texts)
     return items, [units for units, _ in encoded["heldout"]], spoken
 
 
@@ -252,56 +320,82 @@ def evaluate(
     measures.check_targets(targets)
     if items < 0:
         raise ValueError(f"items is {items}: give the number of items in a row, or 0 for all there are")
+    Request(seed=seed, takes=takes)  # ValueError now
     folder = Path(folder)
     corpus = Path(corpus)
     out = Path(out)
     device = run.device(str(device))
     start = time.perf_counter()
+    problems: list[str] = []
+
+    # ---- all that is read
     model, before = load_models(folder, device)
-    dialogues = read_dialogues(corpus)
-    lookup = LookupBaselines([row for row in dialogues if row["split"] == "train"])
-    manifest = [row | {"path": corpus / row["wav"]} for row in resolve(corpus)]
-    out.mkdir(parents=True, exist_ok=True)
-
-    with one_thread(model.llama):  # the recognizer has the other cores
-        scored, speech, spoken = ask_all(model, before, manifest, items or sys.maxsize, seed, takes)
-    examples = report.write_examples(out, spoken)
-
-    rows = measures.score_all(scored, lookup)
     measured = {"bits": model}
     if (folder.parent / "stage1").is_dir():
         measured["bits.1"] = SpeechGPT(Llama.from_pretrained(folder.parent / "stage1"), model.tok)
-    train = measures.train_units(model.extractor, manifest, folder.parent / "units.jsonl", 400)
-    rows += measures.bits_rows(measured, speech, train)
-    if examples:
-        seconds, factor = measures.first_reply(folder, out / examples[0]["question"], str(device))
-        rows.append(Row("first", "time to a spoken reply, fresh process", seconds, None, None, 2, "s"))
-        rows.append(Row("first.factor", "the same per second of speech", factor, None, None, 2, "s"))
-    for row in rows:
-        row.target = targets.get(row.key)
+    lookup = LookupBaselines([row for row in read_dialogues(corpus) if row["split"] == "train"])
+    manifest = [row | {"path": corpus / row["wav"]} for row in resolve(corpus)]
+    drawn = draw(manifest, items or sys.maxsize, seed, problems)
+    if not drawn.paths():
+        raise ValueError(f"{corpus} has no recording that can be measured; {report.summary(problems)}")
+    train = measures.train_units(model, manifest, folder.parent / "units.jsonl", 400)
+    report.claim(out)
 
-    curves = report.plot_curves(Path(metrics or folder.parent / "metrics"), out)
+    # ---- the numbers, written as soon as they are there
+    with one_thread(model.llama):  # the recognizer has the other cores
+        scored, speech, spoken = ask_all((model, before), drawn, items or sys.maxsize, seed, takes, problems)
+    rows = measures.score_all(scored, lookup)
+    rows += measures.bits_rows(measured, speech, train)
+    rows = [row for row in rows if row.n]
     facts = {
         "model": str(folder),
         "corpus": str(corpus),
         "seed": seed,
         "items": f"up to {items} a row" if items else "all",
         "takes": f"up to {takes or model.takes} of what is spoken",
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    if targets:
+    } | report.about(device)
+
+    def write(examples: list[dict], curves: list[str]):
+        for row in rows:
+            row.target = targets.get(row.key)
+        facts["seconds"] = round(time.perf_counter() - start, 1)
         facts["targets"] = measures.count_reached(rows, targets)
-    report.write_report(out, facts | report.about(device), rows, scored, examples, curves)
+        facts["problems"] = report.summary(problems)
+        report.write_report(out, facts, rows, scored, examples, curves)
+
+    write([], [])
+
+    # ---- the rest: a fault in it does not lose them
+    examples = attempt(problems, "examples", report.write_examples, out, spoken) or []
+    question = out / examples[0]["question"] if examples else drawn.paths()[0]
+    first = attempt(problems, "first reply", measures.first_reply, folder, question, str(device))
+    if first:
+        rows.append(Row("first", "time to a spoken reply, fresh process", first[0], None, None, 2, "s"))
+        rows.append(Row("first.factor", "the same per second of speech", first[1], None, None, 2, "s"))
+    metrics = Path(metrics or folder.parent / "metrics")
+    curves = attempt(problems, "curves", report.plot_curves, metrics, out) or []
+    write(examples, curves)
     for row in rows:
         print(f"{row.name:56} {row.show(row.value):>10}   {row.show_target()}")
+    if problems:
+        print(harmless(f"not everything could be measured: {report.summary(problems)}"))
     print(f"the whole report: {out}/report.md", flush=True)
     return {row.key: row.value for row in rows}
+
+
+def attempt(problems: list[str], what: str, work: Callable, *arguments):
+    """What `work` returns; None, and a line in `problems`, if it fails, in whatever way."""
+    try:
+        return work(*arguments)
+    except Exception as problem:
+        problems.append(f"{what}: {problem or type(problem).__name__}")
+        return None
 
 
 def main():
     parser = Parser(__doc__.split("\n")[0], prog="python evaluate.py")
     add = parser.add_argument
-    add("--model", default="weights/tiny", help="folder with llama/, lora/, hubert/, vocoder/")
+    add("--model", default=default_model(), help="folder with llama/, lora/, hubert/, vocoder/")
     add("--corpus", default="out/tiny/corpus", help="folder with manifest.jsonl and dialogues.jsonl")
     add("--out", default="out/report", help="folder for the report")
     add("--items", type=int, default=120, help="items in a row; 0: all there are")

@@ -72,7 +72,7 @@ def stream_atomic(
 
 
 def write_json(path: str | Path, value: object) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="replace"))
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_JSON) -> object:
@@ -129,6 +129,8 @@ def stream_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> Iterator[dic
 
 # ---- Errors of one line ------------------------------------------------------------------------------------
 
+MAX_LINE = 300  # characters of a message
+
 
 def show(found: object) -> str:
     """Something found in a file, made harmless: one line of ASCII, not long, and quick to make."""
@@ -137,6 +139,14 @@ def show(found: object) -> str:
     if isinstance(found, list | tuple) and len(found) <= 16 and all(type(n) in (int, float) for n in found):
         return str(list(found))
     return str(found) if type(found) is int else f"<{type(found).__name__}>"
+
+
+def harmless(message: str) -> str:
+    """A message as one line of at most MAX_LINE characters, cut in its middle, that no terminal obeys."""
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    end = MAX_LINE // 2  # it has the advice
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - end - 5]} ... {line[-end:]}"
 
 
 @contextmanager

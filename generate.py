@@ -14,7 +14,8 @@ References: SpeechGPT, https://arxiv.org/abs/2305.11000, §5.1; top-p: Holtzman 
 the form of the loop: pytorch-labs/gpt-fast.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,22 +23,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama import Cache, Llama
-from tokenizer import Tokenizer
+from tokenizer import ASR_INSTRUCTIONS, Tokenizer, cross_modal, units_to_text
 
 # ---- How tokens are drawn ----------------------------------------------------------------------------------
+
+
+LIMITS = (0.001, 1000)  # of a temperature
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How one token is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
 
-    temperature: float = 0.0
+    temperature: float = 0.0  # 0, or within LIMITS: beyond them logits / temperature are no float32
     top_k: int = 0
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"{self}: needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+        least, most = LIMITS
+        possible = self.temperature == 0 or least <= self.temperature <= most
+        if not possible or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"{self}: needs temperature 0 or {least} to {most}, top_k >= 0 and 0 < top_p <= 1"
+            )
 
 
 GREEDY = Sampling()
@@ -125,6 +133,9 @@ def sample_text_or_speech(logits: Tensor, in_speech: Tensor, decoding: Decoding,
     return torch.where(in_speech, sample_token(logits, decoding.speech, uniform), tokens)
 
 
+NOT_FINITE = "the model computes NaN: its weights are damaged, or it needs --dtype float32"
+
+
 # ---- The loop ----------------------------------------------------------------------------------------------
 
 
@@ -151,12 +162,16 @@ def stream(
     An answer ends with </s>, <eoa> (or <eos>) or an id of decoding.stop, after decoding.max_new tokens, or
     when the longest prompt and its answer fill the context. Random numbers are drawn on the CPU, so that all
     devices draw alike, and by prompt, so that a batch draws what its prompts would one by one. ValueError if
-    the model computes NaN.
+    a prompt is empty or leaves no room in the context, or if the model computes NaN.
     """
+    if not prompts:
+        return
     context = model.config.max_len
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
-    assert min(lengths) > 0 and longest < context, f"prompts of 1 to {context - 1} ids, got {longest}"
+    if min(lengths) == 0 or longest >= context:
+        found = longest if min(lengths) else 0
+        raise ValueError(f"a prompt has 1 to {context - 1} ids in this model's context; this one has {found}")
     steps = min(decoding.max_new or context, context - longest)
     ends = {tok.eos, tok.eoa, *decoding.stop}
 
@@ -169,8 +184,6 @@ def stream(
     cache = model.new_cache(len(prompts), longest + steps, torch.tensor(padding, device=device))
 
     logits = prefill(model, ids, cache)
-    if not torch.isfinite(logits).all():
-        raise ValueError("the model computes NaN: its weights are damaged, or it needs --dtype float32")
     last = ids[:, -1]
     running = set(range(len(prompts)))
     single = one_thread(model)
@@ -179,6 +192,8 @@ def stream(
             if step > 0:
                 logits = decode_one_token(model, last, cache)
             logits = grammar(logits, last)
+            if not torch.isfinite(logits.amax(-1)).all():  # NaN, or nothing that may follow is possible
+                raise ValueError(NOT_FINITE)
             last = sample_text_or_speech(logits, grammar.in_speech[last], decoding, uniform[:, step])
         tokens = last.tolist()
         yield [token if row in running else None for row, token in enumerate(tokens)]
@@ -202,6 +217,59 @@ def generate(
         for answer, token in zip(answers, tokens):
             if token is not None:
                 answer.append(token)
+    return answers
+
+
+# ---- Ours, for small models: rejection sampling of speech --------------------------------------------------
+#
+# A small model writes the right answer more often than it speaks it, and its own recognition can tell
+# (LOG.md). So speech that scores badly is drawn again, and the best take is kept.
+
+TAKES = 8  # of a small model, by default
+ACCEPT = math.log(0.5)  # accept a take when log P(text | its units) exceeds this
+
+
+def asr_log_prob(model, answer: list[int], text: str, style: str = "paper") -> float:
+    """log P(text | the units in `answer`), by the model's own recognition (§3.1); -inf without units.
+
+    model: a `sample.SpeechGPT`, or whatever has its `tok`, `llama` and `logits`."""
+    units = model.tok.parse(answer).ua
+    if not units:
+        return -math.inf
+    dialogue = cross_modal(ASR_INSTRUCTIONS[0], units_to_text(units), text, style)
+    ids, mask = model.tok.document(*dialogue)
+    if len(ids) > model.llama.config.max_len:
+        return 0.0  # too long to be recognized: accept it
+    log_probs = model.logits(ids[:-1]).log_softmax(-1).cpu()  # (T - 1, V)
+    targets = torch.tensor(ids[1:])[:, None]
+    return log_probs.gather(1, targets)[torch.tensor(mask[1:])].sum().item()
+
+
+def redraw_speech(
+    answers: list[list[int]],
+    texts: dict[int, str],
+    sosp: int,
+    takes: int,
+    score: Callable[[list[int], str], float],
+    draw: Callable[[dict[int, list[int]]], list[list[int]]],
+) -> list[list[int]]:
+    """Rejection sampling: each answer with the best of up to `takes` takes of its speech; its text stays.
+
+    texts: what should be spoken, by index of the answer; the others stay as they are. score(answer, text) ->
+    log probability. draw(heads) generates the rest of each answer that begins as these, up to <sosp>."""
+    answers = list(answers)
+    scores = {i: score(answers[i], text) for i, text in texts.items()}
+    for _ in range(takes - 1):
+        rejected = [i for i in scores if scores[i] < ACCEPT]
+        if not rejected:
+            break
+        heads = {i: answers[i][: answers[i].index(sosp) + 1] for i in rejected}  # ... [ua] <sosp>
+        for i, tail in zip(rejected, draw(heads)):
+            take = heads[i] + tail
+            found = score(take, texts[i])
+            if found > scores[i]:
+                scores[i] = found
+                answers[i] = take
     return answers
 
 

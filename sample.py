@@ -11,23 +11,21 @@
 
 From Python:  reply = SpeechGPT.from_pretrained("weights/tiny").reply("question.wav"); reply.text, reply.wav
 
-The templates of prompts are in tokenizer.py, the loop that generates ids in generate.py. Here the parts
-become one model (`SpeechGPT`), which answers a `Request`. Ours: a small model draws its speech up to eight
-times (`redraw_speech`).
+The templates of prompts are in tokenizer.py, the loop that generates ids in generate.py, what may be asked in
+request.py. Here the parts become one model (`SpeechGPT`), which answers a `Request`. Ours: a small model
+draws its speech up to eight times (`SpeechGPT.redraw`).
 
 References: SpeechGPT, https://arxiv.org/abs/2305.11000; official code, https://github.com/0nutation/SpeechGPT
 """
 
 import argparse
-import math
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,97 +36,41 @@ import run
 import tokenizer
 from config import Parser, command_line
 from data import audio
-from files import write_json
-from generate import GREEDY, OFFICIAL, PAPER, Decoding, Sampling, generate, is_small, one_thread, weight_bytes
+from files import harmless, write_json
+from generate import (
+    GREEDY,
+    OFFICIAL,
+    PAPER,
+    TAKES,
+    Decoding,
+    Sampling,
+    asr_log_prob,
+    generate,
+    is_small,
+    one_thread,
+    redraw_speech,
+    weight_bytes,
+)
 from hubert import UnitExtractor
 from llama import Llama
+from request import (
+    STYLES,
+    TASKS,
+    Prompt,
+    RenderedPrompt,
+    Reply,
+    Request,
+    is_missing,
+    is_sound,
+    is_wav,
+    modalities,
+    no_file,
+    reply_paths,
+)
 from tokenizer import Tokenizer
 from vocoder import UnitVocoder
 
-# ---- A request and its reply -------------------------------------------------------------------------------
-
-SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
-TASKS = ("chat", "asr", "tts", "continue")
-MODES = ("s2s", "s2t", "t2s", "t2t", "*2s", "*2t")  # speech or text in, out; "*": whatever the prompt is
-STYLES = ("auto", "paper", "released")
 MIN_ANSWER = 64  # tokens of the context that a prompt must leave for the answer
-
-Prompt = str | Path | np.ndarray  # a text or the name of a sound file; samples (N,) at 16 kHz
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of the model, for any number of prompts. A mistake is a ValueError of one line."""
-
-    mode: str = "*2s"  # one of MODES; tasks asr and tts set it themselves
-    task: str = "chat"  # one of TASKS
-    chain: bool = True  # chat by chain of modality (Appendix C); False: standard prompting (Appendix E)
-    style: str = "auto"  # of the templates, one of STYLES: see SpeechGPT.style
-    text: Sampling = GREEDY  # how text is drawn
-    speech: Sampling = PAPER  # how units are drawn
-    max_new: int | None = None  # most tokens of an answer; None: what the context holds
-    seed: int = 0  # of all random numbers
-    speaker: int | None = None  # for a vocoder of several speakers
-    free: bool = False  # generate without the grammar
-    show: bool = False  # a progress bar
-    takes: int | None = None  # how often speech is drawn at most (`redraw_speech`); None: SpeechGPT.takes
-
-    def __post_init__(self):
-        for name, choices in (("mode", MODES), ("task", TASKS), ("style", STYLES)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
-        if self.max_new is not None and self.max_new < 1:
-            raise ValueError(f"max_new is {self.max_new}; an answer has at least one token")
-        if self.takes is not None and self.takes < 1:
-            raise ValueError(f"takes is {self.takes}; speech is drawn at least once")
-        if self.takes is not None and self.takes > 1 and not self.speaks_text:
-            raise ValueError("takes > 1 need a text to compare with: not asr, continue, standard prompting")
-
-    @property
-    def speaks_text(self) -> bool:
-        """Whether the text of the spoken answer is known: the prompt of tts, [ta] of a chain of modality."""
-        return self.task == "tts" or (self.task == "chat" and self.chain)
-
-
-class RenderedPrompt(NamedTuple):
-    """A prompt in its template."""
-
-    ids: list[int]
-    target: str  # modality of the answer, "s" or "t"
-    seconds: float = 0.0  # of speech in the prompt
-    text: str = ""  # a text prompt without its template
-
-
-@dataclass
-class Reply:
-    """The answer to one prompt. wav (N,) is float32 at 16 kHz, or None without speech; `note` says why."""
-
-    transcript: str  # of a spoken prompt, by the model
-    text: str  # the answer
-    units: list[int]  # the spoken answer
-    wav: np.ndarray | None
-    note: str = ""  # what is missing or cut off; empty if all went well
-    stats: dict = field(default_factory=dict)
-
-
-def is_sound(prompt: Prompt) -> bool:
-    """Samples, a path, or a string that names a file or ends as the name of a sound file does."""
-    return not isinstance(prompt, str) or os.path.isfile(prompt) or prompt.lower().endswith(SOUNDS)
-
-
-def modalities(prompt: Prompt, request: Request) -> tuple[str, str]:
-    """Modality of the prompt and of the answer, "s" or "t" each."""
-    if request.task == "asr":
-        return "s", "t"
-    if request.task == "tts":
-        return "t", "s"
-    source, target = request.mode.split("2")
-    if source == "*":
-        source = "s" if is_sound(prompt) else "t"
-    if request.task == "continue":
-        target = source
-    return source, target
 
 
 # ---- A model that talks ------------------------------------------------------------------------------------
@@ -187,7 +129,7 @@ class SpeechGPT:
 
     @property
     def takes(self) -> int:
-        """Default maximum number of takes (`redraw_speech`)."""
+        """Default maximum number of takes (`redraw`)."""
         return TAKES if is_small(self.llama) else 1
 
     # -- single steps
@@ -196,6 +138,8 @@ class SpeechGPT:
         """A sound file or samples -> its deduplicated units, its seconds."""
         if self.extractor is None:
             raise ValueError("this model has no hubert/ in its folder and cannot hear; ask it in text")
+        if is_missing(prompt):
+            raise no_file(prompt)
         if isinstance(prompt, str | Path):
             name = str(prompt)
             wav = audio.load(prompt)
@@ -243,7 +187,8 @@ class SpeechGPT:
     def render(self, prompt: Prompt, request: Request) -> RenderedPrompt:
         """Puts a prompt in its template. ValueError if it does not suit the request, or is too long."""
         source, target = modalities(prompt, request)
-        if source == "t" and (not isinstance(prompt, str) or (request.task == "tts" and is_sound(prompt))):
+        claimed = request.mode[0] == "t"  # whatever its shape is
+        if source == "t" and not (isinstance(prompt, str) and (claimed or not is_sound(prompt))):
             found = prompt if isinstance(prompt, str) else "a recording"
             raise ValueError(f"a text is needed here, not {found}")
         if target == "s" and self.vocoder is None:
@@ -254,9 +199,11 @@ class SpeechGPT:
             content = tokenizer.units_to_text(units)
         else:
             units, seconds = [], 0.0
-            content = prompt.strip()
+            content = prompt.strip().encode(errors="replace").decode()  # a terminal may give half characters
         if not content:
             raise ValueError("the prompt is empty: write a question or name a sound file")
+        if len(content) > 100 * self.llama.config.max_len:
+            raise ValueError(f"the prompt is too long: {len(content):,} characters; shorten it")
         ids = self.fill_template(content, source, target, request)
 
         room = self.llama.config.max_len - MIN_ANSWER - len(ids)
@@ -299,7 +246,7 @@ class SpeechGPT:
 
     def speak(self, text: str, **options) -> Reply:
         """Text -> reply.wav."""
-        return self.reply_batch([text], "t2s", "tts", **options)[0]
+        return self.reply_batch([text], "*2s", "tts", **options)[0]
 
     def continue_speech(self, wav: Prompt, **options) -> Reply:
         """Speech -> reply.wav: the same units and the model's continuation."""
@@ -310,6 +257,23 @@ class SpeechGPT:
     ) -> list[Reply]:
         """Answers several prompts at once."""
         return self.answer(prompts, Request(mode, task, **options))
+
+    def answer_each(self, prompts: list[Prompt], request: Request) -> list[Reply | Exception]:
+        """As `answer`, with the mistake of a prompt that cannot be answered in the place of its reply."""
+        try:
+            return self.answer(prompts, request)
+        except (ValueError, OSError):
+            mistakes = {}
+            for i, prompt in enumerate(prompts):
+                try:
+                    self.render(prompt, request)
+                except (ValueError, OSError) as mistake:
+                    mistakes[i] = mistake
+            if not mistakes:
+                raise  # it is not a prompt's
+        usable = [prompt for i, prompt in enumerate(prompts) if i not in mistakes]
+        replies = iter(self.answer(usable, request) if usable else [])
+        return [mistakes[i] if i in mistakes else next(replies) for i in range(len(prompts))]
 
     def answer(self, prompts: list[Prompt], request: Request) -> list[Reply]:
         """Answers several prompts at once, and measures how long each step takes."""
@@ -332,7 +296,7 @@ class SpeechGPT:
         answers = draw([prompt.ids for prompt in rendered], request.max_new)
         takes = request.takes or (self.takes if request.speaks_text else 1)
         if takes > 1 and request.speech.temperature > 0:  # greedy speech would be the same again
-            answers = redraw_speech(self, request, takes, rendered, answers, draw)
+            answers = self.redraw(rendered, answers, takes, request, draw)
         generated = time.perf_counter()
         replies = [self.to_reply(prompt, ids, request) for prompt, ids in zip(rendered, answers)]
         synthesized = time.perf_counter()
@@ -356,6 +320,32 @@ class SpeechGPT:
                 "real_time_factor": (synthesized - began) / spoken if spoken else None,
             }
         return replies
+
+    def redraw(
+        self,
+        prompts: list[RenderedPrompt],
+        answers: list[list[int]],
+        takes: int,
+        request: Request,
+        draw: Callable[[list[list[int]], int | None], list[list[int]]],
+    ) -> list[list[int]]:
+        """The answers with the best of up to `takes` takes of their speech (`generate.redraw_speech`), where
+        they have a text to compare it with. draw(prompts, max_new) generates."""
+        texts = {}  # by index of the answer
+        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+            text = prompt.text if request.task == "tts" else self.tok.parse(answer).ta
+            room = self.llama.config.max_len - len(prompt.ids) - 1  # for a head, and one unit
+            if prompt.target == "s" and text and self.tok.sosp in answer[:room]:
+                texts[i] = text
+
+        def draw_tails(heads: dict[int, list[int]]) -> list[list[int]]:
+            max_new = request.max_new and max(1, request.max_new - max(map(len, heads.values())))
+            return draw([prompts[i].ids + head for i, head in heads.items()], max_new)
+
+        def score(answer: list[int], text: str) -> float:
+            return asr_log_prob(self, answer, text, self.style(request.style))
+
+        return redraw_speech(answers, texts, self.tok.sosp, takes, score, draw_tails)
 
     def to_reply(self, prompt: RenderedPrompt, ids: list[int], request: Request) -> Reply:
         """The generated ids as a reply: its speech synthesized, and a note of whatever is missing."""
@@ -388,81 +378,27 @@ def choose_dtype(dtype: str | torch.dtype, llama: Path, device: torch.device) ->
     return getattr(torch, name)
 
 
-# ---- Ours, for small models: rejection sampling of speech --------------------------------------------------
-#
-# A small model writes the right answer more often than it speaks it, and its own recognition can tell
-# (LOG.md). So speech that scores badly is drawn again, and the best take is kept.
-
-TAKES = 8  # of a small model, by default
-ACCEPT = math.log(0.5)  # accept a take when log P(text | its units) exceeds this
-
-
-def asr_log_prob(model: SpeechGPT, answer: list[int], text: str, style: str = "paper") -> float:
-    """log P(text | the units in `answer`), by the model's own recognition (§3.1); -inf without units."""
-    units = model.tok.parse(answer).ua
-    if not units:
-        return -math.inf
-    source = tokenizer.units_to_text(units)
-    dialogue = tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], source, text, style)
-    ids, mask = model.tok.document(*dialogue)
-    if len(ids) > model.llama.config.max_len:
-        return 0.0  # too long to be recognized: accept it
-    log_probs = model.logits(ids[:-1]).log_softmax(-1).cpu()  # (T - 1, V)
-    targets = torch.tensor(ids[1:])[:, None]
-    return log_probs.gather(1, targets)[torch.tensor(mask[1:])].sum().item()
-
-
-def redraw_speech(
-    model: SpeechGPT,
-    request: Request,
-    takes: int,
-    prompts: list[RenderedPrompt],
-    answers: list[list[int]],
-    draw: Callable[[list[list[int]], int | None], list[list[int]]],
-) -> list[list[int]]:
-    """Rejection sampling: each answer with the best of up to `takes` takes of its speech; its text stays.
-
-    draw(prompts, max_new) generates. Answers without a text or without speech stay as they are.
-    """
-    style = model.style(request.style)
-    answers = list(answers)
-    texts = {}  # by index of the answer
-    scores = {}
-    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-        text = prompt.text if request.task == "tts" else model.tok.parse(answer).ta
-        if prompt.target == "s" and text and model.tok.sosp in answer:
-            texts[i] = text
-            scores[i] = asr_log_prob(model, answer, text, style)
-
-    for _ in range(takes - 1):
-        rejected = [i for i in scores if scores[i] < ACCEPT]
-        if not rejected:
-            break
-        heads = [answers[i][: answers[i].index(model.tok.sosp) + 1] for i in rejected]  # ... [ua] <sosp>
-        max_new = request.max_new and max(1, request.max_new - max(map(len, heads)))
-        tails = draw([prompts[i].ids + head for i, head in zip(rejected, heads)], max_new)
-        for i, head, tail in zip(rejected, heads, tails):
-            score = asr_log_prob(model, head + tail, texts[i], style)
-            if score > scores[i]:
-                scores[i] = score
-                answers[i] = head + tail
-    return answers
-
-
 # ---- The command line --------------------------------------------------------------------------------------
 
 HELP = (
-    "Type a question, or the path of a sound file (wav, flac, ogg). /help: this text. /quit or Ctrl-D: leave."
+    "Type a question, or the path of a sound file (wav, flac, mp3). /help: this text. /quit or Ctrl-D: leave."
 )
 SOURCES = {"auto": "*", "speech": "s", "text": "t"}
 PRESETS = {"paper": PAPER, "official": OFFICIAL}
+
+
+def default_model() -> str:
+    """The folder of the model that comes with this project: here, or beside this file."""
+    here = Path("weights/tiny")
+    beside = Path(__file__).parent / here
+    return str(beside if beside.is_dir() and not here.is_dir() else here)
 
 
 def arguments() -> argparse.Namespace:
     p = Parser("Talk with a SpeechGPT: speech or text in, speech or text out.")
     add = p.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="sound files or texts; none: a conversation")
-    add("--model", default="weights/tiny", help="folder with llama/, lora/, hubert/, vocoder/")
+    add("--model", default=default_model(), help="folder with llama/, lora/, hubert/, vocoder/")
     add("--in", dest="source", choices=SOURCES, default="auto", help="what prompts are")
     add("--to", choices=("speech", "text"), default="speech", help="what answers are")
     add("--task", choices=TASKS, default="chat")
@@ -519,28 +455,19 @@ def to_request(a: argparse.Namespace) -> Request:
     )
 
 
-def reply_paths(prompts: list[str], out: Path) -> list[Path]:
-    """The path of each reply's wav; its json has the same name."""
-    paths: list[Path] = []
-    for prompt in prompts:
-        if is_sound(prompt):
-            name = Path(prompt).stem
-        else:
-            name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "reply"
-        if any(path.stem == name for path in paths):
-            name += f"-{len(paths) + 1}"
-        path = out if out.suffix == ".wav" else out / f"{name}.wav"
-        if path.resolve() == Path(prompt).resolve():
-            raise ValueError(f"the reply would overwrite the question {prompt}: choose another --out")
-        paths.append(path)
-    return paths
-
-
-def write_replies(model: SpeechGPT, prompts: list[str], paths: list[Path], request: Request) -> None:
-    """Answers a batch, writes it to disk and prints it."""
+def write_replies(
+    model: SpeechGPT, prompts: list[str], paths: list[Path], request: Request
+) -> list[Exception]:
+    """Answers a batch, writes it to disk and prints it; returns what was wrong with prompts."""
     with one_thread(model.llama):
-        replies = model.answer(prompts, request)
+        replies = model.answer_each(prompts, request)
+    mistakes = []
     for prompt, path, reply in zip(prompts, paths, replies):
+        print(f"\n{harmless(prompt)}")
+        if isinstance(reply, Exception):
+            mistakes.append(reply)
+            print(f"  error      {harmless(str(reply))}", flush=True)
+            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = {"transcript": reply.transcript, "answer": reply.text, "note": reply.note}
         row = {"prompt": prompt, **asdict(reply), "wav": None}
@@ -548,12 +475,16 @@ def write_replies(model: SpeechGPT, prompts: list[str], paths: list[Path], reque
             audio.save(path, reply.wav)
             lines["speech"] = f"{path} ({len(reply.wav) / audio.RATE:.1f} s)"
             row["wav"] = path.name
+        else:
+            path.unlink(missing_ok=True)  # of an earlier reply
         write_json(path.with_suffix(".json"), row)
-        print(f"\n{prompt}")
         for title, line in lines.items():
             if line:
                 print(f"  {title:10} {line}")
-    print(f"  [{speed(replies[0].stats, model.llama.lm_head.weight)}]", flush=True)
+    answered = [reply for reply in replies if isinstance(reply, Reply)]
+    if answered:
+        print(f"  [{speed(answered[0].stats, model.llama.lm_head.weight)}]", flush=True)
+    return mistakes
 
 
 def speed(stats: dict, weight: Tensor) -> str:
@@ -572,6 +503,8 @@ def speed(stats: dict, weight: Tensor) -> str:
 
 def converse(model: SpeechGPT, out: Path, request: Request) -> None:
     """Reads prompts from the terminal, or from a pipe, until there are no more. A mistake does not end it."""
+    if sys.stdin is None:
+        raise ValueError("there is no input to read questions from: give a sound file or a text")
     print(HELP, flush=True)
     sys.stdin.reconfigure(errors="replace")
     while True:
@@ -579,33 +512,51 @@ def converse(model: SpeechGPT, out: Path, request: Request) -> None:
             line = input("> " if sys.stdin.isatty() else "").strip()
             if line in ("/quit", "/exit"):
                 return
-            if line.startswith("/") and not is_sound(line):
+            prompt = os.path.expanduser(line) if is_sound(line) else line  # no shell has done that
+            if re.match(r"/\w*(\s|$)", line) and is_missing(prompt):
                 print(HELP, flush=True)
             elif line:
-                write_replies(model, [line], reply_paths([line], out), request)
+                write_replies(model, [prompt], reply_paths([prompt], out), request)
                 request = replace(request, seed=request.seed + 1)  # the same question may sound different
         except (EOFError, KeyboardInterrupt):
             return print()
         except (ValueError, OSError) as mistake:
-            print(f"error: {mistake}", flush=True)
+            print(f"error: {harmless(str(mistake))}", flush=True)
 
 
 def main() -> None:
     a = arguments()
-    if a.out.suffix == ".wav" and len(a.prompts) != 1:
+    if is_wav(a.out) and len(a.prompts) != 1:
         raise ValueError(f"--out {a.out} is one file, but there are {len(a.prompts)} prompts: name a folder")
+    if a.out.suffix and not is_wav(a.out) and audio.is_file_name(a.out.name) and not a.out.is_dir():
+        raise ValueError(f"--out {a.out}: replies are wav files; name one, or a folder")
     if a.batch < 1:
         raise ValueError("--batch must be at least 1")
     request = to_request(a)
     paths = reply_paths(a.prompts, a.out)
+    missing = [prompt for prompt in a.prompts if is_missing(prompt) and a.source != "text"]
+    if missing and len(missing) == len(a.prompts):  # before minutes of loading
+        raise not_answered([no_file(prompt) for prompt in missing], len(missing))
     began = time.perf_counter()
     model = SpeechGPT.from_pretrained(a.model, a.device, a.dtype, a.int8)
     print(f"{a.model} loaded in {time.perf_counter() - began:.1f} s", flush=True)
     if not a.prompts:
         return converse(model, a.out, request)
+    mistakes = []
     for i in range(0, len(a.prompts), a.batch):
         batch = slice(i, i + a.batch)
-        write_replies(model, a.prompts[batch], paths[batch], replace(request, seed=a.seed + i))
+        mistakes += write_replies(model, a.prompts[batch], paths[batch], replace(request, seed=a.seed + i))
+    if mistakes:
+        raise not_answered(mistakes, len(a.prompts))
+
+
+def not_answered(mistakes: list[Exception], n: int) -> Exception:
+    """The end of a run in which some of n prompts were not answered."""
+    if n == 1:
+        return mistakes[0]
+    shown = "; ".join(str(mistake)[:90] for mistake in mistakes[:2])
+    more = f"; and {len(mistakes) - 2} more" if len(mistakes) > 2 else ""
+    return ValueError(f"{len(mistakes)} of {n} prompts were not answered: {shown}{more}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ for the layout of wav files http://soundfile.sapp.org/doc/WaveFormat.
 """
 
 import io
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,6 +210,32 @@ def check_speech(wav: np.ndarray, name: str = "the recording") -> None:
         raise ValueError(
             f"{name} is silent (nothing louder than -60 dB): check the microphone and record again"
         )
+
+
+# ---- Names -------------------------------------------------------------------------------------------------
+
+ENDINGS = set(
+    "wav wave w64 rf64 flac ogg oga opus mp3 mp2 m4a mp4 aac aif aiff aifc alac amr ape au caf gsm mka mkv "
+    "mov mpeg raw snd voc vox webm wma wv 3gp".split()
+)  # of sound files, whether or not they can be read here
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text names a file by its shape, be it there or not; a path that is there always does.
+
+    Names: "a.wav", "my answer.M4A", "b.xyz", "talks/one", "./what is this". Texts: "What is 3.5?", "3/4"."""
+    if os.path.exists(text):
+        return True
+    text = text.strip()
+    name, _, ending = text.rpartition(".")
+    if name and not name[-1].isspace() and ending.lower() in ENDINGS:
+        return True
+    if re.match(r"\.{0,2}[/\\]|~[/\\]|[A-Za-z]:[/\\]", text):
+        return True
+    if re.search(r"\s", text) or text.endswith((".", "?", "!")) or not re.search(r"[^\W\d_]", text):
+        return False  # several words, the end of a sentence, or no letter
+    short_ending = name and re.fullmatch(r"(?=.*[A-Za-z])[A-Za-z0-9]{2,4}", ending)
+    return bool(short_ending) or "/" in text or "\\" in text
 
 
 # ---- Changing ----------------------------------------------------------------------------------------------

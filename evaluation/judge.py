@@ -210,6 +210,10 @@ class Recognizer:
         digits = [i for piece, i in self.tok.get_vocab().items() if re.search("[0-9]", piece)]
         self.suppressed = [-1, *digits]  # -1: also the tokens that Whisper itself suppresses
 
+    def close(self):
+        """Gives up what is not transcribed yet."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
     def transcribe(
         self, wavs: list[np.ndarray | None], done: Callable[[int], object] = lambda n: None
     ) -> list[str]:

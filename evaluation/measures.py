@@ -16,7 +16,9 @@ References: Bisani & Ney 2004 (bootstrap of word error rates); Wilson 1927 (inte
 Lippman-Hand 1983 (no error in n words: the rule of three).
 """
 
+import contextlib
 import difflib
+import math
 import random
 import subprocess
 import sys
@@ -32,13 +34,17 @@ import numpy as np
 import torch
 
 from data import audio
+from data.units import read_table
 from evaluation.judge import errors, normalize_text, same
-from files import read_jsonl
 from tokenizer import units_to_text
 
 # ---- What is measured --------------------------------------------------------------------------------------
 
-SPLITS = ("rendition", "heldout")  # new recordings of training sentences; sentences in no training example
+SPLITS = {
+    "rendition": "new renditions",  # new recordings of training sentences
+    "heldout": "held out",  # sentences in no training example
+    "train": "training recordings",  # where a corpus has no new renditions
+}
 Interval = tuple[float | None, float | None, float | None]  # value, lower end, upper end; None: no items
 
 
@@ -49,20 +55,17 @@ class Measure(NamedTuple):
     name: str
     wer: bool = True  # word error rate; else the share of exact answers
     per_split: bool = True
-    split_names: tuple[str, str] = ("new renditions", "held out")
+    written: bool = False  # its input is text
     baselines: dict[str, str] = {}  # label -> another measure: on the same recordings, if it has all of them
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(key, name, split) of each of its rows; split "" is both."""
         if not self.per_split:
             return [(self.key, self.name, "")]
-        return [
-            (f"{self.key}.{split}", f"{self.name}, {split_name}", split)
-            for split, split_name in zip(SPLITS, self.split_names)
-        ]
+        names = SPLITS | ({"rendition": "train sentences"} if self.written else {})
+        return [(f"{self.key}.{split}", f"{self.name}, {name}", split) for split, name in names.items()]
 
 
-WRITTEN = ("train sentences", "held out")  # the splits of a measure whose input is text
 MEASURES = (
     Measure("source", "recognizer on the source audio"),
     Measure(
@@ -80,9 +83,9 @@ MEASURES = (
     Measure("asr", "speech to text (ASR)", baselines={"recognizer": "source"}),
     Measure("asr.before", "ASR before stage 3 (no adapter)", baselines={"with adapter": "asr"}),
     Measure("transcript", "spoken question, transcript in the chain", baselines={"recognizer": "source"}),
-    Measure("tts", "text to speech (TTS)", split_names=WRITTEN, baselines={"source audio": "source"}),
+    Measure("tts", "text to speech (TTS)", written=True, baselines={"source audio": "source"}),
     Measure("answer", "spoken question, exact answer", wer=False, baselines={"text question": "text"}),
-    Measure("text", "text question, exact answer", wer=False, split_names=WRITTEN),
+    Measure("text", "text question, exact answer", wer=False, written=True),
     Measure(
         "standard",
         "spoken question, standard prompting",
@@ -204,7 +207,7 @@ class LookupBaselines:
             words = words_of(question)
 
             def similarity(known: tuple[set[str], str]) -> float:
-                return len(known[0] & words) / len(known[0] | words)
+                return len(known[0] & words) / max(1, len(known[0] | words))
 
             self.found[question] = max(self.questions, key=similarity, default=(set(), ""))[1]
         return self.found[question]
@@ -278,19 +281,26 @@ def unit_bits(model, speech: list[list[int]]) -> list[tuple[float, int]]:
     return counts
 
 
-def train_units(extractor, manifest: list[dict], table: Path, limit: int) -> list[list[int]]:
-    """The training split as units: from `table`, units.jsonl, if `extractor` wrote it, else of `limit`
-    recordings."""
-
-    def encode(row: dict) -> list[int]:
-        return extractor(audio.load(row["path"]))[0]
-
+def train_units(model, manifest: list[dict], table: Path, limit: int) -> list[list[int]]:
+    """The training split as units: from `table`, units.jsonl, if the model's HuBERT wrote it, else of `limit`
+    recordings. What cannot be read is left out."""
     train = [row for row in manifest if row["split"] == "train"]
+    stored = {}
     if table.exists():
-        stored = {row["id"]: row["units"] for row in read_jsonl(table, ("id", "units"))}
-        if all(stored.get(row["id"]) == encode(row) for row in train[:3]):
-            return [stored[row["id"]] for row in train if row["id"] in stored]
-    return [encode(row) for row in random.Random(0).sample(train, min(limit, len(train)))]
+        with contextlib.suppress(ValueError):  # of other units, perhaps
+            stored = {row["id"]: row["units"] for row in read_table(table, model.tok.n_units)}
+
+    def encode(rows: list[dict]) -> list[tuple[str, list[int]]]:
+        found = []
+        for row in rows:
+            with contextlib.suppress(ValueError, OSError):
+                found.append((row["id"], model.extractor(audio.load(row["path"]))[0]))
+        return found
+
+    probes = encode(train[:3])
+    if probes and all(stored.get(name) == units for name, units in probes):
+        return [stored[row["id"]] for row in train if row["id"] in stored]
+    return [units for _, units in encode(random.Random(0).sample(train, min(limit, len(train))))]
 
 
 def ngram_bits(train: list[list[int]], test: list[list[int]], n_units: int) -> dict[str, float]:
@@ -365,13 +375,17 @@ def check_targets(targets: dict):
             near = difflib.get_close_matches(key, keys, n=1)
             advice = f'did you mean "{near[0]}" (in quotes)?' if near else f"rows: {', '.join(keys)}"
             raise ValueError(f"[evaluate.targets]: the report has no row '{key}'; {advice}")
-        if isinstance(target, bool) or not isinstance(target, int | float):
+        if type(target) not in (int, float) or not math.isfinite(target):
             raise ValueError(f"[evaluate.targets], key '{key}': expected a number, found {target!r}")
 
 
 def count_reached(rows: list[Row], targets: dict[str, float]) -> str:
-    """How many targets were reached, and which were not."""
-    reached = [row.key for row in rows if row.reached]
-    missed = [key for key in targets if key not in reached]
-    count = f"{len(reached)} of {len(targets)} reached"
-    return f"{count}; not {', '.join(missed)}" if missed else count
+    """How many targets were reached, which were not, and which have no number; "" without targets."""
+    if not targets:
+        return ""
+    found = {row.key: row.reached for row in rows}
+    parts = [f"{sum(found.get(key) is True for key in targets)} of {len(targets)} reached"]
+    for label, state in (("not", False), ("not measured:", None)):
+        if keys := [key for key in targets if found.get(key) is state]:
+            parts.append(f"{label} {', '.join(keys)}")
+    return "; ".join(parts)

@@ -9,27 +9,54 @@
 Nothing is measured here: evaluate.py asks the model, evaluation/measures.py makes rows of its outputs.
 """
 
+import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from data import audio
 from evaluation.measures import MEASURES, Item, Row, score, select
-from files import write_atomic, write_json, write_jsonl
-from sample import Reply
+from files import harmless, read_json, write_atomic, write_json, write_jsonl
+from request import Reply
 
 # ---- Files -------------------------------------------------------------------------------------------------
 
 
+MADE = ("report.md", "report.json", "items.jsonl", "examples")
+
+
+def claim(out: Path):
+    """Makes the folder of a report, and marks it. ValueError if it has files of these names of another kind:
+    what no report has made is not replaced."""
+    found = [name for name in MADE if os.path.lexists(out / name)]
+    path = out / "report.json"
+    if not found:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"about": {}, "rows": [], "examples": []})
+        return
+    with contextlib.suppress(OSError, ValueError):
+        mark = read_json(path)
+        if isinstance(mark, dict) and {"about", "rows", "examples"} <= mark.keys():
+            return
+    raise ValueError(f"{out / found[0]} is there and no report of this program: choose another --out")
+
+
+def summary(problems: list[str], most: int = 20) -> str:
+    """What could not be measured; "" if nothing."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "; ".join([*map(harmless, problems[:most]), *more])
+
+
 def about(device: torch.device) -> dict[str, str]:
     """Commit, hardware and versions."""
-    packages = [f"{name} {version(name)}" for name in ("torch", "numpy", "faster-whisper", "jiwer")]
+    packages = [f"{name} {version_of(name)}" for name in ("torch", "numpy", "faster-whisper", "jiwer")]
     commit = output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     gpu = {"mps": ", its GPU (mps)"}.get(device.type, "")
     if device.type == "cuda":
@@ -39,6 +66,13 @@ def about(device: torch.device) -> dict[str, str]:
         "hardware": f"{processor()}, {os.cpu_count()} cores{gpu}",
         "versions": f"{', '.join(packages)}, Python {platform.python_version()} on {platform.system()}",
     }
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # it came in another way than as a package
+        return "of unknown version"
 
 
 def processor() -> str:
@@ -118,6 +152,7 @@ def row_table(rows: list[Row]) -> str:
 def group_table(items: list[Item], group: str, columns: dict[str, tuple[str, str]]) -> str:
     """One line for each speaker or family; columns: title -> (measure, split or "" for both)."""
     measures = {measure.key: measure for measure in MEASURES}
+    columns = {title: column for title, column in columns.items() if select(items, *column)}
     lines = []
     for value in sorted({getattr(item, group) for item in items}):
         mine = [item for item in items if getattr(item, group) == value]
@@ -136,8 +171,10 @@ SPEAKER_COLUMNS = {
 }
 FAMILY_COLUMNS = {
     "spoken, new renditions": ("answer", "rendition"),
+    "spoken, training recordings": ("answer", "train"),
     "spoken, held out": ("answer", "heldout"),
     "text, train sentences": ("text", "rendition"),
+    "text, training recordings": ("text", "train"),
     "text, held out": ("text", "heldout"),
 }
 
@@ -164,11 +201,13 @@ def markdown(facts: dict, rows: list[Row], items: list[Item], examples: list[dic
     text += "`normalize_text` of evaluation/judge.py.\nEvery item: items.jsonl.\n\n"
     text += "## By speaker\n\nWord error rates.\n\n"
     text += group_table(items, "speaker", SPEAKER_COLUMNS)
-    text += "## By family\n\nShares of exact answers.\n\n"
     answers = [item for item in items if item.measure in ("answer", "text")]
-    text += group_table(answers, "family", FAMILY_COLUMNS)
-    text += "## Examples\n\n"
-    text += example_table(examples)
+    if answers:
+        text += "## By family\n\nShares of exact answers.\n\n"
+        text += group_table(answers, "family", FAMILY_COLUMNS)
+    if examples:
+        text += "## Examples\n\n"
+        text += example_table(examples)
     text += "## Training\n\n"
     return text + "".join(f"![{curve}]({curve})\n" for curve in curves)
 
@@ -176,10 +215,11 @@ def markdown(facts: dict, rows: list[Row], items: list[Item], examples: list[dic
 def write_report(
     out: Path, facts: dict, rows: list[Row], items: list[Item], examples: list[dict], curves: list[str]
 ):
-    """report.md, report.json and items.jsonl in `out`."""
+    """report.md, report.json and items.jsonl in `out`; facts that are "" are left out."""
+    facts = {name: fact for name, fact in facts.items() if fact != ""}
     text = markdown(facts, rows, items, examples, curves)
     table_rows = [asdict(row) | {"reached": row.reached} for row in rows]
-    write_atomic(out / "report.md", text.encode())
+    write_atomic(out / "report.md", text.encode(errors="replace"))
     write_json(out / "report.json", {"about": facts, "rows": table_rows, "examples": examples})
     write_jsonl(out / "items.jsonl", [item._asdict() for item in items])
 
@@ -193,13 +233,13 @@ Curves = dict[str, list[tuple[float, float]]]  # name of a number -> (step, valu
 def read_curves(path: Path) -> Curves:
     """The numbers of one metrics file. Lines that are no JSON, as a killed run leaves them, are skipped."""
     curves: Curves = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
             for key, value in entry.items():
-                if key not in NOT_DRAWN and isinstance(value, int | float):
-                    curves.setdefault(key, []).append((entry["step"], value))
-        except (ValueError, KeyError, AttributeError):
+                if key not in NOT_DRAWN and isinstance(value, int | float) and math.isfinite(value):
+                    curves.setdefault(key, []).append((float(entry["step"]), value))
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):
             continue
     return curves
 

@@ -14,6 +14,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from runs import stages  # noqa: E402
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that waiting for a second one takes longer."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def spoken(tmp_path_factory) -> Path:
     """A run as far as its units: what every stage of the language model starts from."""

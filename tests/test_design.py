@@ -17,6 +17,7 @@ LEVELS = (
     ("kmeans",),
     ("tokenizer", "hubert", "llama", "lora", "vocoder", "text_to_unit"),  # the paper's nouns
     ("data", "generate"),
+    ("request",),
     ("training", "sample", "evaluation.judge"),
     ("train_hubert", "train_vocoder", "serve", "bench", "evaluation"),
     ("evaluate",),

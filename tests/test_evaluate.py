@@ -1,16 +1,18 @@
 """The report must say what was measured: a model with known answers gets its known numbers."""
 
 import json
+import time
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from test_measures import DIALOGUES, OnlyLogits
 
 import evaluate
 from data import audio
-from evaluation.measures import MEASURES, SPLITS
-from sample import Reply
+from evaluation.measures import MEASURES
+from request import Reply
 
 pytest.importorskip("jiwer")
 
@@ -54,16 +56,21 @@ def text_of(wav):
 
 
 class PerfectRecognizer:
+    SILENCE, FULL = 0.3, 30
+
     def transcribe(self, wavs, done):
         done(len(wavs))
         return [text_of(wav) for wav in wavs]
+
+    def close(self):
+        pass
 
 
 class NoAdapter:
     """The model without its adapter."""
 
-    def reply_batch(self, prompts, mode, task, max_new):
-        assert (mode, task) == ("s2t", "asr")
+    def answer_each(self, prompts, request):
+        assert (request.mode, request.task) == ("s2t", "asr")
         return [Reply("", "", [], None) for _ in prompts]
 
 
@@ -74,7 +81,7 @@ class KnownModel(OnlyLogits):
     n_speakers, takes = 1, 3
 
     def to_units(self, prompt):
-        raise AssertionError("reply_batch encodes")
+        raise AssertionError("answer_each encodes")
 
     def extractor(self, wav):
         return [SENTENCES.index(text_of(wav)) % 8, 7 - SENTENCES.index(text_of(wav)) % 8], [2, 3]
@@ -83,9 +90,10 @@ class KnownModel(OnlyLogits):
         assert speaker in (None, 0)
         return torch.from_numpy(sound_of("Tom is here." if durations is None else SENTENCES[units[0]]))
 
-    def reply_batch(self, prompts, mode, task="chat", chain=True, max_new=None, seed=0, takes=None):
-        assert max_new and len(prompts) <= 32
-        return [self.one(p if mode[0] == "t" else text_of(audio.load(p)), mode, task, chain) for p in prompts]
+    def answer_each(self, prompts, request):
+        assert request.max_new and len(prompts) <= 32
+        texts = [p if request.mode[0] == "t" else text_of(audio.load(p)) for p in prompts]
+        return [self.one(text, request.mode, request.task, request.chain) for text in texts]
 
     def one(self, text, mode, task, chain):
         if task == "asr":
@@ -98,6 +106,50 @@ class KnownModel(OnlyLogits):
         return Reply(
             text, answer, [] if silent else [1], None if silent else sound_of(answer), "silent" * silent
         )
+
+
+def write_world(folder, splits=("train", "rendition", "heldout"), answers=True):
+    """folder/corpus with four recordings of each split, dialogues if there are answers; folder/metrics."""
+    rows = []
+    for split in splits:
+        for i, text in enumerate(TEXTS["rendition" if split == "train" else split]):
+            row = {
+                "id": f"{split}{i}",
+                "wav": f"{split}{i}.wav",
+                "text": text,
+                "speaker": i % 2,
+                "seconds": 0.1,
+                "kind": "question" if text in ANSWERS else "statement",
+                "split": split,
+                "family": "sky" if "sky" in text else "plus" if "plus" in text else "statement",
+            }
+            rows.append(row | ({"answer": ANSWERS[text]} if answers and text in ANSWERS else {}))
+            audio.save(folder / "corpus" / row["wav"], sound_of(text))
+    lines = {"manifest": rows}
+    if answers:
+        lines["dialogues"] = [d | {"split": "train"} for d in DIALOGUES]
+    for name, content in lines.items():
+        (folder / f"corpus/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "metrics").mkdir()
+    steps = [json.dumps({"step": i, "loss": 1 / (i + 1), "lr": 0.1, "said": "text"}) for i in range(5)]
+    (folder / "metrics/stage1.jsonl").write_text("\n".join([*steps, '{"half a li', "[1]", '{"loss": 3}']))
+    (folder / "metrics/empty.jsonl").write_text("")
+    (folder / "model/lora").mkdir(parents=True)
+
+
+def report_on(folder, patch, model=None, recognizer=PerfectRecognizer, **options):
+    """evaluate() on that world: the returned numbers."""
+    talking = type(
+        "Talking",
+        (),
+        {"from_pretrained": lambda *_: model or KnownModel(), "__new__": lambda *_: NoAdapter()},
+    )
+    patch.setattr(evaluate, "SpeechGPT", talking)
+    patch.setattr(evaluate, "Llama", type("Any", (), {"from_pretrained": lambda *_, **__: None}))
+    patch.setattr(evaluate, "Recognizer", recognizer)
+    patch.setattr(evaluate.measures, "first_reply", lambda *_: (3.0, 1.5))
+    options = {"items": 10, "device": "cpu"} | options
+    return evaluate.evaluate(folder / "model", folder / "corpus", folder / "report", **options)
 
 
 TARGETS = {
@@ -115,41 +167,9 @@ def reported(tmp_path_factory):
     """evaluate() on that world: (returned numbers, report folder)."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("world")
-    rows = []
-    for split in ("train", "rendition", "heldout"):
-        for i, text in enumerate(TEXTS["rendition" if split == "train" else split]):
-            row = {
-                "id": f"{split}{i}",
-                "wav": f"{split}{i}.wav",
-                "text": text,
-                "speaker": i % 2,
-                "seconds": 0.1,
-                "kind": "question" if text in ANSWERS else "statement",
-                "split": split,
-                "family": "sky" if "sky" in text else "plus" if "plus" in text else "statement",
-            }
-            rows.append(row | ({"answer": ANSWERS[text]} if text in ANSWERS else {}))
-            audio.save(folder / "corpus" / row["wav"], sound_of(text))
-    lines = {"manifest": rows, "dialogues": [d | {"split": "train"} for d in DIALOGUES]}
-    for name, content in lines.items():
-        (folder / f"corpus/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    (folder / "metrics").mkdir()
-    steps = [json.dumps({"step": i, "loss": 1 / (i + 1), "lr": 0.1, "said": "text"}) for i in range(5)]
-    (folder / "metrics/stage1.jsonl").write_text("\n".join([*steps, '{"half a li', "[1]", '{"loss": 3}']))
-    (folder / "metrics/empty.jsonl").write_text("")
-    patch = pytest.MonkeyPatch()
-    talking = type(
-        "Talking", (), {"from_pretrained": lambda *_: KnownModel(), "__new__": lambda *_: NoAdapter()}
-    )
-    patch.setattr(evaluate, "SpeechGPT", talking)
-    patch.setattr(evaluate, "Llama", type("Any", (), {"from_pretrained": lambda *_, **__: None}))
-    (folder / "model/lora").mkdir(parents=True)
-    patch.setattr(evaluate, "Recognizer", PerfectRecognizer)
-    patch.setattr(evaluate.measures, "first_reply", lambda *_: (3.0, 1.5))
-    numbers = evaluate.evaluate(
-        folder / "model", folder / "corpus", folder / "report", items=10, device="cpu", targets=TARGETS
-    )
-    patch.undo()
+    write_world(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = report_on(folder, patch, targets=TARGETS)
     return numbers, folder / "report"
 
 
@@ -188,9 +208,7 @@ def test_the_report_has_every_row_with_its_number_of_items_and_baseline(reported
     numbers, out = reported
     report = json.loads((out / "report.json").read_text())
     rows = {row["key"]: row for row in report["rows"]}
-    keys = {
-        f"{m.key}.{s}" if m.per_split else m.key for m in MEASURES for s in (SPLITS if m.per_split else [""])
-    }
+    keys = {key for measure in MEASURES for key, _, split in measure.rows() if split != "train"}
     assert rows.keys() == keys | {"bits", "first", "first.factor"} == numbers.keys()
     text = (out / "report.md").read_text()
     for key, row in rows.items():
@@ -240,7 +258,7 @@ def test_the_report_says_which_targets_were_reached(reported):
         "at most 10.00 s: reached |",
     ):
         assert shown in text
-    assert "- targets: 3 of 6 reached; not answer.heldout, spoken, bits.1\n" in text
+    assert "- targets: 3 of 6 reached; not answer.heldout, spoken; not measured: bits.1\n" in text
 
 
 def test_the_report_lists_groups_examples_items_and_curves(reported):
@@ -255,6 +273,126 @@ def test_the_report_lists_groups_examples_items_and_curves(reported):
     assert [p.name for p in out.glob("*.png")] == ["curve-stage1.png"], "a curve without points is not drawn"
     items = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     assert {item["measure"] for item in items} >= {m.key for m in MEASURES}
+
+
+# ---- Corpora that have less, and evaluations that fail in part ---------------------------------------------
+
+
+def test_ones_own_recordings_without_splits_and_dialogues_have_a_report(tmp_path, monkeypatch):
+    write_world(tmp_path, ["train"], answers=False)
+    numbers = report_on(tmp_path, monkeypatch, targets={"asr.heldout": 0.1, "tts.train": 0.2})
+    parts = ("source", "asr", "asr.before", "tts")
+    assert numbers.keys() == {f"{key}.train" for key in parts} | {
+        "resynthesis", "resynthesis.own", "first", "first.factor"
+    }  # fmt: skip
+    assert numbers["asr.train"] == numbers["resynthesis.own"] == 0 and numbers["asr.before.train"] == 1
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert "| speech to text (ASR), training recordings | 0.0 % |" in text and "| recognizer 0.0 % |" in text
+    assert "By family" not in text and "Examples" not in text and "| - |" not in text
+    assert "- targets: 1 of 2 reached; not measured: asr.heldout\n" in text
+
+
+def test_one_recording_is_enough(tmp_path, monkeypatch):
+    write_world(tmp_path, ["heldout"])
+    manifest = tmp_path / "corpus/manifest.jsonl"
+    manifest.write_text(manifest.read_text().splitlines()[0])
+    numbers = report_on(tmp_path, monkeypatch)
+    assert numbers["asr.heldout"] == 0 and numbers["text.heldout"] == 1 and "asr.rendition" not in numbers
+    assert "/1-question.wav" in (tmp_path / "report/report.md").read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_measured_is_left_out_and_told(tmp_path, monkeypatch, capsys):
+    write_world(tmp_path)
+    broken = tmp_path / "corpus/heldout3.wav"
+    soundfile.write(broken, np.full(1600, np.nan), 16000, "FLOAT")
+
+    class Deaf(KnownModel):
+        def answer_each(self, prompts, request):
+            replies = super().answer_each(prompts, request)
+            if request.mode[0] == "t" and request.task == "chat":
+                replies[0] = ValueError("the prompt is too long")
+            return replies
+
+    numbers = report_on(tmp_path, monkeypatch, Deaf())
+    rows = {row["key"]: row for row in json.loads((tmp_path / "report/report.json").read_text())["rows"]}
+    assert rows["source.heldout"]["n"] == 3 and rows["text.heldout"]["n"] == 3
+    assert numbers["text.heldout"] == pytest.approx(2 / 3), "an answer that is not there is no right one"
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert "- problems: " in text and "heldout3.wav contains samples that are not numbers" in text
+    assert "not everything could be measured" in capsys.readouterr().out
+
+
+def test_the_numbers_are_kept_whatever_fails_after_them(tmp_path, monkeypatch):
+    write_world(tmp_path)
+
+    def fail(*_):
+        assert json.loads((tmp_path / "report/report.json").read_text())["rows"], "written before"
+        raise ZeroDivisionError("no picture")
+
+    for name in ("plot_curves", "write_examples"):
+        monkeypatch.setattr(evaluate.report, name, fail)
+    numbers = report_on(tmp_path, monkeypatch)
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert numbers["asr.heldout"] == 0 and "- problems: examples: no picture; curves: no picture\n" in text
+    assert numbers["first"] == 3.0
+
+
+def test_a_recognizer_that_fails_costs_its_rows_alone(tmp_path, monkeypatch):
+    class Fails(PerfectRecognizer):
+        def transcribe(self, wavs, done):
+            raise RuntimeError("out of luck")
+
+    write_world(tmp_path)
+    numbers = report_on(tmp_path, monkeypatch, recognizer=Fails)
+    assert numbers["asr.heldout"] == 0 and numbers["answer.rendition"] == 1
+    assert not {"source.heldout", "tts.heldout", "spoken", "resynthesis"} & numbers.keys()
+
+
+def test_ctrl_c_does_not_wait_for_what_is_to_be_transcribed(tmp_path, monkeypatch):
+    started = []
+
+    class Slow(PerfectRecognizer):
+        def transcribe(self, wavs, done):
+            started.append(len(wavs))
+            time.sleep(0.5)
+            return super().transcribe(wavs, done)
+
+    class Interrupted(KnownModel):
+        def answer_each(self, prompts, request):
+            if request.mode == "t2t":
+                raise KeyboardInterrupt
+            return super().answer_each(prompts, request)
+
+    write_world(tmp_path)
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        report_on(tmp_path, monkeypatch, Interrupted(), Slow)
+    took = time.perf_counter() - began
+    time.sleep(0.6)
+    assert len(started) <= 2 and took < 2.0, "eight were waiting"
+
+
+def test_a_report_replaces_no_file_that_no_report_made(tmp_path, monkeypatch):
+    write_world(tmp_path)
+    mine = tmp_path / "report/report.md"
+    mine.parent.mkdir()
+    mine.write_text("my own")
+    with pytest.raises(ValueError, match=r"report.md is there and no report of this program: choose another"):
+        report_on(tmp_path, monkeypatch)
+    assert mine.read_text() == "my own" and list(mine.parent.iterdir()) == [mine]
+    mine.unlink()
+    first = report_on(tmp_path, monkeypatch)
+    assert report_on(tmp_path, monkeypatch) == first, "but an earlier report"
+
+
+def test_a_corpus_with_nothing_to_measure_is_one_line(tmp_path, monkeypatch):
+    write_world(tmp_path, ["train"], answers=False)
+    manifest = tmp_path / "corpus/manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"statement", "split"', '"answer", "split"').replace(
+        '"question", "split"', '"answer", "split"'))  # fmt: skip
+    with pytest.raises(ValueError, match="has no recording that can be measured"):
+        report_on(tmp_path, monkeypatch)
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize("part, message", [("vocoder", "has no vocoder/"), ("extractor", "has no hubert/")])

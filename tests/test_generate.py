@@ -12,15 +12,8 @@ import llama
 import tokenizer
 from generate import GREEDY, PAPER, Decoding, Sampling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 K = 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +132,10 @@ def test_the_context_is_the_limit(tok, wild):
     prompt = [tok.bos] + [300] * 500
     (new,) = generate.generate(wild, [prompt], tok, Decoding(max_new=1000))
     assert len(new) <= wild.config.max_len - len(prompt)
-    with pytest.raises(AssertionError, match="511"):
-        generate.generate(wild, [[300] * 512], tok)
+    for prompts, says in (([[300] * 512], "this one has 512"), ([[300], []], "this one has 0")):
+        with pytest.raises(ValueError, match=f"1 to 511 ids in this model's context; {says}"):
+            generate.generate(wild, prompts, tok)
+    assert generate.generate(wild, [], tok) == []
 
 
 def test_a_model_of_text_alone_generates(tok, wild):
@@ -150,11 +145,26 @@ def test_a_model_of_text_alone_generates(tok, wild):
     assert 0 < len(new) <= 50 and max(new) < tok.n_text and tok.bos not in new
 
 
-def test_nan_weights_are_one_line(tok, wild):
-    broken = llama.Llama(wild.config)
-    broken.model.norm.weight.data.fill_(float("nan"))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("how", [Decoding(), Decoding(PAPER, PAPER), Decoding(PAPER, PAPER, free=True)])
+def test_logits_that_leave_nothing_to_choose_are_one_line(tok, wild, monkeypatch, value, after, how):
+    """NaN anywhere, or -inf for all that the grammar allows; at once or after some tokens."""
+    steps = []
+    real = generate.decode_one_token
+
+    def decode_one_token(model, last, cache):
+        steps.append(1)
+        logits = real(model, last, cache)
+        return logits if len(steps) < after else torch.full_like(logits, value)
+
+    monkeypatch.setattr(generate, "decode_one_token", decode_one_token)
+    if not after:
+        prefill = generate.prefill
+        monkeypatch.setattr(generate, "prefill", lambda *a: torch.full_like(prefill(*a), value))
     with pytest.raises(ValueError, match="float32"):
-        generate.generate(broken, [[1, 300]], tok)
+        generate.generate(wild, [[1, 300], [1, tok.sosp]], tok, how, torch.Generator().manual_seed(0))
+    assert len(steps) == after
 
 
 def reference(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
@@ -219,7 +229,15 @@ def test_what_is_forbidden_is_never_drawn_whatever_the_chance():
 
 @pytest.mark.parametrize(
     "bad",
-    [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5), dict(temperature=float("nan"))],
+    [
+        dict(temperature=-1),
+        dict(temperature=1e-40),  # logits / temperature would be infinite
+        dict(temperature=float("inf")),  # and here NaN, of what is forbidden
+        dict(temperature=float("nan")),
+        dict(top_k=-1),
+        dict(top_p=0),
+        dict(top_p=1.5),
+    ],
 )
 def test_impossible_sampling_is_refused(bad):
     with pytest.raises(ValueError, match="needs temperature"):

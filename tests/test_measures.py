@@ -90,6 +90,8 @@ def test_baselines_know_the_training_split_and_no_more():
         "nearest train question": 0.5,
     }
     assert LookupBaselines([]).score(items)["nearest train question"] == 0
+    wordless = LookupBaselines([{"question": "?", "answer": "Yes.", "family": ""}])
+    assert wordless.nearest("...") == "Yes.", "texts without a word have nothing in common, and are no fault"
 
 
 def test_ngram_bits_by_hand():
@@ -190,7 +192,8 @@ def test_targets_are_counted_with_those_of_rows_that_are_not_there():
     ]
     assert count_reached(rows[:1], {"asr.heldout": 0.1}) == "1 of 1 reached"
     targets = {"asr.heldout": 0.1, "spoken": 0.2, "first": 10}
-    assert count_reached(rows, targets) == "1 of 3 reached; not spoken, first"
+    assert count_reached(rows, targets) == "1 of 3 reached; not spoken; not measured: first"
+    assert count_reached(rows, {}) == ""
 
 
 @pytest.mark.parametrize("targets, message", [
@@ -199,6 +202,7 @@ def test_targets_are_counted_with_those_of_rows_that_are_not_there():
     ({"xyz": 1}, "no row 'xyz'; rows: source.rendition, "),
     ({"spoken": "0.2"}, "key 'spoken': expected a number, found '0.2'"),
     ({"spoken": True}, "key 'spoken': expected a number, found True"),
+    ({"spoken": float("nan")}, "key 'spoken': expected a number, found nan"),
 ])  # fmt: skip
 def test_a_wrong_target_is_one_line(targets, message):
     with pytest.raises(ValueError, match=message) as found:

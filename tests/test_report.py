@@ -11,7 +11,7 @@ import torch
 from data import audio
 from evaluation import report
 from evaluation.measures import Item, Row
-from sample import Reply
+from request import Reply
 
 
 def row(**changes):
@@ -108,3 +108,20 @@ def test_curves_are_the_numbers_of_whole_lines(tmp_path):
     lines = [json.dumps({"step": i, "loss": i / 2, "lr": 0.1, "sample": "text"}) for i in range(3)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"half a li', "[1]", '{"loss": 3}']))
     assert report.read_curves(tmp_path / "a.jsonl") == {"loss": [(0, 0.0), (1, 0.5), (2, 1.0)]}
+
+
+@pytest.mark.parametrize("line", [
+    b"\xff\xfe", b'{"step": "x", "loss": 1}', b'{"step": 3, "loss": NaN}', b'{"step": 3, "loss": 1e999}',
+    b"[" * 5000, b'{"step": [], "loss": 1}', b'{"step": 1' + b"0" * 400 + b', "loss": 1}',
+])  # fmt: skip
+def test_a_damaged_line_is_no_point_of_a_curve(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"step": 0, "loss": 0.5}\n' + line + b'\n{"step": 1, "loss": 2}\n')
+    assert report.read_curves(tmp_path / "a.jsonl") == {"loss": [(0, 0.5), (1, 2.0)]}
+
+
+def test_a_report_is_written_whatever_characters_are_in_it(tmp_path):
+    item = Item("asr", "1", "heldout", 0, "plus", "\ud800?", "a b", "a \u2028b")
+    report.write_report(tmp_path, {"model": "m\ud800"}, [row()], [item], [], [])
+    assert "- model: m?\n" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["rows"][0]["n"] == 9
+    assert len((tmp_path / "items.jsonl").read_text(encoding="utf-8").splitlines()) == 1

@@ -1,6 +1,7 @@
 """A tiny trained model that answers, from Python and from the command line."""
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import generate
 import hubert
 import llama
 import lora
@@ -22,6 +24,7 @@ import vocoder
 from config import command_line
 from sample import GREEDY, RenderedPrompt, Request, Sampling, SpeechGPT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 K = 20
 ASKED, ANSWERED, SPOKEN = "what is two plus two", "two plus two is four", [3, 7, 1, 7, 2, 19, 0, 5]
 ROOT = Path(sample.__file__).parent
@@ -30,14 +33,6 @@ ROOT = Path(sample.__file__).parent
 def chirp(seconds: float = 1.0, rate: int = 16000) -> np.ndarray:
     t = np.arange(int(seconds * rate)) / rate
     return (0.3 * np.sin(2 * np.pi * (200 + 700 * t) * t)).astype(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +193,7 @@ def test_a_seed_decides_everything(gpt):
 def test_the_asr_score_is_the_log_probability_of_the_text(gpt):
     spoken = [gpt.tok.sosp, *map(gpt.tok.unit_id, gpt.units(chirp())), gpt.tok.eosp]
     right, wrong = (sample.asr_log_prob(gpt, spoken, text) for text in (ASKED, ANSWERED))
-    assert wrong < sample.ACCEPT < right < 0
+    assert wrong < generate.ACCEPT < right < 0
     assert sample.asr_log_prob(gpt, [gpt.tok.eoa], ASKED) == -np.inf
 
     dialogue = tokenizer.cross_modal(tokenizer.ASR_INSTRUCTIONS[0], gpt.tok.decode(spoken), ASKED)
@@ -237,34 +232,6 @@ def test_only_what_is_not_recognized_is_drawn_again(gpt, monkeypatch):
     )
     gpt.reply_batch([chirp(), ASKED, chirp()], speech=Sampling(3.0))
     assert sizes == [3, 2, 1] and next(scores, None) is None
-
-
-@pytest.mark.parametrize(
-    "options, says",
-    [
-        ({"mode": "s2x"}, "mode is 's2x'; choose one of s2s"),
-        ({"task": "sing"}, "task is 'sing'; choose one of chat"),
-        ({"style": "baroque"}, "style is 'baroque'; choose one of auto"),
-        ({"max_new": 0}, "max_new is 0"),
-    ],
-)
-def test_a_request_that_cannot_be(gpt, options, says):
-    with pytest.raises(ValueError, match=says):
-        gpt.reply(ASKED, **options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"takes": 0},
-        {"takes": 2, "chain": False},
-        {"takes": 2, "task": "asr"},
-        {"takes": 2, "task": "continue"},
-    ],
-)
-def test_takes_that_cannot_be(gpt, options):
-    with pytest.raises(ValueError, match="at least once" if not options["takes"] else "text to compare"):
-        gpt.reply(chirp(), **options)
 
 
 def test_speakers(gpt):
@@ -350,6 +317,7 @@ def test_missing_parts_are_named(gpt):
     for sound in (chirp(), Path("a.wav"), "a.wav"):
         with pytest.raises(ValueError, match="a text is needed"):
             gpt.speak(sound)
+    assert gpt.ids("either/or", mode="t2s", task="tts"), "whoever says that it is a text is right"
 
 
 def test_long_prompts_say_what_fits(gpt):
@@ -358,8 +326,40 @@ def test_long_prompts_say_what_fits(gpt):
     noise = np.random.default_rng(0).normal(0, 0.1, 16000 * 12).astype(np.float32)
     with pytest.raises(ValueError, match=r"about \d+\.\d of its 12\.0 s"):
         gpt.reply(noise)
-    with pytest.raises(ValueError, match="shorten it"):
-        gpt.reply("word " * 300)
+    for words in (300, 100_000):
+        with pytest.raises(ValueError, match="shorten it"):
+            gpt.reply("word " * words)
+
+
+def test_an_answer_whose_speech_begins_at_the_end_of_the_context_is_not_drawn_again(gpt, monkeypatch):
+    monkeypatch.setattr(sample, "asr_log_prob", lambda *_: -5.0)
+    monkeypatch.setattr(sample, "MIN_ANSWER", 1)
+    ids = gpt.ids(ANSWERED, task="tts")
+    ends = gpt.llama.config.max_len - len(ids)
+    draws = []
+
+    def generate_silence(model, prompts, *_):
+        draws.append(prompts)
+        return [[gpt.tok.unk] * (ends - 1) + [gpt.tok.sosp] for _ in prompts]
+
+    monkeypatch.setattr(sample, "generate", generate_silence)
+    assert gpt.speak(ANSWERED, takes=3).stats["takes"] == 1 and len(draws) == 1
+
+
+def test_one_prompt_that_cannot_be_answered_leaves_the_others_their_replies(gpt):
+    prompts = [chirp(), "missing.wav", ASKED, "", chirp(120)]
+    replies = gpt.answer_each(prompts, Request(speech=GREEDY))
+    assert [reply.units for reply in (replies[0], replies[2])] == [SPOKEN, SPOKEN]
+    for reply, says in ((replies[1], "no such file; if it is a text, add --in text"), (replies[3], "empty")):
+        assert isinstance(reply, Exception) and says in str(reply)
+    assert "cut it into shorter" in str(replies[4])
+    assert [type(reply) for reply in gpt.answer_each(["missing.wav"], Request())] == [FileNotFoundError]
+    with pytest.raises(ValueError, match="no speaker 9"):
+        gpt.answer_each([ASKED], Request(speaker=9))
+
+
+def test_half_characters_are_a_text_too(gpt):
+    assert gpt.ids("what is \udcff two") == gpt.ids("what is ? two")
 
 
 def test_looking_inside(gpt):
@@ -367,23 +367,6 @@ def test_looking_inside(gpt):
     logits, states = gpt.logits(ids), gpt.embeddings(ids)
     assert logits.shape == (len(ids), len(gpt.tok)) and states.shape == (len(ids), 64)
     torch.testing.assert_close(gpt.llama.lm_head(states), logits)
-
-
-@pytest.mark.parametrize(
-    "prompt, sound",
-    [
-        ("a.wav", True),
-        ("b c.FLAC", True),
-        (Path("x"), True),
-        (np.zeros(3), True),
-        ("What is this?", False),
-        ("", False),
-        ("x" * 5000, False),
-        ("a\0b", False),
-    ],
-)
-def test_what_is_sound(prompt, sound):
-    assert sample.is_sound(prompt) == sound
 
 
 # ---- the command line
@@ -474,6 +457,14 @@ BAD_FILES = {
     "flags, says",
     [
         (["missing.wav"], "missing.wav: no such file"),
+        (["q.m4a"], "q.m4a: no such file; if it is a text, add --in text"),
+        (["my answer.opus"], "no such file"),
+        (["nowhere/q"], "no such file"),
+        (["a.wav", "b.wav", "c.wav"], "3 of 3 prompts were not answered: a.wav: no such file"),
+        (["q.wav", "--seed", "-1"], "seed is -1"),
+        (["q.wav", "--temperature", "1e-40"], "temperature 0 or 0.001 to 1000"),
+        (["q.wav", "--out", "reply.mp3"], "replies are wav files"),
+        (["."], "folder"),
         (["empty.wav"], "empty"),
         (["silent.wav"], "silent"),
         (["one.wav"], "25 ms"),
@@ -483,7 +474,6 @@ BAD_FILES = {
         (["cut.wav"], "cut short"),
         ([".", "--in", "speech"], "folder"),
         ([""], "empty"),
-        (["q.wav", "missing.wav"], "no such"),
         (["word " * 300], "shorten"),
         (["q.wav", "--frobnicate"], "frobnicate"),
         (["q.wav", "--task", "sing"], "sing"),
@@ -499,7 +489,7 @@ BAD_FILES = {
         (["q.wav", "--greedy", "--top-k", "3"], "--greedy"),
         (["q.wav", "--speaker", "9"], "speaker 9"),
         (["q.wav", ASKED, "--out", "x.wav"], "2 prompts"),
-        (["q.wav", "--out", "."], "overwrite"),
+        (["q.wav", "--out", "q.wav"], "is no reply of this program: choose another --out"),
         (["q.wav", "--out", "q.wav/deep"], "q.wav"),
     ],
 )
@@ -511,6 +501,35 @@ def test_a_mistake_is_one_line_and_exit_code_1(cli, flags, says):
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err
     assert says in err, err
     assert {p for p in Path().rglob("*") if p.is_file()} == before
+
+
+def test_the_others_are_answered_and_the_exit_code_tells(cli):
+    Path("folder").mkdir()
+    code, out, err = cli("q.wav", "q.m4a", ASKED, "folder", "--greedy", "--batch", "2")
+    assert code == 1 and out.count(ANSWERED) == 2
+    assert "q.m4a\n  error      q.m4a: no such file" in out
+    assert err.startswith("error: 2 of 4 prompts were not answered: q.m4a: no such file") and "folder" in err
+    assert err.count("\n") == 1 and len(err) < 310
+    assert {p.name for p in Path("out/replies").glob("*.wav")} == {"q.wav", "what-is-two-plus-two.wav"}
+
+
+def test_replies_replace_replies_alone(cli):
+    soundfile.write("q.flac", chirp(), 16000)
+    before = Path("q.wav").read_bytes()
+    Path("q.json").write_text("my notes")
+    for _ in range(2):
+        assert "speech     q-2.wav (" in cli("q.flac", "--greedy", "--out", ".")[1]
+    assert Path("q.json").read_text() == "my notes" and Path("q.wav").read_bytes() == before
+    assert {p.name for p in Path().iterdir()} == {"q.flac", "q.wav", "q.json", "q-2.wav", "q-2.json"}
+    assert cli("q.flac", "--greedy", "--out", ".", "--to", "text")[0] == 0
+    assert not Path("q-2.wav").exists(), "the reply is text now"
+
+
+def test_the_model_that_comes_along_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sample.default_model() == str(ROOT / "weights/tiny")
+    Path("weights/tiny").mkdir(parents=True)
+    assert sample.default_model() == "weights/tiny"
 
 
 def test_a_full_disk_leaves_the_old_reply(cli, monkeypatch):
@@ -535,7 +554,10 @@ def program(folder: Path, *flags: str, **how) -> subprocess.CompletedProcess:
 
 def test_a_mistake_ends_the_program_with_one_line(folder, tmp_path):
     done = program(folder, "missing.wav", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, "error: missing.wav: no such file\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: missing.wav: no such file; if it is a text, add --in text\n",
+    )
 
 
 def test_conversation_from_a_pipe(folder, tmp_path):
@@ -544,8 +566,28 @@ def test_conversation_from_a_pipe(folder, tmp_path):
     done = program(folder, "--greedy", cwd=tmp_path, input="\n".join(lines) + "\n")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.count("Type a question") == 3 and done.stdout.count(f"answer     {ANSWERED}") == 3
-    assert "error: nothere.wav: no such file" in done.stdout
+    assert "error      nothere.wav: no such file" in done.stdout
     assert soundfile.info(tmp_path / "out/replies/q.wav").frames > 0
+
+
+def test_nothing_that_is_typed_ends_a_conversation(cli, monkeypatch):
+    lines = [b"\xff\xfe what", b"word " * 200_000, b"\x1b[31m \x00 \x07", b"a\0.wav", b"/x/y", ASKED.encode()]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), "utf-8"))
+    code, out, err = cli("--greedy")
+    assert (code, err) == (0, "") and out.rstrip().splitlines()[-3].endswith(ANSWERED)
+    for says in ("the prompt is too long: 999,999 characters", "/x/y: no such file", "a\\x00.wav"):
+        assert says in out
+    assert "\x1b" not in out and "\x07" not in out
+    assert max(map(len, out.splitlines())) < 350
+
+
+@pytest.mark.parametrize("stdin, code, says", [(io.StringIO(""), 0, ""), (None, 1, "there is no input to")])
+def test_a_conversation_without_input_ends(cli, monkeypatch, stdin, code, says):
+    if stdin:
+        monkeypatch.setattr(stdin, "reconfigure", lambda **_: None, raising=False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    ended, _, err = cli()
+    assert ended == code and says in err and err.count("\n") == code
 
 
 def test_conversation_leaves_quietly(cli, monkeypatch):
