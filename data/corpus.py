@@ -30,6 +30,7 @@ cannot be used, with reasons. The corpus folder is only read.
 """
 
 import math
+import os
 from collections import Counter
 from pathlib import Path, PurePath
 
@@ -133,6 +134,8 @@ def resolve(corpus: str | Path, skip_list: Path | None = None) -> list[dict]:
 def check(corpus: str | Path, out: str | Path) -> list[dict]:
     """Writes manifest.jsonl, dialogues.jsonl and skipped.jsonl of a run into its folder `out`, before
     anything is trained and on one rank only; returns the rows to be used."""
+    if os.path.exists(out) and os.path.samefile(corpus, out):
+        raise ValueError(f"{out} is the corpus, whose manifest a run would replace: choose another --out")
     dialogues = read_dialogues(corpus)
     usable = resolve(corpus, Path(out) / "skipped.jsonl")
     write_jsonl(Path(out) / "dialogues.jsonl", dialogues)

@@ -125,6 +125,17 @@ def test_what_can_be_used_is_used_without_a_word_and_nothing_is_written_beside_i
     assert (out / "skipped.jsonl").read_text() == ""
 
 
+def test_a_run_does_not_replace_the_manifest_of_its_corpus(tmp_path):
+    write_manifest(tmp_path, *recordings(tmp_path, 3))
+    before = (tmp_path / "manifest.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError, match="is the corpus, whose manifest a run would replace: choose another --out"
+    ):
+        corpus.check(tmp_path, tmp_path / "wav/..")
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.jsonl", "wav"}
+    assert (tmp_path / "manifest.jsonl").read_bytes() == before
+
+
 def test_a_few_unusable_recordings_are_told_listed_and_left_out(tmp_path, capsys):
     out = tmp_path / "out"
     write_manifest(tmp_path, *recordings(tmp_path, 40))

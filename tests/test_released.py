@@ -473,6 +473,16 @@ def table(capsys, out) -> tuple[int, str]:
     )
 
 
+def test_a_file_that_was_not_downloaded_is_not_replaced(server, small, tmp_path):
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/big.bin").write_bytes(b"my own")
+    with pytest.raises(
+        OSError, match="big.bin is none of the files that this program downloads: move it away"
+    ):
+        get(server, tmp_path)
+    assert (tmp_path / "llama/big.bin").read_bytes() == b"my own" and left(tmp_path) == {"llama/big.bin"}
+
+
 def test_check_says_what_is_there(server, small, tmp_path, capsys):
     bad, line = table(capsys, tmp_path)
     assert bad == 1 and "missing" in line and "300000 B" in line and "a test" in line

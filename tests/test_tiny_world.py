@@ -361,6 +361,15 @@ def test_numbers_that_make_no_sense(tmp_path, option):
     assert not (tmp_path / "out").exists()
 
 
+def test_another_corpus_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "find_spec", lambda name: name)
+    mine = tmp_path / "manifest.jsonl"
+    mine.write_text('{"wav": "wav/a.wav", "text": "My recording."}\n')
+    with pytest.raises(ValueError, match="is another corpus, whose manifest this one would replace"):
+        prepare.prepare(tmp_path)
+    assert list(tmp_path.iterdir()) == [mine]
+
+
 def test_without_the_voice_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "find_spec", lambda name: None)
     with pytest.raises(ValueError) as error:

@@ -519,6 +519,10 @@ def prepare(out: str | Path, parts: list[str] = TALKING, mirrors: list[str] = ()
     out.mkdir(parents=True, exist_ok=True)
     needed = 0
     for remote in wanted:
+        if (out / remote.path).exists() and remote.path not in notes:
+            raise OSError(
+                f"{out / remote.path} is none of the files that this program downloads: move it away"
+            )
         part = out / (remote.path + ".part")
         needed += bounds(remote.size)[1] if remote.size else 0
         needed -= part.stat().st_size if part.exists() else 0

@@ -30,6 +30,7 @@ are missing.
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -260,6 +261,12 @@ def prepare(
         raise ValueError(
             "the tiny world needs a voice, the package hibari-tts: pip install 'speechgpt[demo]'"
         )
+    if (Path(out) / "manifest.jsonl").exists():
+        for row in read_manifest(out):
+            if row["wav"] != f"wav/{row['id']}.wav" or not re.fullmatch(r"[\w-]+-[0-9a-f]{16}", row["id"]):
+                raise ValueError(
+                    f"{out} is another corpus, whose manifest this one would replace: choose another"
+                )
     utterances, rows = plan(sentences, renditions, seed, readings)
     out, wavs = Path(out), Path(out) / "wav"
     wavs.mkdir(parents=True, exist_ok=True)
