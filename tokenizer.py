@@ -40,7 +40,8 @@ from files import read_json, write_atomic
 
 def units_to_text(units: Iterable[int]) -> str:
     """[1, 7] -> "<sosp><1><7><eosp>"."""
-    return "<sosp>" + "".join(f"<{u}>" for u in units) + "<eosp>"
+    inside = "><".join(map(str, units))
+    return f"<sosp><{inside}><eosp>" if inside else "<sosp><eosp>"
 
 
 def text_to_units(text: str) -> list[int]:
