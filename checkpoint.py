@@ -244,7 +244,8 @@ def assign(
     dtype: what floating-point weights become (None: what the module has); device: where they go (None: where
     the module is, or the CPU for one built on meta). Converts one tensor at a time, so the peak is the module
     plus one tensor. Weights tied in the module may be given under one of their names or all. A missing,
-    unused or misshapen tensor is a ValueError that names it and `source`; the module is then untouched."""
+    unused or misshapen tensor, or one that is not finite, is a ValueError that names it and `source`; the
+    module is then untouched."""
     wanted = module.state_dict(keep_vars=True)  # a tied weight appears under each of its names
     given = {id(weight) for name, weight in wanted.items() if name in tensors}
     for name, weight in wanted.items():
@@ -256,10 +257,7 @@ def assign(
             place = type(module).__name__
             raise ValueError(f"{source}: {show(name)} {show(tensor.shape)} has no place in {place}")
         weight = wanted[name]
-        if weight.shape != tensor.shape:
-            raise ValueError(f"{source}: {name} is {show(tensor.shape)}, expected {show(weight.shape)}")
-        if weight.is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{source}: {name} is {tensor.dtype}, expected {weight.dtype}")
+        check_weight(f"{source}: {name}", tensor, weight, dtype)
         twin = tied.setdefault(id(weight), tensor)
         if twin is not tensor and not torch.equal(twin, tensor):
             raise ValueError(f"{source}: {name} differs from the weight that it is tied to")
@@ -274,6 +272,23 @@ def assign(
         if isinstance(weight, nn.Parameter):
             new = nn.Parameter(new, weight.requires_grad)
         torch.utils.swap_tensors(weight, new)  # keeps the object, and with it every tie
+
+
+def check_weight(place: str, tensor: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    """ValueError, one line that begins with `place`, unless `tensor` can become `weight` and is finite, also
+    as `dtype` (None: of `weight`)."""
+    if weight.shape != tensor.shape:
+        raise ValueError(f"{place} is {show(tensor.shape)}, expected {show(weight.shape)}")
+    if weight.is_floating_point() != tensor.is_floating_point():
+        raise ValueError(f"{place} is {tensor.dtype}, expected {weight.dtype}")
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch compares no float8
+    ends = torch.stack(values.aminmax())  # both NaN if any number is: one pass, no memory
+    if not ends.isfinite().all():
+        raise ValueError(f"{place} holds NaN or infinity: it was damaged in training or on its way")
+    if not ends.to(dtype or weight.dtype).isfinite().all():
+        raise ValueError(f"{place} holds numbers too large for {dtype or weight.dtype}; use another dtype")
 
 
 # ---- Training state: all that an interrupted run needs to continue as if it had not stopped ----------------

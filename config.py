@@ -41,6 +41,7 @@ class Limits(NamedTuple):
 
 Whole = Annotated[int, Limits(0)]
 Count = Annotated[int, Limits(1)]
+Size = Annotated[int, Limits(1, 65536)]  # of a layer
 Share = Annotated[float, Limits(0, 1)]
 Amount = Annotated[float, Limits(0, 1e9)]
 Positive = Annotated[float, Limits(0.001, 1000)]
@@ -73,7 +74,7 @@ def coerce(value, hint, where: str):
         return value
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return load(hint, value, where)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is float and (type(value) is float or type(value) is int and abs(value) < 2**1000):
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value

@@ -19,6 +19,7 @@ import re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -26,9 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
+from config import Limits, Share, Size, Whole, load
 from data.audio import HOP, RATE, WINDOW, n_frames
-from files import read_json, write_json
-from kmeans import KMeans, dedup, expand, mfcc, smooth, the_one  # noqa: F401 (names of this file too)
+from files import write_json
+from foreign import read_table
+from hubert_formats import HEAD, read_fairseq, read_hugging_face, to_hugging_face
+from kmeans import KMeans, dedup, smooth, the_one
 
 Maybe = Tensor | None
 Folded = tuple[Tensor, Tensor]  # layer 0 of each recording: weights (B, 10, C) and biases (B, 1, C)
@@ -38,30 +42,26 @@ Folded = tuple[Tensor, Tensor]  # layer 0 of each recording: weights (B, 10, C) 
 class HuBERTConfig:
     """Defaults: HuBERT base and mHuBERT, 94.4 M parameters."""
 
-    conv_dim: tuple[int, ...] = (512,) * 7
-    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
-    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_dim: tuple[Size, ...] = (512,) * 7
+    conv_kernel: tuple[Size, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple[Size, ...] = (5, 2, 2, 2, 2, 2, 2)
     conv_bias: bool = False
     extractor_norm: str = "group"  # HuBERT large: "layer"
-    dim: int = 768
-    n_layers: int = 12
-    n_heads: int = 12
-    ffn_dim: int = 3072
+    dim: Size = 768
+    n_layers: Annotated[int, Limits(1, 1000)] = 12
+    n_heads: Size = 12
+    ffn_dim: Size = 3072
     pre_norm: bool = False  # HuBERT large: True
-    pos_kernel: int = 128
-    pos_groups: int = 16
-    n_classes: int = 0  # clusters to predict in pre-training; 0: no prediction head
-    proj_dim: int = 256
-    dropout: float = 0.0
+    pos_kernel: Size = 128
+    pos_groups: Size = 16
+    n_classes: Whole = 0  # clusters to predict in pre-training; 0: no prediction head
+    proj_dim: Size = 256
+    dropout: Share = 0.0
     standardize_wav: bool = False  # waveform to mean 0, variance 1: HuBERT large does, mHuBERT must not
 
     def __post_init__(self):
-        sizes = [self.dim, self.n_layers, self.n_heads, self.ffn_dim, self.pos_kernel, self.pos_groups]
-        in_range = all(type(n) is int and 1 <= n <= 65536 for n in [*self.conv_dim, *sizes])
-        if not in_range or self.n_layers > 1000:
-            raise ValueError(f"impossible sizes: {self}")
         if self.extractor_norm not in ("group", "layer"):
-            raise ValueError(f'extractor_norm must be "group" or "layer", not {self.extractor_norm!r}')
+            raise ValueError(f'extractor_norm must be "group" or "layer", not {self.extractor_norm!r:.50}')
         if self.dim % self.n_heads or self.dim % self.pos_groups:
             raise ValueError(f"{self.n_heads} heads, {self.pos_groups} pos_groups must divide dim {self.dim}")
         width = hop = 1
@@ -309,9 +309,10 @@ class HuBERT(nn.Module):
         """A fairseq .pt (or a folder with one), a Hugging Face folder, or ours; `n_layers`: its first."""
         path = Path(path)
         if (path / "config.json").exists():
-            config, tensors = read_hugging_face(path)
+            config, tensors = read_hugging_face(HuBERTConfig, path)
         else:
-            config, tensors = read_fairseq(the_one(path, "*.pt", "a HuBERT") if path.is_dir() else path)
+            file = the_one(path, "*.pt", "a HuBERT") if path.is_dir() else path
+            config, tensors = read_fairseq(HuBERTConfig, file)
         if n_layers is not None:
             if not 1 <= n_layers <= config.n_layers:
                 raise ValueError(f"{path}: layer {n_layers} asked for, but the model has {config.n_layers}")
@@ -324,6 +325,14 @@ class HuBERT(nn.Module):
 
 
 # ---- Units -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class UnitSettings:
+    """units.json. Without one: the layer of the released mHuBERT units."""
+
+    layer: Annotated[int, Limits(1, 1000)] = 11
+    smooth: Annotated[int, Limits(1, 99)] = 1
 
 
 class UnitExtractor(nn.Module):
@@ -387,118 +396,16 @@ class UnitExtractor(nn.Module):
         """Our folder; or a fairseq .pt or Hugging Face's files with a joblib k-means (*km*.bin), as released.
         `layer` None: the one in units.json, else 11, the layer of the released mHuBERT units."""
         path = Path(folder) / "units.json"
-        settings = read_json(path) if path.exists() else {"layer": 11}
-        settings = settings if isinstance(settings, dict) else {}
-        smooth = settings.get("smooth", 1)
-        numbers = all(type(n) is int and n > 0 for n in (settings.get("layer"), smooth))
-        if not numbers or smooth % 2 == 0:
-            raise ValueError(f'{path}: must be {{"layer": number}}, perhaps with "smooth": odd number')
-        layer = layer or settings["layer"]
-        return cls(HuBERT.from_pretrained(folder, layer), KMeans.from_pretrained(folder), layer, smooth)
-
-
-# ---- Other formats: fairseq's and Hugging Face's weights ---------------------------------------------------
-
-HEAD = r"final_proj\.|label_embs|target_glu\."  # of pre-training; not part of the encoder
-
-FAIRSEQ = {  # fairseq's name, as a pattern: ours (the group norm is conv_layers.0.2, a layer norm .N.2.1)
-    r"feature_extractor\.conv_layers\.(\d+)\.0\.": r"feature_extractor.conv_layers.\1.conv.",
-    r"feature_extractor\.conv_layers\.(\d+)\.2\.(1\.)?": r"feature_extractor.conv_layers.\1.layer_norm.",
-    r"layer_norm\.": "feature_projection.layer_norm.",
-    r"post_extract_proj\.": "feature_projection.projection.",
-    r"mask_emb$": "masked_spec_embed",
-    r"encoder\.pos_conv\.0\.": "encoder.pos_conv_embed.conv.",
-    r"encoder\.layers\.(\d+)\.self_attn\.": r"encoder.layers.\1.attention.",
-    r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.": r"encoder.layers.\1.layer_norm.",
-    r"encoder\.layers\.(\d+)\.fc1\.": r"encoder.layers.\1.feed_forward.intermediate_dense.",
-    r"encoder\.layers\.(\d+)\.fc2\.": r"encoder.layers.\1.feed_forward.output_dense.",
-}
-HUGGING_FACE = {  # transformers' names are ours, but for weight norm as torch >= 2 spells it
-    r"(encoder\.pos_conv_embed\.conv)\.parametrizations\.weight\.original0$": r"\1.weight_g",
-    r"(encoder\.pos_conv_embed\.conv)\.parametrizations\.weight\.original1$": r"\1.weight_v",
-}
-HF_CONFIG = {  # our setting: Hugging Face's
-    **{name: name for name in ("conv_dim", "conv_kernel", "conv_stride", "conv_bias")},
-    "extractor_norm": "feat_extract_norm",
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "ffn_dim": "intermediate_size",
-    "pre_norm": "do_stable_layer_norm",
-    "pos_kernel": "num_conv_pos_embeddings",
-    "pos_groups": "num_conv_pos_embedding_groups",
-    "standardize_wav": "normalize",  # ours alone: theirs is in preprocessor_config.json, wrong for mHuBERT
-}
-# What this file implements:
-HF_FIXED = {"model_type": "hubert", "hidden_act": "gelu", "feat_extract_activation": "gelu"}
-HF_FIXED |= {"layer_norm_eps": 1e-5, "feat_proj_layer_norm": True, "conv_pos_batch_norm": False}
-
-
-def rename(tensors: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    """Replaces the first pattern of the table that a name begins with; leaves out the prediction head."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        if not re.match(HEAD, name):
-            pattern = next((p for p in table if re.match(p, name)), "")
-            renamed[re.sub("^" + pattern, table.get(pattern, ""), name)] = tensor
-    return renamed
-
-
-def to_hugging_face(config: HuBERTConfig) -> dict:
-    table = {"architectures": ["HubertModel"], "num_feat_extract_layers": len(config.conv_dim), **HF_FIXED}
-    return table | {theirs: getattr(config, ours) for ours, theirs in HF_CONFIG.items()}
-
-
-def read_hugging_face(folder: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
-    path = folder / "config.json"
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: not a table of settings")
-    for key, value in HF_FIXED.items():
-        if settings.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {settings[key]!r}; only {value!r} is implemented")
-    known = {ours: settings[theirs] for ours, theirs in HF_CONFIG.items() if theirs in settings}
-    for ours, value in known.items():
-        known[ours] = tuple(value) if isinstance(value, list) else value
-        if type(known[ours]) is not type(getattr(HuBERTConfig, ours)):
-            raise ValueError(f"{path}: {HF_CONFIG[ours]} cannot be {value!r}")
-    try:
-        config = HuBERTConfig(**known)
-    except (TypeError, ValueError) as problem:
-        raise ValueError(f"{path}: {problem}") from None
-    return config, rename(checkpoint.read_tensors(folder), HUGGING_FACE)
-
-
-def read_fairseq(path: Path) -> tuple[HuBERTConfig, dict[str, Tensor]]:
-    """Sizes come from the tensors, the rest from the settings that fairseq stored with them; without any from
-    the recipes of base (group norm) and large (layer norms), whose heads are 64 wide."""
-    tensors = rename(checkpoint.read_tensors(path), FAIRSEQ)
-    saved = checkpoint.read_checkpoint(path)
-    stored = saved.get("cfg") if isinstance(saved.get("cfg"), dict) else {}
-    settings = {}
-    for table in (saved.get("args"), stored.get("model"), stored.get("task")):
-        settings |= table if isinstance(table, dict) else {}
-    large = "feature_extractor.conv_layers.1.layer_norm.weight" in tensors
-    try:
-        convs = [tensors[f"feature_extractor.conv_layers.{i}.conv.weight"].shape for i in range(7)]
-        dim, per_group, kernel = tensors["encoder.pos_conv_embed.conv.weight_v"].shape
-        config = HuBERTConfig(
-            conv_dim=tuple(c[0] for c in convs),
-            conv_kernel=tuple(c[2] for c in convs),
-            conv_bias="feature_extractor.conv_layers.0.conv.bias" in tensors,
-            extractor_norm="layer" if large else "group",
-            dim=dim,
-            n_layers=len({name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}),
-            n_heads=settings.get("encoder_attention_heads", dim // 64),
-            ffn_dim=tensors["encoder.layers.0.feed_forward.intermediate_dense.weight"].shape[0],
-            pre_norm=bool(settings.get("layer_norm_first", large)),
-            pos_kernel=kernel,
-            pos_groups=dim // per_group,
-            standardize_wav=bool(settings.get("normalize", large)),
-        )
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as problem:
-        raise ValueError(f"{path}: not a HuBERT of fairseq ({problem})") from None
-    return config, tensors
+        known = load(UnitSettings, read_table(path), str(path)) if path.exists() else UnitSettings()
+        if known.smooth % 2 == 0:
+            raise ValueError(f"{path}: smooth is {known.smooth}; it must be odd")
+        for file in Path(folder).glob("*_L*_km*.bin"):  # ..._L11_km1000.bin is of layer 11
+            stated = re.search(r"_L(\d+)_km", file.name)
+            if layer is None and stated and int(stated[1]) != known.layer:
+                raise ValueError(f"{file}: not of layer {known.layer}; write the layer to {path.name}")
+        layer = layer or known.layer
+        model = HuBERT.from_pretrained(folder, layer)
+        return cls(model, KMeans.from_pretrained(folder), layer, known.smooth)
 
 
 def without_layers_above(n_layers: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

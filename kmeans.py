@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from data.audio import HOP, RATE, WINDOW
+from pickles import Inert
 
 
 def mfcc(wav: Tensor, cmvn: bool = True) -> Tensor:
@@ -102,10 +103,14 @@ class KMeans(nn.Module):
         if path.is_dir():
             ours = path / "kmeans.safetensors"
             path = ours if ours.exists() else the_one(path, "*km*.bin", "a k-means")
-        tensors = checkpoint.read_tensors(path)
-        centers = tensors.get("centers", tensors.get("cluster_centers_"))
-        if centers is None or centers.ndim != 2:
+        found = checkpoint.read_checkpoint(path)
+        if isinstance(found, Inert) and found.name.split(" ")[-1] not in ("KMeans", "MiniBatchKMeans"):
+            raise ValueError(f"{path}: a {found.name} of scikit-learn, not a KMeans or MiniBatchKMeans")
+        table = found if isinstance(found, dict) else {}
+        centers = table.get("centers", table.get("cluster_centers_"))
+        if not isinstance(centers, Tensor) or centers.ndim != 2 or not centers.numel():
             raise ValueError(f"{path}: holds no cluster centers, so it is not a k-means")
+        checkpoint.check_weight(f"{path}: its centers", centers, torch.empty(centers.shape, device="meta"))
         return cls(centers.clone())
 
 

@@ -13,39 +13,36 @@ Shazeer 2020, arXiv:2002.05202 (SwiGLU); Zhang & Sennrich 2019, arXiv:1910.07467
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from files import read_json, write_json
+from config import Limits, Size
+from files import write_json
+from foreign import NO_DECODER, TRANSFORMERS, Keys, read_table, settings
 
 Maybe = Tensor | None  # an argument that may be left out
 
 
 @dataclass
 class LlamaConfig:
-    vocab_size: int
-    dim: int
-    n_layers: int
-    n_heads: int
-    hidden_dim: int  # inner width of the SwiGLU
-    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: as many
-    norm_eps: float = 1e-6
-    rope_theta: float = 1e4
-    max_len: int = 2048  # longest row trained on; longer rows run, with lower quality
+    vocab_size: Annotated[int, Limits(1, 2**24)]
+    dim: Size
+    n_layers: Annotated[int, Limits(1, 1000)]
+    n_heads: Size
+    hidden_dim: Annotated[int, Limits(1, 2**20)]  # inner width of the SwiGLU
+    n_kv_heads: Size | None = None  # fewer than n_heads: grouped-query attention; None: as many
+    norm_eps: Annotated[float, Limits(1e-12, 1)] = 1e-6
+    rope_theta: Annotated[float, Limits(1, 1e12)] = 1e4
+    max_len: Annotated[int, Limits(1, 2**24)] = 2048  # longest row trained on; longer ones run less well
     tie_embeddings: bool = False  # lm_head shares the matrix of embed_tokens
 
     def __post_init__(self):
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        types = {"norm_eps": int | float, "rope_theta": int | float, "tie_embeddings": bool}
-        for name, value in vars(self).items():
-            expected = types.get(name, int)
-            limit = 1000 if name == "n_layers" else 2**24
-            if not isinstance(value, expected) or not (expected is bool or 0 < value <= limit):
-                raise ValueError(f"{name} = {value!r:.50} is impossible")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} must be an even multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
@@ -158,11 +155,15 @@ class Decoder(nn.Module):
 
 
 class LayerCache:
-    """Keys and values of one layer, in memory reserved once; the first `used` slots are filled."""
+    """Keys and values of one layer; the first `used` slots are filled."""
 
-    def __init__(self, batch: int, n_kv_heads: int, length: int, head_dim: int, like: Tensor):
-        self.k, self.v = like.new_zeros(2, batch, n_kv_heads, length, head_dim).unbind(0)
+    def __init__(self, batch: int, n_kv_heads: int, head_dim: int, like: Tensor):
+        self.k, self.v = like.new_zeros(2, batch, n_kv_heads, 0, head_dim).unbind(0)
         self.used = 0
+
+    def reserve(self, slots: int) -> None:
+        more = (0, 0, 0, slots - self.k.shape[2])
+        self.k, self.v = F.pad(self.k, more), F.pad(self.v, more)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         start = self.used
@@ -173,17 +174,27 @@ class LayerCache:
 
 
 class Cache:
-    """Static KV cache of a batch. Prompts of different lengths are padded on the left: row b starts with
-    pad[b] slots that no token may attend to, and its positions count from its first real token."""
+    """Static KV cache of a batch: memory for `length` tokens is reserved once, or for the first ROOM of them,
+    and twice as much whenever these are full. Prompts of different lengths are padded on the left: row b has
+    pad[b] slots first that no token may attend to, and its positions count from its first real token."""
+
+    ROOM = 4096
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, pad: Tensor | None, likes: list[Tensor]):
         self.length = length
         self.pad = pad if pad is not None and pad.any() else None  # None: no mask is needed
-        self.layers = [LayerCache(batch, config.n_kv_heads, length, config.head_dim, like) for like in likes]
-        positions = torch.arange(length, device=likes[0].device)[None]  # (1, length)
+        self.layers = [LayerCache(batch, config.n_kv_heads, config.head_dim, like) for like in likes]
+        self.device = likes[0].device
+        self.angles = (config.head_dim, config.rope_theta, likes[0].dtype)
+        self.reserve(min(length, self.ROOM))
+
+    def reserve(self, slots: int) -> None:
+        for layer in self.layers:
+            layer.reserve(slots)
+        positions = torch.arange(slots, device=self.device)[None]  # (1, slots)
         if self.pad is not None:
-            positions = (positions - self.pad[:, None]).clamp(min=0)  # (B, length)
-        self.cos, self.sin = rope_table(positions, config.head_dim, config.rope_theta, likes[0].dtype)
+            positions = (positions - self.pad[:, None]).clamp(min=0)  # (B, slots)
+        self.cos, self.sin = rope_table(positions, *self.angles)
 
     @property
     def used(self) -> int:
@@ -193,6 +204,8 @@ class Cache:
         """The angles of the next T tokens."""
         end = self.used + T
         assert end <= self.length, f"{self.used} + {T} tokens in a cache of {self.length}"
+        if end > self.cos.shape[1]:
+            self.reserve(min(self.length, max(end, 2 * self.cos.shape[1])))
         return self.cos[:, self.used : end], self.sin[:, self.used : end]
 
     def mask(self, T: int, device: torch.device) -> Tensor | None:
@@ -326,7 +339,7 @@ def next_token_loss(
 
 # The modules above bear the names of Hugging Face's tensors (`model.layers.0.self_attn.q_proj.weight`):
 # only the config needs a table.
-CONFIG_KEYS = {  # theirs -> ours; the first five are required
+CONFIG_KEYS = {  # theirs: ours
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -338,42 +351,36 @@ CONFIG_KEYS = {  # theirs -> ours; the first five are required
     "max_position_embeddings": "max_len",
     "tie_word_embeddings": "tie_embeddings",
 }
-REQUIRED = list(CONFIG_KEYS)[:5]
-# What this file implements; other values are refused.
-ONLY = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, rope_type="default")
+KIND = {"model_type": ("llama",), "hidden_act": ("silu", "swish")}  # what this file implements
+FIXED = NO_DECODER | KIND | {"attention_bias": (False,), "mlp_bias": (False,)}
+ROPE_TABLES = ("rope_scaling", "rope_parameters")  # before transformers 5, since
+ROPE = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,)}
+KEYS = Keys(
+    CONFIG_KEYS | {f"{table}.rope_theta": "rope_theta" for table in ROPE_TABLES},
+    FIXED | {f"{table}.{key}": values for table in ROPE_TABLES for key, values in ROPE.items()},
+    TRANSFORMERS + "pretraining_tp max_sequence_length max_length",
+)
 
 
 def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict:
-    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    kind = {"architectures": ["LlamaForCausalLM"]} | {key: values[0] for key, values in KIND.items()}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     weights = {"initializer_range": 0.02, "torch_dtype": str(dtype).removeprefix("torch.")}
     sizes = {theirs: getattr(config, ours) for theirs, ours in CONFIG_KEYS.items()}
     return kind | tokens | weights | sizes
 
 
-def config_from_json(table: dict, path: Path) -> LlamaConfig:
+def read_config(path: Path) -> LlamaConfig:
     """The config of a Hugging Face folder; a LLaMA of another kind than this file's is refused."""
-    try:
-        rope = table.get("rope_parameters") or table.get("rope_scaling") or {}  # transformers 5; before
-        table = {"rope_type": rope.get("type"), **rope, **table}
-        table = {key: value for key, value in table.items() if value is not None}
-        for key, value in ONLY.items():
-            if table.get(key, value) != value:
-                raise ValueError(f"{key} is {table[key]!r:.50}; only {value!r} is supported")
-        for key in REQUIRED:
-            if key not in table:
-                raise ValueError(f"{key} is missing; is this the config of a LLaMA?")
-        sizes = {ours: table[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in table}
-        config = LlamaConfig(**sizes)
-        head_dim = table.get("head_dim", config.head_dim)
-        if head_dim != config.head_dim:
-            only = "hidden_size / num_attention_heads"
-            raise ValueError(f"head_dim is {head_dim!r:.50}; only {only} is supported")
-        return config
-    except (AttributeError, TypeError) as error:  # no dict where one should be
-        raise ValueError(f"{path}: not the config of a LLaMA ({error})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    table = read_table(path)
+    head_dim = table.pop("head_dim", None)
+    for name in ROPE_TABLES:
+        if isinstance(table.get(name), dict):
+            table |= {f"{name}.{key}": value for key, value in table.pop(name).items()}
+    config = settings(LlamaConfig, KEYS, table, path)
+    if head_dim not in (None, config.head_dim):
+        raise ValueError(f"{path}: head_dim is {head_dim!r:.50}, not hidden_size / num_attention_heads")
+    return config
 
 
 def write_hf(model: Llama, folder: Path) -> None:
@@ -383,8 +390,7 @@ def write_hf(model: Llama, folder: Path) -> None:
         del tensors["lm_head.weight"]
     for name in tensors:
         if "lora_" in name or name.endswith(".scale"):
-            advice = "lora.merge an adapter (or lora.save it), and load without int8"
-            raise ValueError(f"{name}: only plain weights can be saved; {advice}")
+            raise ValueError(f"{name}: only plain weights can be saved: lora.merge first, load without int8")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", config_to_json(model.config, model.model.norm.weight.dtype))
@@ -394,7 +400,7 @@ Pieces = tuple[list[Tensor], int | None, int | None]  # of one matrix: the argum
 
 
 def read_hf(folder: Path) -> tuple[LlamaConfig, dict[str, Pieces]]:
-    config = config_from_json(read_json(folder / "config.json"), folder / "config.json")
+    config = read_config(folder / "config.json")
     pieces = {}
     for name, tensor in checkpoint.read_tensors(folder).items():
         if not name.endswith("rotary_emb.inv_freq"):  # angles of RoPE in old files: rope_table computes them
@@ -411,6 +417,9 @@ def load(folder: Path, dtype: torch.dtype | None, device, int8: bool) -> Llama:
     leaves = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "weight")}
     if config.tie_embeddings:
         del leaves["lm_head.weight"]
+        tied = zip(*(pieces.get(name, [[]])[0] for name in ("lm_head.weight", "model.embed_tokens.weight")))
+        if any(a.dtype != b.dtype or not torch.equal(a, b) for a, b in tied):
+            raise ValueError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
         pieces.pop("lm_head.weight", None)
     for name in sorted(leaves.keys() ^ pieces.keys()):
         raise ValueError(f"{folder}: {name} is {'missing' if name in leaves else 'no part of this LLaMA'}")
@@ -426,9 +435,7 @@ def load(folder: Path, dtype: torch.dtype | None, device, int8: bool) -> Llama:
         if not (int8 and in_layer and isinstance(leaf, nn.Linear)):
             checkpoint.assign(leaf, {"weight": weight}, f"{folder}: {name}", dtype, where)
             continue
-        if weight.shape != leaf.weight.shape or not weight.is_floating_point():
-            wanted = f"floating point {list(leaf.weight.shape)}"
-            raise ValueError(f"{folder}: {name} is {weight.dtype} {list(weight.shape)}, expected {wanted}")
+        checkpoint.check_weight(f"{folder}: {name}", weight, leaf.weight)
         model.set_submodule(name.removesuffix(".weight"), Int8Linear(weight).to(where or "cpu"))
     return model.eval()
 
@@ -449,28 +456,31 @@ META_KEYS = {  # theirs -> ours, and the dimension along which the files share a
     "norm": ("model.norm", None),
     "output": ("lm_head", 0),
 }
+META = Keys(
+    {name: name for name in "dim n_layers n_heads n_kv_heads norm_eps rope_theta vocab_size".split()},
+    {"use_scaled_rope": (False,)},
+    "multiple_of ffn_dim_multiplier max_seq_len max_batch_size",  # the first two give hidden_dim: it is in W
+)
 
 
 def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Pieces]]:
     """7B is one file, 13B two, 30B four, 65B eight: each belonged to a GPU that computed a slice of every
     product, some of its outputs (dimension 0 of the matrix is split) or of its inputs (dimension 1)."""
     files = sorted(folder.glob("consolidated.*.pth"))
-    if not files or not (folder / "params.json").exists():
-        missing = "neither config.json nor params.json with consolidated.*.pth"
-        raise FileNotFoundError(f"{folder}: no LLaMA here: {missing}")
-    params = read_json(folder / "params.json")
+    path = folder / "params.json"
+    if not files or not path.exists():
+        raise FileNotFoundError(f"{folder}: no LLaMA: no config.json, nor params.json and consolidated.*.pth")
     shards = [checkpoint.read_tensors(file) for file in files]
     try:
-        config = LlamaConfig(
-            vocab_size=sum(len(shard["output.weight"]) for shard in shards),  # -1 in params.json
-            hidden_dim=sum(len(shard["layers.0.feed_forward.w1.weight"]) for shard in shards),
-            n_kv_heads=params.get("n_kv_heads"),
-            rope_theta=params.get("rope_theta", 1e4),
-            **{key: params[key] for key in ("dim", "n_layers", "n_heads", "norm_eps")},
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder}: not a LLaMA in Meta's layout ({why})") from None
+        vocab_size = sum(len(shard["output.weight"]) for shard in shards)
+        hidden_dim = sum(len(shard["layers.0.feed_forward.w1.weight"]) for shard in shards)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: not a LLaMA in Meta's layout ({error!r:.100})") from None
+    table = read_table(path)
+    table = {key: value for key, value in table.items() if (key, value) != ("vocab_size", -1)}
+    if "norm_eps" not in table:  # Meta's default is not ours
+        raise ValueError(f"{path}: norm_eps is missing; is this a LLaMA in Meta's layout?")
+    config = settings(LlamaConfig, META, table, path, vocab_size=vocab_size, hidden_dim=hidden_dim)
     pieces = {}
     for theirs, (ours, dim) in META_KEYS.items():
         heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(theirs[-2:])
@@ -574,7 +584,6 @@ Mask = Tensor | PackedAttention | None  # what Attention takes; None: causal
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, each token over itself and those before it; q, k and v as above.
-
     On a CPU it is written out: the gradient of torch's function takes six times as long in bfloat16 at 70
     tokens, three times at 190 (torch 2.13)."""
     if q.device.type != "cpu":

@@ -11,21 +11,28 @@ Reference: Hu et al. 2021, arXiv:2106.09685. On disk the layout is that of the `
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 import checkpoint
-from files import read_json, write_json
+from config import Limits, Share
+from files import one_line, write_json
+from foreign import Keys, read_table, settings
 
 
 class LoRALinear(nn.Module):
-    """A linear layer (plain or int8) with its adapter. A and B are fp32 whatever the base is stored in."""
+    """A linear layer (plain or int8) with its adapter. A and B are fp32 whatever the base is stored in. It is
+    in training mode, in which dropout acts, if the base is."""
 
-    def __init__(self, base: nn.Module, target: str, r: int, alpha: float, dropout: float):
+    def __init__(
+        self, base: nn.Module, target: str, r: int, alpha: float, dropout: float, device: str | None = None
+    ):
         super().__init__()
-        device = base.weight.device
+        device = device or base.weight.device
         self.base_layer = base
         self.target = target  # the name by which it was chosen
         self.r = r
@@ -36,6 +43,7 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
@@ -59,7 +67,10 @@ def apply(model: nn.Module, r: int, alpha: float, targets: list[str], dropout: f
     return attach(model, new_adapters(model, r, alpha, targets, dropout))
 
 
-def new_adapters(model: nn.Module, r: int, alpha: float, targets: list[str], dropout: float) -> dict:
+def new_adapters(
+    model: nn.Module, r: int, alpha: float, targets: list[str], dropout: float, device: str | None = None
+) -> dict[str, LoRALinear]:
+    """Adapters, not attached yet, for the layers called so; on their layers' devices, or all on `device`."""
     assert r > 0 and not adapters(model), f"rank {r}, {len(adapters(model))} adapters already there"
     linear = {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
     found = {name: target for target in targets for name in linear if f".{name}".endswith(f".{target}")}
@@ -67,7 +78,9 @@ def new_adapters(model: nn.Module, r: int, alpha: float, targets: list[str], dro
         if target not in found.values():
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise ValueError(f"no linear layer is called {target!r:.50}; there are {known}")
-    return {name: LoRALinear(linear[name], target, r, alpha, dropout) for name, target in found.items()}
+    return {
+        name: LoRALinear(linear[name], target, r, alpha, dropout, device) for name, target in found.items()
+    }
 
 
 def attach(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
@@ -92,11 +105,36 @@ def merge(model: nn.Module) -> nn.Module:
 # ---- peft's folder -----------------------------------------------------------------------------------------
 
 
-# What changes the function that a layer computes and is not implemented here.
-UNSUPPORTED = (
-    "fan_in_fan_out use_rslora use_dora rank_pattern alpha_pattern modules_to_save layers_to_transform "
-    "layer_replication alora_invocation_tokens"
-).split()
+@dataclass
+class AdapterConfig:
+    r: Annotated[int, Limits(1, 4096)]
+    lora_alpha: Annotated[float, Limits(-1e6, 1e6)]
+    target_modules: tuple[str, ...]
+    lora_dropout: Share = 0.0
+
+    def __post_init__(self):
+        if not 1 <= len(self.target_modules) <= 1000:
+            raise ValueError(f"target_modules are {len(self.target_modules)} names; it must be 1 to 1000")
+
+
+# These begin from A and B that leave the base as it is. "pissa", "olora", "corda", "loftq" and "lora_ga" take
+# something out of the base, which the weights of the adapter alone do not tell.
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+KEYS = Keys(
+    {name: name for name in ("r", "lora_alpha", "target_modules", "lora_dropout")},
+    {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": PLAIN_STARTS}
+    | dict.fromkeys(
+        "fan_in_fan_out use_rslora use_dora use_qalora lora_bias ensure_weight_tying".split(), (False,)
+    )
+    | dict.fromkeys(
+        "modules_to_save exclude_modules layers_to_transform layers_pattern layer_replication rank_pattern "
+        "alpha_pattern trainable_token_indices target_parameters alora_invocation_tokens use_bdlora "
+        "velora_config arrow_config kasa_config monteclora_config megatron_config enable_lora".split(),
+        (None, []),  # {} counts as absent
+    ),
+    "task_type base_model_name_or_path revision inference_mode auto_mapping peft_version runtime_config "
+    "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size merge_weights",
+)
 
 
 def named(layers: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
@@ -137,40 +175,27 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Applies the adapter that peft or `save` wrote; rank, alpha and targets come from its config. One that
     does not fit is refused, and the model then unchanged."""
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
+    path = folder / "adapter_config.json"
+    table = read_table(path)
+    if table.get("init_lora_weights") not in (None, *PLAIN_STARTS):
+        how = f"{table['init_lora_weights']!r:.20}"
+        raise ValueError(
+            f"{path}: init_lora_weights is {how}, whose training changed the base too; save the adapter "
+            "again in peft with save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+        )
+    config = settings(AdapterConfig, KEYS, table, path)
     weights = folder / "adapter_model.safetensors"
     tensors = checkpoint.read_tensors(weights if weights.exists() else weights.with_suffix(".bin"))
-    try:
-        layers = new_adapters(model, *read_config(config))
-        parameters = named(layers)
-        for name in sorted(parameters.keys() ^ tensors.keys()):
+    with one_line(folder):
+        targets = list(config.target_modules)
+        # On meta: no memory before the shapes of config and file have been compared.
+        layers = new_adapters(model, config.r, config.lora_alpha, targets, config.lora_dropout, "meta")
+        for name in sorted(named(layers).keys() ^ tensors.keys()):
             why = "has no place in this model" if name in tensors else "is missing"
             raise ValueError(f"{name:.200} {why}")
-        for name, p in parameters.items():
-            if tensors[name].shape != p.shape:
-                raise ValueError(f"{name} is {list(tensors[name].shape)}, the model needs {list(p.shape)}")
-            p.data.copy_(tensors[name])
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        for name, m in layers.items():
+            for half in ("lora_A", "lora_B"):
+                key = f"base_model.model.{name}.{half}"
+                weight = {"weight": tensors[f"{key}.weight"]}
+                checkpoint.assign(getattr(m, half), weight, key, device=m.base_layer.weight.device)
     return attach(model, layers)
-
-
-def read_config(config: dict) -> tuple[int, float, list[str], float]:
-    """(r, alpha, targets, dropout) of peft's config; what this file does not implement is refused."""
-    is_lora = isinstance(config, dict) and config.get("peft_type") == "LORA"
-    if not is_lora or config.get("bias", "none") != "none":
-        raise ValueError("not the config of a LORA adapter with bias 'none'")
-    for key in UNSUPPORTED:
-        if config.get(key):
-            raise ValueError(f"{key} = {config[key]!r:.50} is not supported")
-    r = config.get("r")
-    alpha = config.get("lora_alpha")
-    targets = config.get("target_modules")
-    dropout = config.get("lora_dropout")
-    if not isinstance(r, int) or not 0 < r <= 4096 or not isinstance(alpha, int | float):
-        raise ValueError(f"r = {r!r:.50}, lora_alpha = {alpha!r:.50} is impossible")
-    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
-        raise ValueError(f"target_modules = {targets!r:.50}: only a list of names is supported")
-    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
-        raise ValueError(f"lora_dropout = {dropout!r:.50} is impossible")
-    return r, alpha, targets, dropout

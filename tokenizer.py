@@ -33,7 +33,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from files import read_json, write_atomic
+from files import write_atomic
+from foreign import Keys, read_table, settings
 
 # ---- Speech as text ----------------------------------------------------------------------------------------
 
@@ -380,7 +381,8 @@ class Tokenizer:
             why = str(error)[:60]
             raise ValueError(f"{folder}/added_tokens.json is not JSON; fetch it again ({why})") from error
         tokenizer = cls(model, added, str(folder))
-        tokenizer.trained_style = read_style(folder / "tokenizer_config.json")
+        tokenizer.trained_style = read_written(folder / "tokenizer_config.json").template_style
+        read_written(folder / "special_tokens_map.json")
         return tokenizer
 
     @classmethod
@@ -439,11 +441,42 @@ SPECIAL_TOKENS = {
 }
 
 
-def read_style(path: Path) -> str | None:
-    """The style of templates that `write` has noted for prompting; None in other people's files."""
-    table = read_json(path) if path.is_file() else {}
-    style = table.get("template_style") if isinstance(table, dict) else None
-    return style if style in ("paper", "released") else None
+@dataclass
+class Written:
+    """What `write` notes for others in tokenizer_config.json."""
+
+    template_style: str | None = None  # None: other people's files do not say
+
+    def __post_init__(self):
+        if self.template_style not in (None, "paper", "released"):
+            raise ValueError(f"template_style is {self.template_style!r:.50}, not 'paper' or 'released'")
+
+
+# Of tokenizer_config.json and special_tokens_map.json: what this file implements, and what changes no id.
+KEYS = Keys(
+    {"template_style": "template_style"},
+    {
+        "tokenizer_class": ("LlamaTokenizer", "LlamaTokenizerFast"),
+        **{name: (token["content"],) for name, token in SPECIAL_TOKENS.items() if name != "pad_token"},
+        **dict.fromkeys(["add_bos_token", "legacy", "add_prefix_space"], (True,)),
+        **dict.fromkeys(["add_eos_token", "clean_up_tokenization_spaces"], (False,)),
+        **dict.fromkeys(["spaces_between_special_tokens", "split_special_tokens"], (False,)),
+        **dict.fromkeys(["additional_special_tokens", "extra_special_tokens"], ([],)),
+    },
+    "model_max_length padding_side truncation_side pad_token use_fast name_or_path special_tokens_map_file "
+    "tokenizer_file processor_class chat_template use_default_system_prompt model_input_names backend "
+    "is_local",
+)
+
+
+def read_written(path: Path) -> Written:
+    """ValueError if a tokenizer with this table makes other ids than this file."""
+    table = read_table(path) if path.is_file() else {}
+    for name in ("bos_token", "eos_token", "unk_token"):
+        token = table.get(name)
+        if isinstance(token, dict) and not any(token.get(key) for key in ("lstrip", "rstrip", "single_word")):
+            table[name] = token.get("content")
+    return settings(Written, KEYS, table, path)
 
 
 def write(folder: Path, model: bytes, added: dict[str, int], n_units: int, source: str) -> Tokenizer:

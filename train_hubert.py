@@ -31,7 +31,8 @@ from config import Amount, Count, Limits, Positive, Share, Whole
 from data import batches
 from data import units as unit_files
 from data.corpus import TARGET_SPEAKER, read_manifest
-from hubert import HuBERT, HuBERTConfig, KMeans, UnitExtractor, mfcc, smooth, span_mask, without_layers_above
+from hubert import HuBERT, HuBERTConfig, UnitExtractor, span_mask, without_layers_above
+from kmeans import KMeans, mfcc, smooth
 from run import Run, barrier, rank, world_size
 from training.loop import Loss, Optimization, optimize
 

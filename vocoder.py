@@ -26,6 +26,7 @@ import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -33,41 +34,55 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import checkpoint
-from files import read_json, write_json
+from config import Limits, Share, Size, load
+from files import show, write_json
+from foreign import VOCODER_TRAINING, Keys, read_table, settings
 
 SLOPE = 0.1  # of every leaky ReLU except the generator's last
-DURATION_PREDICTOR = {
-    "encoder_embed_dim": 128,
-    "var_pred_hidden_dim": 128,
-    "var_pred_kernel_size": 3,
-    "var_pred_dropout": 0.5,
-}
+MAX_FRAMES = 1000  # of a unit: 20 s, far above any that is spoken
+
+
+@dataclass
+class DurationConfig:
+    encoder_embed_dim: Size
+    var_pred_hidden_dim: Size
+    var_pred_kernel_size: Annotated[int, Limits(3, 3)] = 3  # the only one that the released code can use
+    var_pred_dropout: Share = 0.5
+
+
+@dataclass
+class SpeakerVectors:
+    embedder_dim: Size = 256
+
+
+Units = Annotated[int, Limits(1, 2**20)]
+Kernel = Annotated[int, Limits(1, 1000)]
 
 
 @dataclass
 class VocoderConfig:
     """The keys of the released config.json, whose values are the defaults; our own keys come last."""
 
-    num_embeddings: int = 1000  # K, the number of units
-    embedding_dim: int = 128  # E
-    model_in_dim: int = 128  # E, or 2 E with speakers
+    num_embeddings: Units = 1000  # K, the number of units
+    embedding_dim: Size = 128  # E
+    model_in_dim: Size = 128  # E, or 2 E with speakers
     multispkr: bool | str | None = None  # released files write a string here, or leave it out
-    num_speakers: int = 200
-    embedder_params: dict | None = None  # speakers are vectors of "embedder_dim" numbers instead
+    num_speakers: Units = 200
+    embedder_params: SpeakerVectors | None = None  # speakers are vectors instead
     f0: bool = False
     resblock: str = "1"  # HiFi-GAN's two kinds of residual block
-    upsample_rates: tuple[int, ...] = (5, 4, 4, 2, 2)
-    upsample_kernel_sizes: tuple[int, ...] = (11, 8, 8, 4, 4)
-    upsample_initial_channel: int = 512
-    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
-    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
-    dur_predictor_params: dict | None = field(default_factory=DURATION_PREDICTOR.copy)
-    code_hop_size: int = 320  # samples in a frame: 20 ms
-    sampling_rate: int = 16000
+    upsample_rates: tuple[Kernel, ...] = (5, 4, 4, 2, 2)
+    upsample_kernel_sizes: tuple[Kernel, ...] = (11, 8, 8, 4, 4)
+    upsample_initial_channel: Size = 512
+    resblock_kernel_sizes: tuple[Kernel, ...] = (3, 7, 11)
+    resblock_dilation_sizes: tuple[tuple[Kernel, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    dur_predictor_params: DurationConfig | None = field(default_factory=lambda: DurationConfig(128, 128))
+    code_hop_size: Size = 320  # samples in a frame: 20 ms
+    sampling_rate: Annotated[int, Limits(16000, 16000)] = 16000
     # ours, for small models; None, () and False are HiFi-GAN as published
-    upsample_channels: tuple[int, ...] | None = None  # after each upsampling; None: halved each time
-    unit_dilations: tuple[int, ...] = ()  # residual convolutions over the reduced units
-    context_dilations: tuple[int, ...] = ()  # residual convolutions at the frame rate
+    upsample_channels: tuple[Size, ...] | None = None  # after each upsampling; None: halved each time
+    unit_dilations: tuple[Kernel, ...] = ()  # residual convolutions over the reduced units
+    context_dilations: tuple[Kernel, ...] = ()  # residual convolutions at the frame rate
     running_durations: bool = False  # round predicted durations so that their sum is kept
 
     def __post_init__(self):
@@ -75,35 +90,30 @@ class VocoderConfig:
             if not condition:
                 raise ValueError(f"vocoder config: {message}")
 
+        for name, kind in (("dur_predictor_params", DurationConfig), ("embedder_params", SpeakerVectors)):
+            table = getattr(self, name)
+            if isinstance(table, dict):  # as in JSON; {} is none
+                setattr(self, name, load(kind, table, name) if table else None)
         rates = self.upsample_rates
         kernels = self.upsample_kernel_sizes
         even = all(kernel >= rate and (kernel - rate) % 2 == 0 for rate, kernel in zip(rates, kernels))
         hop = math.prod(rates)
-        blocks = len(self.resblock_kernel_sizes)
-        dilations = (*self.unit_dilations, *self.context_dilations)
-        possible = all(type(d) is int and 1 <= d <= 1000 for d in dilations)
+        blocks = self.resblock_kernel_sizes
+        lists = (rates, blocks, *self.resblock_dilation_sizes, self.unit_dilations, self.context_dilations)
         inputs = self.embedding_dim * (2 if self.speakers else 1)
-        predictor = self.dur_predictor_params or {}
+        predictor = self.dur_predictor_params or DurationConfig(self.embedding_dim, 1)
         require(not self.f0, "f0 is true, but this vocoder reads units (and a speaker) only")
-        require(
-            len(rates) == len(kernels), f"upsample_kernel_sizes must be one for each of the rates {rates}"
-        )
+        require(len(rates) == len(kernels), f"upsample_kernel_sizes must be one for each of {rates}")
         require(even, f"upsample_kernel_sizes {kernels} must be larger than {rates} by an even number")
         require(hop == self.code_hop_size, f"upsample_rates {rates} multiply to {hop}, not to code_hop_size")
         require(len(self.channels) == len(rates) + 1, f"upsample_channels must be one for each of {rates}")
-        require(self.resblock in ("1", "2"), f'resblock is {self.resblock!r}; it must be "1" or "2"')
-        require(
-            len(self.resblock_dilation_sizes) == blocks, f"resblock_dilation_sizes must be {blocks} lists"
-        )
-        require(
-            possible, f"dilations of units and context must be whole numbers of 1 to 1000, not {dilations}"
-        )
-        require(
-            self.model_in_dim == inputs,
-            f"model_in_dim is {self.model_in_dim}, but embeddings of {self.embedding_dim} numbers "
-            f"({'units and speaker' if self.speakers else 'units'}) make {inputs}",
-        )
-        require(predictor.get("var_pred_kernel_size", 3) == 3, "var_pred_kernel_size must be 3")
+        require(min(self.channels) > 0, f"upsample_initial_channel cannot be halved {len(rates)} times")
+        require(self.resblock in ("1", "2"), f'resblock is {self.resblock!r:.50}; it must be "1" or "2"')
+        require(blocks and all(size % 2 for size in blocks), f"resblock_kernel_sizes {blocks} must be odd")
+        require(len(self.resblock_dilation_sizes) == len(blocks), "resblock_dilation_sizes: one list a block")
+        require(max(map(len, lists)) <= 16, "a list of more than 16 numbers")
+        require(self.model_in_dim == inputs, f"model_in_dim is {self.model_in_dim}; embeddings make {inputs}")
+        require(predictor.encoder_embed_dim == self.embedding_dim, "encoder_embed_dim must be embedding_dim")
 
     @property
     def speakers(self) -> bool:
@@ -148,20 +158,18 @@ class ResBlock(nn.Module):
 
 
 class DurationPredictor(nn.Module):
-    """Unit embeddings (B, U, E) -> log(frames + 1), (B, U). The arguments are keys of config.json."""
+    """Unit embeddings (B, U, E) -> log(frames + 1), (B, U)."""
 
-    def __init__(
-        self, encoder_embed_dim: int, var_pred_hidden_dim: int, var_pred_kernel_size=3, var_pred_dropout=0.5
-    ):
+    def __init__(self, config: DurationConfig):
         super().__init__()
-        width = var_pred_hidden_dim
-        kernel = var_pred_kernel_size
-        self.conv1 = nn.Sequential(same_conv(encoder_embed_dim, width, kernel), nn.ReLU())
+        width = config.var_pred_hidden_dim
+        kernel = config.var_pred_kernel_size
+        self.conv1 = nn.Sequential(same_conv(config.encoder_embed_dim, width, kernel), nn.ReLU())
         self.ln1 = nn.LayerNorm(width)
         self.conv2 = nn.Sequential(same_conv(width, width, kernel), nn.ReLU())
         self.ln2 = nn.LayerNorm(width)
         self.proj = nn.Linear(width, 1)
-        self.dropout = var_pred_dropout
+        self.dropout = config.var_pred_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         for conv, norm in ((self.conv1, self.ln1), (self.conv2, self.ln2)):
@@ -179,7 +187,7 @@ class UnitVocoder(nn.Module):
         widths = config.channels
         self.dict = nn.Embedding(config.num_embeddings, config.embedding_dim)
         if config.embedder_params:
-            self.spkr = nn.Linear(config.embedder_params.get("embedder_dim", 256), config.embedding_dim)
+            self.spkr = nn.Linear(config.embedder_params.embedder_dim, config.embedding_dim)
         elif config.speakers:
             self.spkr = nn.Embedding(config.num_speakers, config.embedding_dim)
         self.conv_pre = same_conv(config.model_in_dim, widths[0], 7)
@@ -196,7 +204,7 @@ class UnitVocoder(nn.Module):
 
         self.conv_post = same_conv(widths[-1], 1, 7)
         if config.dur_predictor_params:
-            self.dur_predictor = DurationPredictor(**config.dur_predictor_params)
+            self.dur_predictor = DurationPredictor(config.dur_predictor_params)
 
     def embed(self, codes: Tensor, speaker: Tensor | None) -> Tensor:
         """Codes (B, T) -> (B, E, T), or with the speaker's embedding at every frame (B, 2 E, T)."""
@@ -243,7 +251,10 @@ class UnitVocoder(nn.Module):
     @torch.no_grad()
     def durations(self, units: Tensor) -> Tensor:
         """Predicted frames of each of the units (U,), at least one; halves round to even."""
-        frames = torch.exp(self.dur_predictor(self.dict(units[None]))[0].float()) - 1
+        log_frames = self.dur_predictor(self.dict(units[None]))[0].float()
+        if not (log_frames < math.log(MAX_FRAMES)).all():  # nor NaN
+            raise ValueError(f"a unit would last {log_frames.max().exp():.3g} frames: damaged weights")
+        frames = torch.exp(log_frames) - 1
         if self.config.running_durations:
             return round_keeping_sum(frames)  # ours
         return torch.clamp(torch.round(frames), min=1).long()
@@ -264,10 +275,8 @@ class UnitVocoder(nn.Module):
             raise ValueError("there are no units to speak")
         codes = torch.tensor([units[i] for i in kept], device=device)
         if codes.max() >= self.config.num_embeddings:
-            raise ValueError(
-                f"unit {codes.max()} is unknown: this vocoder has {self.config.num_embeddings}; "
-                "take units and vocoder of the same model"
-            )
+            n = self.config.num_embeddings
+            raise ValueError(f"unit {codes.max()} is unknown: the vocoder has {n}; is it of the same model?")
         if durations is not None:
             frames = torch.tensor([durations[i] for i in kept], device=device)
         elif hasattr(self, "dur_predictor"):
@@ -275,7 +284,10 @@ class UnitVocoder(nn.Module):
         else:
             raise ValueError("this vocoder has no duration predictor; give durations (frames of each unit)")
         codes = codes.repeat_interleave(frames)  # (U,) -> (T,)
-        return self.generate(codes[None], self.speaker_input(speaker)).squeeze(0).float()
+        wav = self.generate(codes[None], self.speaker_input(speaker)).squeeze(0).float()
+        if not wav.isfinite().all():
+            raise ValueError("the vocoder computes NaN: its weights are damaged")
+        return wav
 
     def speaker_input(self, speaker: int | Tensor | None) -> Tensor | None:
         """The speaker as `generate` takes it for one row: None, (1,) or (1, embedder_dim)."""
@@ -294,15 +306,15 @@ class UnitVocoder(nn.Module):
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> "UnitVocoder":
         """From a folder with config.json and one file of weights, ours or the released; float32."""
         config, tensors, source = read_folder(Path(folder))
-        vocoder = cls(config)
+        with torch.device("meta"):  # no memory before the shapes of config and file have been compared
+            vocoder = cls(config)
         checkpoint.assign(vocoder, tensors, source, dtype=torch.float32)
         return vocoder.to(device or "cpu").eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.state_dict().items()}
-        checkpoint.save_tensors(folder / "generator.safetensors", tensors)
+        checkpoint.save_tensors(folder / "generator.safetensors", self.state_dict(), dtype=dtype)
         write_json(folder / "config.json", dataclasses.asdict(self.config))
 
 
@@ -450,16 +462,19 @@ def feature_loss(real: Scored, fake: Scored) -> Tensor:
 # ---- Weight files ------------------------------------------------------------------------------------------
 
 WEIGHT_FILES = ("generator.safetensors", "vocoder.pt", "g_*")
-# Names in the files are those of the modules above:
-#   dict.weight  spkr.weight [spkr.bias]  conv_pre.*  ups.I.*  conv_post.*
-#   resblocks.N.convs1.J.*  resblocks.N.convs2.J.*  (resblock "1")     resblocks.N.convs.J.*  (resblock "2")
-#   dur_predictor.{conv1.0, ln1, conv2.0, ln2, proj}.*
-#   unit_context.convs.N.*  since.weight  until.weight  context.convs.N.*  (ours)
-# but the released file keeps the generator's convolutions as length and direction; torch has two spellings:
+# Names in the files are those of the modules above, but the released file keeps the generator's convolutions
+# as length and direction; torch has two spellings:
 WEIGHT_NORM = {
     ".weight_g": ".weight_v",
     ".parametrizations.weight.original0": ".parametrizations.weight.original1",
 }
+
+
+KEYS = Keys(
+    {field.name: field.name for field in dataclasses.fields(VocoderConfig)},
+    {"f0_quant_num_bin": (0, False), "multistyle": (False, 0)},
+    VOCODER_TRAINING,
+)
 
 
 def read_folder(folder: Path) -> tuple[VocoderConfig, dict[str, Tensor], str]:
@@ -477,24 +492,9 @@ def read_folder(folder: Path) -> tuple[VocoderConfig, dict[str, Tensor], str]:
 
 
 def read_config(path: Path) -> VocoderConfig:
-    """Keys about training (batch_size, mel settings, data) are ignored."""
-    table = read_json(path)
-    if not isinstance(table, dict):
-        raise ValueError(f"{path}: not a vocoder config (a JSON object of settings)")
-    if table.get("multistyle") or table.get("f0_quant_num_bin"):
-        raise ValueError(f"{path}: wants style or f0 inputs; this vocoder reads units (and a speaker)")
-    names = {field.name for field in dataclasses.fields(VocoderConfig)}
-    known = {key: tuplify(value) for key, value in table.items() if key in names}
-    known.setdefault("dur_predictor_params", None)  # without the key there is no duration predictor
-    try:
-        return VocoderConfig(**known)
-    except TypeError as problem:
-        raise ValueError(f"{path}: a setting has the wrong type ({problem})") from None
-
-
-def tuplify(value):
-    """Lists of JSON as tuples, at every depth."""
-    return tuple(tuplify(item) for item in value) if isinstance(value, list) else value
+    table = {"dur_predictor_params": None} | read_table(path)
+    without = {} if table["dur_predictor_params"] else {"dur_predictor_params": None}  # there is no predictor
+    return settings(VocoderConfig, KEYS, table, path, **without)
 
 
 def fold_weight_norm(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -511,6 +511,8 @@ def fold_weight_norm(tensors: dict[str, Tensor], source: str) -> dict[str, Tenso
                 raise ValueError(f"{source}: {name} has no partner {stem + direction}")
             g = folded.pop(name).float()
             v = folded.pop(stem + direction).float()
+            if g.shape != (*v.shape[:1], *(1 for _ in v.shape[1:])):
+                raise ValueError(f"{source}: {name} {show(g.shape)} is no length of {show(v.shape)}")
             folded[stem + ".weight"] = g * v / v.norm(dim=tuple(range(1, v.ndim)), keepdim=True)
     return folded
 
@@ -552,7 +554,6 @@ def deduplicate(codes: Tensor, n_units: int | None = None) -> tuple[Tensor, Tens
     (B, T), the index of its unit, the number of frames since that began, and the number until it ends.
 
     [7, 7, 3, 9, 9, 9] -> [7, 3, 9], [0, 0, 1, 2, 2, 2], [0, 1, 0, 0, 1, 2], [1, 0, 0, 2, 1, 0]
-
     U: the longest row of this batch; on several ranks n_units, the longest of the whole step's."""
     begins = torch.ones_like(codes)
     begins[:, 1:] = codes[:, 1:] != codes[:, :-1]
@@ -579,15 +580,12 @@ def round_keeping_sum(frames: Tensor) -> Tensor:
 def frame_parameters(vocoder: UnitVocoder) -> list[nn.Parameter]:
     """Parameters used by `frame_features` (the frame-rate half)."""
     names = ("dict", "spkr", "conv_pre", "unit_context", "since", "until", "context")
-    modules = [getattr(vocoder, name) for name in names if hasattr(vocoder, name)]
-    return [parameter for module in modules for parameter in module.parameters()]
+    return [p for name in names if hasattr(vocoder, name) for p in getattr(vocoder, name).parameters()]
 
 
 class FrameSpectrum(nn.Module):
-    """Frame features (B, C, T) -> log-mel spectrogram (B, 80, 2 T), one column every 10 ms.
-
-    Only for training: the frame-rate half learns by itself from whole recordings, without generating samples,
-    which would cost seven times as much."""
+    """Frame features (B, C, T) -> log-mel spectrogram (B, 80, 2 T), one column every 10 ms. For training: the
+    frame-rate half learns alone, from whole recordings, at a seventh of the cost of generating samples."""
 
     N_FFT = 640  # of `log_mel`, so the hop is 160: twice a frame
     N_MELS = 80

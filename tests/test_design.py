@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("files", "data.containers"),
     ("config", "run", "pickles", "data.audio"),
-    ("checkpoint",),
-    ("kmeans",),
+    ("checkpoint", "foreign"),
+    ("kmeans", "hubert_formats"),
     ("tokenizer", "hubert", "llama", "lora", "vocoder", "text_to_unit"),  # the paper's nouns
     ("data", "generate"),
     ("request",),

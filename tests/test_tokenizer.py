@@ -696,8 +696,12 @@ def test_the_style_of_templates_is_noted_for_whoever_prompts_the_model(tmp_path)
     assert trained.trained_style == Tokenizer.from_pretrained(tmp_path / "trained").trained_style == "paper"
     extended = Tokenizer.extend(tmp_path / "trained", tmp_path / "extended", 10)
     assert extended.trained_style == "paper"
-    for content in ("{}", "[]", '{"template_style": "other"}', '{"template_style": 3}'):
-        (tmp_path / "trained/tokenizer_config.json").write_text(content)
-        assert Tokenizer.from_pretrained(tmp_path / "trained").trained_style is None
+    path = tmp_path / "trained/tokenizer_config.json"
+    for content in ("[]", '{"template_style": "other"}', '{"template_style": 3}', '{"legacy": false}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="tokenizer_config.json"):
+            Tokenizer.from_pretrained(tmp_path / "trained")
+    path.write_text("{}")
+    assert Tokenizer.from_pretrained(tmp_path / "trained").trained_style is None
     (tmp_path / "trained/tokenizer_config.json").unlink()
     assert Tokenizer.from_pretrained(tmp_path / "trained").trained_style is None

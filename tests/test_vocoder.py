@@ -187,7 +187,7 @@ class Reference(nn.Module):
                 self.resblocks.append(block)
         self.conv_post = norm(nn.Conv1d(ch[-1], 1, 7, padding=3))
         d = self.dur_predictor = nn.Module()
-        width = c.dur_predictor_params["var_pred_hidden_dim"]
+        width = c.dur_predictor_params.var_pred_hidden_dim
         d.conv1 = nn.Sequential(nn.Conv1d(c.embedding_dim, width, 3, padding=1), nn.ReLU())
         d.ln1 = nn.LayerNorm(width)
         d.conv2 = nn.Sequential(nn.Conv1d(width, width, 3, padding=1), nn.ReLU())
@@ -262,13 +262,7 @@ RELEASED = {
 def released(folder, norm=torch.nn.utils.weight_norm, file="g_00500000", **changes) -> Reference:
     torch.manual_seed(1)
     (folder / "config.json").write_text(json.dumps(RELEASED | changes))
-    config = VocoderConfig(
-        **{
-            k: v.tuplify(x)
-            for k, x in (RELEASED | changes).items()
-            if k in VocoderConfig.__dataclass_fields__
-        }
-    )
+    config = v.read_config(folder / "config.json")
     reference = Reference(config, norm).eval()
     torch.save({"generator": reference.state_dict()}, folder / file)
     return reference
@@ -288,7 +282,7 @@ def test_a_released_file_sounds_as_its_restatement(tmp_path, norm, file, changes
     reference = released(tmp_path, norm, file, **changes)
     vocoder = UnitVocoder.from_pretrained(tmp_path)
     assert not any("_g" in name or "original" in name for name in vocoder.state_dict())  # folded
-    units = torch.randint(0, 30, (40,)).tolist()
+    units = torch.randint(0, 30, (40,), generator=torch.Generator().manual_seed(5)).tolist()
     speaker = 2 if changes else None
     with torch.no_grad():
         expected = reference(units, speaker)
@@ -582,5 +576,5 @@ def test_units_are_understood_whatever_their_durations():
 @pytest.mark.parametrize("value", [[0], [-1], ["2"], [1.5], [10**9], 3])
 def test_impossible_dilations_are_one_line(tmp_path, key, value):
     (tmp_path / "config.json").write_text(json.dumps({key: value}))
-    with pytest.raises(ValueError, match="dilations|wrong type"):
+    with pytest.raises(ValueError, match="dilations"):
         v.read_config(tmp_path / "config.json")
