@@ -117,9 +117,10 @@ class AdapterConfig:
             raise ValueError(f"target_modules are {len(self.target_modules)} names; it must be 1 to 1000")
 
 
-# These begin from A and B that leave the base as it is. "pissa", "olora", "corda", "loftq" and "lora_ga" take
-# something out of the base, which the weights of the adapter alone do not tell.
+# Initial values of A and B that leave the base as it is; and those that take something out of it, which the
+# weights of the adapter alone do not tell.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KEYS = Keys(
     {name: name for name in ("r", "lora_alpha", "target_modules", "lora_dropout")},
     {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": PLAIN_STARTS}
@@ -177,10 +178,9 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     folder = Path(folder)
     path = folder / "adapter_config.json"
     table = read_table(path)
-    if table.get("init_lora_weights") not in (None, *PLAIN_STARTS):
-        how = f"{table['init_lora_weights']!r:.20}"
+    if str(start := table.get("init_lora_weights")).startswith(OTHER_BASE):
         raise ValueError(
-            f"{path}: init_lora_weights is {how}, whose training changed the base too; save the adapter "
+            f"{path}: init_lora_weights is {start!r:.20}, which changes the base too; save the adapter "
             "again in peft with save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
         )
     config = settings(AdapterConfig, KEYS, table, path)

@@ -161,6 +161,71 @@ def test_pefts_loads_here(safe, tmp_path, ids):
 
 
 @pytest.mark.parametrize(
+    "changes, refused",
+    [
+        ({}, None),
+        ({"init_lora_weights": "gaussian"}, None),
+        ({"init_lora_weights": "orthogonal"}, None),
+        ({"lora_alpha": -3, "lora_dropout": 0.5}, None),
+        ({"target_modules": "all-linear"}, None),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
+        (
+            {"init_lora_weights": "pissa_niter_2"},
+            "init_lora_weights is 'pissa_niter_2', which changes the base",
+        ),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights is 'mica'"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 32}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layers_to_transform": 1}, "layers_to_transform"),
+        ({"exclude_modules": ["model.layers.0.self_attn.q_proj"]}, "exclude_modules"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
+        ({"target_parameters": ["self_attn.k_proj.weight"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_peft_compute_the_same_here_or_are_refused(changes, refused, tmp_path, ids):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(3)
+    settings = dict(r=4, lora_alpha=5, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trained = get_peft_model(their_base(tmp_path), LoraConfig(**settings | changes))
+    for name, p in trained.named_parameters():
+        if "lora_" in name:
+            p.data.add_(0.2 * torch.randn_like(p))
+    trained.save_pretrained(tmp_path / "lora")
+    if refused:
+        with pytest.raises(ValueError, match=refused) as error:
+            lora.load(base(), tmp_path / "lora")
+        assert len(str(error.value)) - len(str(tmp_path)) < 300
+        return
+    theirs = PeftModel.from_pretrained(their_base(tmp_path), tmp_path / "lora").eval()
+    with torch.no_grad():
+        assert torch.allclose(lora.load(base(), tmp_path / "lora")(ids), theirs(ids).logits, atol=1e-4)
+
+
+def test_an_adapter_is_in_the_mode_of_its_model(tmp_path, ids):
+    """An eval() model stays one: its new dropout does not act."""
+    model = lora.apply(base().train(), 4, 6.0, TARGETS, dropout=0.9)
+    assert all(m.training and m.dropout.training for m in lora.adapters(model).values())
+    for p in lora.parameters(model):
+        torch.nn.init.normal_(p)
+    lora.save(model, tmp_path)
+    loaded = lora.load(base(), tmp_path)
+    assert not any(m.training for m in loaded.modules())
+    assert torch.equal(loaded(ids), loaded(ids)) and torch.equal(loaded(ids), model.eval()(ids))
+    assert all(m.dropout.p == 0.9 for m in lora.adapters(loaded).values())
+
+
+@pytest.mark.parametrize(
     "changes, why",
     [
         ({"peft_type": "IA3"}, "LORA"),
