@@ -3,9 +3,13 @@
 import io
 import os
 import tarfile
+import tempfile
 import zipfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import archives
 
@@ -24,6 +28,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes = b"x", **more) -> None:
 
 def make(path, mode="w"):
     """An archive with GOOD, something that is not wanted, BAD names, and links."""
+    path.parent.mkdir(exist_ok=True)
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in {**GOOD, "corpus/c.pdf": b"x", **dict.fromkeys(BAD, b"x")}.items():
@@ -148,3 +153,25 @@ def test_a_name_that_is_a_file_and_a_folder(tmp_path):
     refused = archives.unpack(tmp_path / "a.tar", tmp_path / "out", WANTED)
     assert [row["audio"] for row in refused] == ["a.wav/b.wav", "c.wav"]
     assert sorted(files(tmp_path / "out")) == ["a.wav", "c.wav/d.wav"]
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(st.data())
+def test_damage_of_any_kind_is_one_line(data):
+    """Bytes changed or lost anywhere: what is unpacked stays inside, or ValueError or OSError says so."""
+    with tempfile.TemporaryDirectory() as folder:
+        name, mode = data.draw(st.sampled_from([("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.zip", "")]))
+        archive = make(Path(folder, "in", name), mode)
+        content = bytearray(archive.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3))):
+            place = data.draw(st.integers(0, len(content) - 1))
+            length = data.draw(st.sampled_from([0, 1, 2, 8, 4096]))
+            content[place : place + length] = data.draw(st.binary(max_size=8))
+            content = content or bytearray(b"\0")
+        archive.write_bytes(content)
+        try:
+            archives.unpack(archive, Path(folder, "out"), WANTED)
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error)
+        inside = {path.name for path in Path(folder).iterdir()}
+        assert inside <= {"in", "out"} and not any(path.is_symlink() for path in Path(folder).rglob("*"))

@@ -1,8 +1,12 @@
 """data/tables.py: other people's tables, row by row; what is damaged costs its own row."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import tables
 
@@ -126,3 +130,44 @@ def test_an_element_without_end_does_not_take_the_memory(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text('[{"a": "' + "x" * 1_000_000 + '"}]')
     (error,) = items(tmp_path / "a.json")
     assert "more than 200000 characters" in str(error)
+
+
+# ---- anything ----------------------------------------------------------------------------------------------
+
+GOOD = (
+    b'path\ttext\na.wav\tOne.\nb.wav\t"Two", she said.\n',
+    b'path,text\na.wav,"One,\nand ""two"""\nb.wav,Three\n',
+    b"a|One|one\nb|Two|two\n",
+    '{"wav": "a.wav", "text": "Ça"}\n{"wav": "b.wav"}\n'.encode(),
+    b'{"name": [1, {"a": null}], "audios": [{"aid": "1", "segments": [{"a": 1.5}]}, {"aid": "2"}]}',
+    "path\ttext\na.wav\tÇa\n".encode("utf-16"),
+)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(st.data())
+def test_damage_of_any_kind_is_a_problem_of_a_row(data):
+    """Bytes changed, lost or doubled: each reader gives rows, each with fields of text or with a problem."""
+    content = bytearray(data.draw(st.sampled_from(GOOD)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        length = data.draw(st.integers(0, 8))
+        content[place : place + length] = data.draw(st.binary(max_size=8))
+        content = content or bytearray(b"\0")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, separator in (("a.tsv", "\t"), ("a.csv", ","), ("a.txt", "|"), ("a.txt", ":")):
+            path = Path(folder, name)
+            path.write_bytes(content)
+            for header in (True, False):
+                check_rows(tables.rows(path, separator, header))
+        for name in ("a.json", "a.jsonl"):
+            path = Path(folder, name)
+            path.write_bytes(content)
+            check_rows(tables.rows(path, tables.JSON, False))
+            assert all(type(at) is int for _, at in tables.json_items(path, "audios"))
+
+
+def check_rows(found) -> None:
+    for row in found:
+        assert row.where and "\n" not in row.problem and len(row.problem) < 300
+        assert all(type(key) is str and type(value) is str for key, value in row.fields.items())
