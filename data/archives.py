@@ -93,8 +93,11 @@ def name_problem(name: str) -> str:
         return "a path that climbs out"
     if any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name):
         return "a name with control characters"
-    if any(len(os.fsencode(part)) > 240 for part in parts):
-        return "a name too long"
+    try:
+        if any(len(os.fsencode(part)) > 240 for part in parts):
+            return "a name too long"
+    except UnicodeEncodeError:  # half of a character, from JSON
+        return "a name that is no text"
     if os.name == "nt":
         for part in parts:
             if re.search(r'[<>:"|?*]|[. ]$', part) or part.split(".")[0].lower() in WINDOWS:

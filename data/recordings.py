@@ -137,12 +137,15 @@ def number(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
+HARMFUL = ("Cc", "Cs")  # control characters, and halves of a character, which no text may have
+
+
 def clean(text: str) -> str:
     """One line, composed letters (NFC), no control characters: what a terminal shows without harm."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     text = " ".join(text.split())
-    return text if text.isprintable() else "".join(c for c in text if unicodedata.category(c) != "Cc")
+    return text if text.isprintable() else "".join(c for c in text if unicodedata.category(c) not in HARMFUL)
 
 
 def utterance_problem(utterance: Utterance, settings: Settings) -> str:
@@ -156,7 +159,7 @@ def utterance_problem(utterance: Utterance, settings: Settings) -> str:
         return f"text too long: {len(text)} letters"
     if settings.english and (letter := foreign_letter(text)):
         return f"text not English: it has the letter {letter!a}"
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in utterance.id):
+    if any(unicodedata.category(letter) in HARMFUL for letter in utterance.id):
         return "a name with control characters"
     if utterance.begin is None:
         return ""

@@ -31,7 +31,7 @@ JSON = "json"
 
 class Row(NamedTuple):
     where: str  # "clips.tsv, line 17"
-    fields: dict[str, str]  # column -> content; a table without header has the columns "1", "2", ...
+    fields: dict[str, str]  # column -> content, "" if the row ends before; without header: "1", "2", ...
     problem: str = ""  # why the row cannot be read
     position: int = 0  # bytes of the file read so far, about
 
@@ -52,6 +52,7 @@ def rows(path: Path, separator: str, header: bool, encoding: str = "") -> Iterat
             yield Row(where, {}, problem, position)
         else:
             columns = names or [str(n) for n in range(1, len(fields) + 1)]
+            fields += [""] * (len(columns) - len(fields))
             yield Row(where, dict(zip(columns, fields)), "", position)
 
 

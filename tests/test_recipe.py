@@ -230,7 +230,8 @@ def test_gigaspeech(tmp_path, monkeypatch):
         {"aid": "POD1", "path": "audio/podcast/P0000/POD1.opus", "segments": segments},
         {"aid": "POD2", "path": "../../etc/x.opus", "segments": [segment(11, 1, 2)]},
         {"aid": "POD3", "path": "audio/gone.opus", "segments": [segment(12, 1, 2)]},
-        {"aid": "POD4"},
+        {"aid": "POD4"}, {"aid": "POD5", "path": "x.opus", "segments": None}, None,
+        {"aid": "POD6", "path": "\ud800.opus", "segments": [segment(13, 1, 2, "\ud800 <PERIOD>")]},
     ]}  # fmt: skip
     (root / "GigaSpeech.json").write_text(json.dumps(table))
     run(gigaspeech, monkeypatch, root, tmp_path / "out", "--subset", "M")
@@ -253,7 +254,7 @@ def test_gigaspeech(tmp_path, monkeypatch):
         ("silent", 1),
         ("cut short", 1),
         ("too short", 1),
-        ("damaged row", 3),
+        ("damaged row", 5),
         ("times make no sense", 1),
         ("named twice", 1),
         ("no such file", 1),

@@ -50,6 +50,14 @@ def test_csv_with_quotes(tmp_path):
     assert found[4:] == [{"path": f"{n}.wav", "text": f"row {n}"} for n in range(30)]
 
 
+def test_a_row_that_ends_before_the_header(tmp_path):
+    (tmp_path / "a.tsv").write_text("path\ttext\tspeaker\na.wav\tOne.\nb.wav\n")
+    assert fields(tmp_path / "a.tsv") == [
+        {"path": "a.wav", "text": "One.", "speaker": ""},
+        {"path": "b.wav", "text": "", "speaker": ""},
+    ]
+
+
 def test_a_table_without_header(tmp_path):
     (tmp_path / "metadata.csv").write_text('LJ1|He said "1455|He said "fourteen\n\nLJ2|Two|Two\n')
     assert read(tmp_path / "metadata.csv", "|", header=False) == [

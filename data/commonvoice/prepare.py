@@ -43,7 +43,7 @@ def jobs(settings: Settings, folder: str, names: list[str], votes: int) -> Itera
             if row.problem:
                 yield Skipped(recipe.join(folder, name), row.problem, row.where, work)
                 continue
-            clip, speaker, text = row.fields["path"], row.fields["client_id"], row.fields.get("sentence", "")
+            clip, speaker, text = row.fields["path"], row.fields["client_id"], row.fields["sentence"]
             audio = recipe.join(folder, f"clips/{clip}" if "." in clip else f"clips/{clip}.mp3")
             marks = {f"sentence {text.lower()}", f"speaker {speaker}"}
             if name in ("dev.tsv", "test.tsv"):

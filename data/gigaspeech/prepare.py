@@ -46,9 +46,8 @@ def jobs(settings: Settings, table: str, subset: str, capitals: bool = False) ->
         try:
             path = recipe.join(folder, recipe.string(recording, "path"))
             aid = recipe.string(recording, "aid")
-            segments = recording["segments"]
-            subsets_of(segments[0] if segments else {})
-        except (TypeError, KeyError, ValueError, AttributeError):
+            segments = list(recording["segments"])
+        except (TypeError, KeyError, ValueError):
             yield Skipped(table, "damaged row", where, work)
             continue
         utterances = []
