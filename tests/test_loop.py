@@ -320,6 +320,21 @@ def test_workers_prepare_the_same_batches(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), helped.parameters()))
 
 
+@needs_fork
+def test_too_little_shared_memory_is_told_and_no_endless_wait(tmp_path, monkeypatch):
+    def full(self):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    run = Run(tmp_path, tmp_path, 0, torch.device("cpu"))
+    object.__setattr__(run, "workers", 1)  # that it was large enough for one number has been checked
+    with pytest.raises(ValueError, match="No space left on device; use --workers 0") as caught:
+        optimize(run, "name", tmp_path, new_model(), loss, batch_at, Optimization(steps=2, bf16=False))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
 def test_workers_that_cannot_be_are_refused_before_anything_begins(tmp_path, monkeypatch):
     def no_memory(self):
         raise RuntimeError("unable to open shared memory object </torch_1> in read-write mode: No such file")

@@ -232,9 +232,19 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int):
         try:
-            return self.batch_at(self.first + i)
+            micro_batches = self.batch_at(self.first + i)
         except (ValueError, OSError) as problem:  # a process of its own would add its traceback to the line
             return problem
+        if torch.utils.data.get_worker_info():
+            try:
+                for tensor in (tensor for batch in micro_batches for tensor in batch):
+                    tensor.share_memory_()  # here, where it can be told, and not on its way
+            except RuntimeError as problem:
+                what = " ".join(str(problem).split())[:120]
+                return ValueError(
+                    f"{what}; use --workers 0, or make /dev/shm larger (docker run --shm-size 2g)"
+                )
+        return micro_batches
 
 
 def data_parallel(objective: Objective, device: torch.device) -> nn.Module:
