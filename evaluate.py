@@ -328,16 +328,16 @@ def evaluate(
     start = time.perf_counter()
     problems: list[str] = []
 
-    # ---- all that is read
-    model, before = load_models(folder, device)
-    measured = {"bits": model}
-    if (folder.parent / "stage1").is_dir():
-        measured["bits.1"] = SpeechGPT(Llama.from_pretrained(folder.parent / "stage1"), model.tok)
+    # ---- all that is read, the tables first
     lookup = LookupBaselines([row for row in read_dialogues(corpus) if row["split"] == "train"])
     manifest = [row | {"path": corpus / row["wav"]} for row in resolve(corpus)]
     drawn = draw(manifest, items or sys.maxsize, seed, problems)
     if not drawn.paths():
         raise ValueError(f"{corpus} has no recording that can be measured; {report.summary(problems)}")
+    model, before = load_models(folder, device)
+    measured = {"bits": model}
+    if (folder.parent / "stage1").is_dir():
+        measured["bits.1"] = SpeechGPT(Llama.from_pretrained(folder.parent / "stage1"), model.tok)
     train = measures.train_units(model, manifest, folder.parent / "units.jsonl", 400)
     report.claim(out)
 

@@ -208,7 +208,8 @@ def markdown(facts: dict, rows: list[Row], items: list[Item], examples: list[dic
     if examples:
         text += "## Examples\n\n"
         text += example_table(examples)
-    text += "## Training\n\n"
+    if curves:
+        text += "## Training\n\n"
     return text + "".join(f"![{curve}]({curve})\n" for curve in curves)
 
 

@@ -401,17 +401,18 @@ def test_a_model_without_vocoder_or_hubert_is_one_line(part, message, monkeypatc
     setattr(model, part, None)
     monkeypatch.setattr(evaluate, "need_extra", lambda: None)
     monkeypatch.setattr(evaluate.SpeechGPT, "from_pretrained", lambda *_: model)
+    write_world(tmp_path)
     with pytest.raises(ValueError, match=message):
-        evaluate.evaluate(tmp_path, tmp_path, tmp_path / "out")
+        evaluate.evaluate(tmp_path, tmp_path / "corpus", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_model_or_corpus_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "need_extra", lambda: None)
+    write_world(tmp_path)
     with pytest.raises(FileNotFoundError, match="no model"):
-        evaluate.evaluate(tmp_path / "nothing", tmp_path, tmp_path / "out")
-    monkeypatch.setattr(evaluate.SpeechGPT, "from_pretrained", lambda *_: KnownModel())
-    with pytest.raises(FileNotFoundError, match="manifest.jsonl"):
+        evaluate.evaluate(tmp_path / "nothing", tmp_path / "corpus", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="manifest.jsonl"):  # before the model is loaded
         evaluate.evaluate(tmp_path, tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(ValueError, match="items is -1"):
         evaluate.evaluate(tmp_path, tmp_path, tmp_path / "out", items=-1)

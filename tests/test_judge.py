@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from evaluation import judge
 from evaluation.judge import errors, normalize_text, ordinal, repeats, same, spell
@@ -81,6 +83,13 @@ def test_every_number_has_words_of_its_own():
 def test_errors_are_counted(reference, recognized, edits, words):
     pytest.importorskip("jiwer")
     assert errors(reference, recognized) == (edits, words)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("0123456789:.,-+×÷=%& 'stndrh½²٣⁄ a’\n\0\ud800é", max_size=30) | st.text(max_size=40))
+def test_every_text_has_a_form_to_compare(text):
+    words = normalize_text(text)
+    assert normalize_text(words) == words and same(text, words)
 
 
 def test_repetitions_are_noticed():

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from request import Reply, Request, is_missing, is_sound, modalities, reply_paths
 
@@ -89,6 +91,16 @@ def test_names_of_replies(folder):
     ]  # fmt: skip
     assert names(["q.wav", "q-2.wav", "q.wav"]) == ["q.wav", "q-2.wav", "q-3.wav"]
     assert len(names(["x" * 300 + ".wav"])[0]) < 220 and names(["\udcff.wav"]) == ["reply.wav"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text("aB.1/\\ ~?\0\ud800é-") | st.text(), max_size=4))
+def test_every_text_has_a_shape_and_a_name(prompts):
+    paths = reply_paths(prompts, Path("nowhere"))
+    assert len({str(path).lower() for path in paths}) == len(prompts)
+    for prompt, path in zip(prompts, paths):
+        assert path.parent == Path("nowhere") and path.name.isprintable() and len(path.name.encode()) < 256
+        assert is_missing(prompt) <= is_sound(prompt)
 
 
 def test_a_file_that_no_reply_made_is_never_replaced(folder):
