@@ -50,8 +50,13 @@ class Run:
         return self.out / "units.jsonl"
 
     @property
+    def spoken(self) -> Path:
+        """The units of dialogues that the text-to-unit generator has spoken (train_text_to_unit.py)."""
+        return self.out / "t2u.jsonl"
+
+    @property
     def model(self) -> Path:
-        """The talking model that it makes: llama/, lora/, hubert/, vocoder/."""
+        """The talking model that it makes: llama/, lora/, hubert/, vocoder/; and text_to_unit/."""
         return self.out / "model"
 
     @property

@@ -37,6 +37,7 @@ from data import batches
 from data.batches import Document
 from data.corpus import SPLITS, TARGET_SPEAKER, read_dialogues, read_manifest
 from data.units import read_perturbed, read_units
+from files import read_jsonl
 
 UNKNOWN_SPEAKER = -1  # of augmented copies; never a TTS target
 READING = "reading"  # the family of sentences to read aloud
@@ -80,6 +81,8 @@ class Tables(NamedTuple):
     rows: list[dict]  # of the manifest, with their units
     copies: list[dict]  # augmented copies of some (`units.read_perturbed`)
     dialogues: list[dict]
+    # Text -> its units by the text-to-unit generator (§3.2); None: answers are as they were recorded.
+    spoken: dict[str, list[int]] | None = None
 
 
 def read_tables(folder: str | Path, n_units: int | None) -> Tables:
@@ -92,6 +95,18 @@ def read_tables(folder: str | Path, n_units: int | None) -> Tables:
     where = folder / "manifest.jsonl", folder / "units.jsonl", n_units
     copies = [row | {"speaker": UNKNOWN_SPEAKER} for row in read_perturbed(*where)]
     return Tables(folder, read_units(*where), copies, dialogues)
+
+
+def read_spoken(path: str | Path, n_units: int) -> dict[str, list[int]]:
+    """t2u.jsonl: text -> units (train_text_to_unit.py)."""
+    spoken = {}
+    for number, row in enumerate(read_jsonl(path, ("text", "units")), 1):
+        text, units = row["text"], row["units"]
+        numbers = isinstance(units, list) and all(type(unit) is int for unit in units)
+        if not isinstance(text, str) or not numbers or not all(0 <= unit < n_units for unit in units):
+            raise ValueError(f"{path}, row {number}: must be a text and its units of 0 to {n_units - 1}")
+        spoken[text] = units
+    return spoken
 
 
 def sentences(tables: Tables, split: str) -> list[str]:
@@ -116,7 +131,9 @@ def pairs(tables: Tables, split: str) -> list[Pair]:
 
 
 def exchanges(tables: Tables, split: str) -> list[Exchange]:
-    """All dialogues of a split. `rendition`: training dialogues, with other recordings of their questions."""
+    """All dialogues of a split. `rendition`: training dialogues, with other recordings of their questions.
+
+    Where the text-to-unit generator has spoken, all answers are its, and questions without a recording."""
     questions: dict[tuple[str, str], list[list[int]]] = {}  # (split, text) -> units of each recording
     answers: dict[str, list[list[int]]] = {}
     for row in tables.rows + tables.copies:
@@ -129,6 +146,10 @@ def exchanges(tables: Tables, split: str) -> list[Exchange]:
         if row["split"] == ("heldout" if split == "heldout" else "train"):
             question_units = questions.get((split, row["question"]), [])
             answer_units = answers.get(row["answer"], [])
+            if tables.spoken is not None:
+                answer_units = [tables.spoken[row["answer"]]] if row["answer"] in tables.spoken else []
+                if not question_units and split != "rendition" and row["question"] in tables.spoken:
+                    question_units = [tables.spoken[row["question"]]]
             found.append(
                 Exchange(row["question"], row["answer"], row["family"], question_units, answer_units)
             )

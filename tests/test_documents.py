@@ -97,6 +97,28 @@ def test_exchanges_pair_a_recorded_question_with_the_target_speakers_answer(corp
     assert h.answer == "Two plus two is four." and h.answer_units == []
 
 
+def test_the_text_to_unit_generator_speaks_answers_and_unrecorded_questions(corpus):
+    spoken = {"One plus one is two.": [5, 6], "Add one and one.": [8], "What is one plus one?": [9]}
+    made = tables(corpus)._replace(spoken=spoken)
+    e, unrecorded = documents.exchanges(made, "train")
+    assert e.answer_units == unrecorded.answer_units == [[5, 6]]
+    assert len(e.question_units) == 2 and [9] not in e.question_units  # recordings are better
+    assert unrecorded.question_units == [[8]]
+    (h,) = documents.exchanges(made, "heldout")
+    assert h.answer_units == [] and len(h.question_units) == 1
+    _, unrecorded = documents.exchanges(made, "rendition")
+    assert unrecorded.question_units == []
+
+
+def test_dialogues_without_a_single_recording_can_be_trained_on(corpus):
+    text_only = tables(corpus)._replace(rows=[], copies=[])
+    with pytest.raises(ValueError, match="nothing of kind 's2s'"):
+        documents.examples(text_only, "train", {"s2s": 1.0})
+    spoken = {"One plus one is two.": [5, 6], "Add one and one.": [8]}
+    (example,) = documents.examples(text_only._replace(spoken=spoken), "train", {"s2s": 1.0})
+    assert example.source.question == "Add one and one." and example.source.question_units == [[8]]
+
+
 def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):
     e, _ = documents.exchanges(tables(corpus), "train")
     for k in range(40):

@@ -269,6 +269,7 @@ def make_optimizers(
     tables = (
         "embed_tokens.weight",
         "lm_head.weight",
+        "output_projection.weight",
         "label_embs",
     )  # one row a symbol: no linear map, not for Muon
     matrices = [p for p in trained.values() if p.ndim >= 2]

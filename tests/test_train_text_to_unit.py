@@ -1,0 +1,140 @@
+"""train_text_to_unit.py: whose recordings it learns from, its batches, what it speaks of the dialogues."""
+
+import json
+import random
+from itertools import permutations
+
+import pytest
+import torch
+
+import train_text_to_unit as t2u
+from data import documents
+from run import Run
+from text_to_unit import Search, Stack, TextToUnit, TextToUnitConfig, Vocabulary
+from tokenizer import Tokenizer
+
+UNITS = 12
+WORDS = {"one": [1, 2, 3], "two": [4, 5], "three": [6, 7, 8], "four": [9, 10]}
+
+
+def spell(text: str) -> list[int]:
+    return [unit for word in text.split() for unit in [0, *WORDS[word]]]
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """A run as far as its units and its tokenizer: each word has its units."""
+    rows, units = [], []
+    texts = [" ".join(words) for n in (1, 2) for words in permutations(WORDS, n)]
+    unrecorded = ["two one", "three one"]
+    random.Random(0).shuffle(texts)
+    for number, text in enumerate(texts):
+        for speaker in (0, 1):
+            split = "heldout" if number % 8 == 7 else "train"
+            row = {"id": f"{number}-{speaker}", "wav": "x.wav", "text": text, "speaker": speaker}
+            rows.append(row | {"split": split, "kind": "statement", "seconds": 1.0})
+            found = spell(text) if speaker == 0 else [11, 0]
+            units.append({"id": row["id"], "units": found, "durations": [1] * len(found)})
+    rows = [row for row in rows if row["text"] not in unrecorded]
+    dialogues = [
+        {"question": unrecorded[0], "answer": "four one", "family": ""},
+        {"question": texts[0], "answer": "four one", "family": ""},
+        {"question": unrecorded[1], "answer": "two", "family": "", "split": "heldout"},
+    ]
+    for name, table in (("manifest", rows), ("units", units), ("dialogues", dialogues)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    Tokenizer.train(texts, tmp_path / "tokenizer", 620, UNITS)
+    return Run(tmp_path, tmp_path, 0, torch.device("cpu"))
+
+
+STACK = Stack(dim=32, ffn_dim=64, n_layers=1, n_heads=2, pre_norm=True)
+
+
+def model_of(run: Run, **more) -> TextToUnit:
+    torch.manual_seed(0)
+    vocabulary = Vocabulary.new((run.tokenizer / "tokenizer.model").read_bytes(), UNITS)
+    return TextToUnit(TextToUnitConfig(STACK, STACK, dropout=0.0, **more), vocabulary).eval()
+
+
+def test_it_learns_to_speak_and_speaks_the_dialogues(run):
+    section = t2u.TextToUnitSection(
+        steps=120, batch_size=16, lr=5e-3, warmup=10, smoothing=0.0, beam=2, eval_every=120,
+        model=TextToUnitConfig(STACK, STACK, dropout=0.0),
+    )  # fmt: skip
+    t2u.train(run, section, UNITS, centers=False)
+    rows = [json.loads(line) for line in run.spoken.read_text().splitlines()]
+    spoken = {row["text"]: row["units"] for row in rows}
+    assert spoken["two"] == spell("two") and spoken["four one"] == spell("four one")
+    assert set(spoken) <= {"two", "four one", "two one", "three one"}
+    model = TextToUnit.from_pretrained(run.model / "text_to_unit")
+    assert model.generate(["four one"], Search(beam=2)) == [spell("four one")]
+    lines = [json.loads(line) for line in (run.metrics / "t2u.jsonl").read_text().splitlines()]
+    assert lines[-1]["held_out_nll"] > 0 and lines[-1]["nll"] < lines[0]["nll"] / 5
+
+
+def test_it_learns_from_the_recordings_of_the_models_voice_alone(run, capsys):
+    model = model_of(run)
+    pairs = documents.pairs(documents.read_tables(run.out, UNITS), "train")
+    ids = t2u.encode(model, [*pairs, documents.Pair([1, 2], " ", 0)], "train")
+    texts = {pair.text for pair in pairs}
+    assert len(ids) == len(texts)  # one of two speakers, and nothing without a text
+    assert sorted(model.vocabulary.to_units(units) for _, units in ids) == sorted(map(spell, texts))
+    assert "left out" not in capsys.readouterr().out
+
+    ids = t2u.encode(model_of(run, max_target=5), pairs, "train")
+    assert max(len(units) for _, units in ids) == 5
+    longer = sum(len(spell(text)) + 1 > 5 for text in texts)
+    assert f"{longer} recordings of split train are longer" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no recording of the model's voice has a text"):
+        t2u.encode(model, [pair for pair in pairs if pair.speaker == 1], "train")
+
+
+def test_batches_are_shuffled_epochs_of_pairs_of_similar_length(monkeypatch):
+    draw = random.Random(0)
+    ids = [([n, 2], [4] * draw.randint(1, 60) + [2]) for n in range(10, 330)]
+    batch_at = t2u.batches_of_similar_length(ids, 0, 20, 1)
+    steps = [batch_at(step)[0] for step in range(16)]
+    assert sorted(int(text[0]) for texts, _ in steps for text in texts) == list(range(10, 330))  # one epoch
+    real = sum((units != 1).sum().item() for _, units in steps)
+    assert real > 0.8 * sum(units.numel() for _, units in steps), "too much padding"
+    longest = [units.shape[1] for _, units in steps]
+    assert longest != sorted(longest), "long and short ones should come in turns"
+    for texts, units in steps[:3]:
+        for text, row in zip(texts, units):
+            n, expected = int(text[0]), ids[int(text[0]) - 10][1]
+            assert text.tolist() == [n, 2] and row[: len(expected)].tolist() == expected
+    assert all(torch.equal(a, b) for a, b in zip(batch_at(5)[0], steps[5]))
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        shares += t2u.batches_of_similar_length(ids, 0, 20, 2)(5)
+    found = sorted(int(text[0]) for texts, _ in shares for text in texts)
+    assert found == sorted(int(text[0]) for text in steps[5][0])  # the same step, in four pieces
+
+
+def test_answers_and_unrecorded_questions_are_spoken_once(run):
+    texts = t2u.unspoken(documents.read_tables(run.out, UNITS))
+    assert texts == ["four one", "two", "two one", "three one"]
+
+
+def test_what_cannot_be_spoken_is_counted(run, capsys):
+    model = model_of(run, max_source=5)
+    rows = t2u.speak(model, ["one", "two one", "one two three four one two"], Search(1, max_len_b=4))
+    assert all(len(row["units"]) < 3 for row in rows)
+    said = capsys.readouterr().out
+    assert f"of 3 texts 1 are longer than t2u.model.max_source, {2 - len(rows)} came to no end" in said
+
+
+def test_the_spoken_file_is_checked(run):
+    run.spoken.write_text('{"text": "two", "units": [4, 5]}\n')
+    assert documents.read_spoken(run.spoken, UNITS) == {"two": [4, 5]}
+    for line in (
+        '{"text": "two", "units": [12]}',
+        '{"text": 2, "units": [1]}',
+        '{"text": "two", "units": "1"}',
+    ):
+        run.spoken.write_text(f"{line}\n")
+        with pytest.raises(ValueError, match="row 1: must be a text and its units of 0 to 11"):
+            documents.read_spoken(run.spoken, UNITS)

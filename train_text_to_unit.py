@@ -1,0 +1,177 @@
+"""Trains the text-to-unit generator, and makes the speech of dialogues with it (SpeechGPT §3.2): stage t2u.
+
+It learns from the recordings in the voice of the model, pairs of text and units. Then it writes the units of
+every answer, and of every question that nobody has recorded, to out/t2u.jsonl. Stage 3 reads them ([stage3]
+speech = "t2u"), so dialogues need no recordings; a question made so is asked in the voice of the model.
+
+    {"text": "Three plus four is seven.", "units": [57, 5, 602, ...]}
+
+References: text_to_unit.py for the network, its loss and its search; training/loop.py for the loop.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from config import Amount, Count, Share, Whole
+from data import batches, documents
+from files import write_jsonl
+from kmeans import KMeans
+from run import Run, barrier, progress, rank, world_size
+from text_to_unit import Search, TextToUnit, TextToUnitConfig, Vocabulary
+from training.loop import Loss, Optimization, optimize
+
+Ids = tuple[list[int], list[int]]  # of a text and of its units, both with </s>
+
+
+@dataclass
+class TextToUnitSection(Optimization):
+    """The paper gives no numbers. Defaults: those of Vaswani's base model."""
+
+    steps: Whole = 100_000
+    batch_size: Count = 256  # pairs of text and units
+    lr: Amount = 7e-4
+    warmup: Whole = 4000
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    weight_decay: Amount = 0.0
+    smoothing: Share = 0.1  # label smoothing
+    beam: Count = 5  # hypotheses of the search; 1: greedy
+    model: TextToUnitConfig = field(default_factory=TextToUnitConfig)
+
+
+def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> None:
+    """Writes model/text_to_unit and t2u.jsonl. centers: embeddings of units start as the k-means centers."""
+    vocabulary = Vocabulary.new((run.tokenizer / "tokenizer.model").read_bytes(), n_units)
+    tables = documents.read_tables(run.out, n_units)
+    torch.manual_seed(run.seed)
+    model = TextToUnit(section.model, vocabulary)
+    if centers:
+        start = KMeans.from_pretrained(run.model / "hubert").embeddings(section.model.decoder.dim)
+        model.decoder.embed_tokens.weight.data[-n_units:] = start * section.model.decoder.dim**-0.5
+    model.to(run.device)
+    ids = encode(model, documents.pairs(tables, "train"), "train")
+    batch_at = batches_of_similar_length(ids, run.seed, section.batch_size, section.accumulate)
+
+    def loss(model: TextToUnit, batch: tuple[Tensor, Tensor]) -> Loss:
+        smoothed, plain, n = model.losses(*batch, section.smoothing)
+        read = n + batch[0].ne(Vocabulary.pad).sum()
+        return Loss(smoothed, n, read, {"nll": (plain, n)})
+
+    search = Search(section.beam, max_len_b=2 * max(len(units) for _, units in ids))
+    probe = held_out_probe(run, model, documents.pairs(tables, "heldout"), search)
+    optimize(run, "t2u", run.state("t2u"), model, loss, batch_at, section, probe)
+    if rank() == 0:
+        model.save_pretrained(run.model / "text_to_unit")
+        write_jsonl(run.spoken, speak(model, unspoken(tables), search))
+    barrier()
+
+
+def encode(model: TextToUnit, pairs: list[documents.Pair], split: str) -> list[Ids]:
+    """The recordings in the voice of the model, as ids. What is longer than the model reads or writes is left
+    out, and counted."""
+    found, longer = [], 0
+    for pair in pairs:
+        if documents.fits("tts", "", pair) and pair.text.strip():
+            text, units = model.vocabulary.encode(pair.text), model.vocabulary.from_units(pair.units)
+            if len(text) > model.config.max_source or len(units) > model.config.max_target:
+                longer += 1
+            else:
+                found.append((text, units))
+    if split == "train" and not found:
+        raise ValueError(
+            "t2u: no recording of the model's voice has a text to learn from; see docs/own-data.md"
+        )
+    if longer and rank() == 0:
+        print(f"t2u: {longer} recordings of split {split} are longer than t2u.model allows, and left out")
+    return found
+
+
+# ---- Batches: pairs of similar length ----------------------------------------------------------------------
+
+SORTED_STEPS = 16  # steps whose pairs are divided among them by length
+
+
+def batches_of_similar_length(ids: list[Ids], seed: int, batch_size: int, accumulate: int) -> Callable:
+    """step -> [(texts (B, S), units (B, T)) of each micro-batch], padded. The pairs of a few steps are drawn
+    together, sorted by length, cut into steps, and the steps shuffled: less padding, and still random."""
+    size = SORTED_STEPS * batch_size
+
+    @lru_cache(2)
+    def window(number: int) -> list[int]:
+        items = [batches.order(i, len(ids), seed)[0] for i in range(number * size, (number + 1) * size)]
+        items.sort(key=lambda item: len(ids[item][1]))
+        steps = [items[start : start + batch_size] for start in range(0, size, batch_size)]
+        random.Random(f"{seed} {number}").shuffle(steps)
+        return [item for step in steps for item in step]
+
+    def make(indices: range) -> tuple[Tensor, Tensor]:
+        return pad([ids[window(index // size)[index % size]] for index in indices])
+
+    return batches.split_batch(make, batch_size, accumulate, rank(), world_size())
+
+
+def pad(rows: list[Ids]) -> tuple[Tensor, Tensor]:
+    texts, units = ([torch.tensor(ids) for ids in side] for side in zip(*rows))
+    shape = {"batch_first": True, "padding_value": Vocabulary.pad}
+    return pad_sequence(texts, **shape), pad_sequence(units, **shape)
+
+
+def held_out_probe(
+    run: Run, model: TextToUnit, pairs: list[documents.Pair], search: Search
+) -> Callable[[], tuple[dict[str, float], str]]:
+    """-log p of a held-out unit, on up to 64 recordings; and what the model writes for two of their texts."""
+    pairs = [pair for pair in pairs if documents.fits("tts", "", pair)]
+    pairs = random.Random(run.seed).sample(pairs, min(64, len(pairs)))
+    ids = encode(model, pairs, "heldout")
+
+    @torch.no_grad()
+    def probe() -> tuple[dict[str, float], str]:
+        if not ids:
+            return {}, ""
+        _, plain, n = model.losses(*(side.to(run.device) for side in pad(ids)))
+        lines = ""
+        for pair, made in zip(pairs[:2], model.generate([pair.text for pair in pairs[:2]], search)):
+            lines += f"\n  text     {pair.text}\n  units    {made}\n  expected {pair.units}"
+        return {"held_out_nll": (plain / n).item()}, lines
+
+    return probe
+
+
+# ---- The speech of dialogues -------------------------------------------------------------------------------
+
+
+def unspoken(tables: documents.Tables) -> list[str]:
+    """Every answer, and every question without a recording, once."""
+    recorded = {row["text"] for row in tables.rows}
+    answers = [row["answer"] for row in tables.dialogues]
+    questions = [row["question"] for row in tables.dialogues if row["question"] not in recorded]
+    return list(dict.fromkeys(answers + questions))
+
+
+def speak(model: TextToUnit, texts: list[str], search: Search, portion: int = 64) -> list[dict]:
+    """Rows of t2u.jsonl. A text that the model cannot read, or does not end to speak, is left out."""
+    rows, longer, endless = [], 0, 0
+    order = sorted(texts, key=len)
+    with progress(len(texts), title="t2u: speech of dialogues", unit="text") as bar:
+        for start in range(0, len(order), portion):
+            chosen = order[start : start + portion]
+            fit = [text for text in chosen if len(model.vocabulary.encode(text)) <= model.config.max_source]
+            longer += len(chosen) - len(fit)
+            for text, units in zip(fit, model.generate(fit, search, portion)):
+                if len(units) > 0.9 * search.max_len_b:
+                    endless += 1
+                elif units:
+                    rows.append({"text": text, "units": units})
+            bar.update(len(chosen))
+    if longer or endless:
+        print(
+            f"t2u: of {len(texts)} texts {longer} are longer than t2u.model.max_source, {endless} came to no "
+            "end; they have no speech",
+            flush=True,
+        )
+    return rows
