@@ -23,6 +23,7 @@ import math
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -94,56 +95,70 @@ CHUNKS = {
     b"riff": Chunks(40, 16, "<Q", 24, 8),  # w64
     b"caff": Chunks(8, 4, ">Q", 0, 1),
 }
+MAX_CHUNKS = 10_000
 UNKNOWN = (2**31, 2**32 - 1, 0x7FFFF000, 0x7F000008, 2**63 - 1, 2**64 - 1)
+SAMPLES = (b"\1\0", b"\3\0", b"\6\0", b"\7\0", b"\xfe\xff")  # encodings of wav that are not in blocks
+MP3_IN_WAV = b"\x55\0"
 
 
-class Sound(NamedTuple):
-    """Where the sound is by the header."""
+class Chunk(NamedTuple):
+    """A piece of a file, by its header."""
 
-    start: int
+    name: bytes
+    start: int  # of its content
     length: int
-    field: int = 0  # position of the length; 0: there is none of a fixed size
+    field: int = 0  # position of the length; 0: there is none that could be replaced
     format: str = ""  # of the length, for struct
     counted: int = 0
 
 
-def _chunked(path: Path, file: BinaryIO, size: int, layout: Chunks) -> Stream:
-    sound = long_length = None
-    end = position = layout.first
-    while position < size:
+def _chunks(file: BinaryIO, size: int, layout: Chunks) -> Iterator[Chunk]:
+    """Chunk after chunk, as long as they make sense; the last one may reach beyond the end of the file."""
+    long = None
+    position = layout.first
+    size_of_header = layout.name + struct.calcsize(layout.length)
+    for _ in range(MAX_CHUNKS):
         file.seek(position)
-        header = file.read(layout.name + struct.calcsize(layout.length))
+        header = file.read(size_of_header)
         name = header[:4]
+        is_chunk = name.isascii() and name.decode().isprintable() and name not in CHUNKS
+        if len(header) < size_of_header or not is_chunk:
+            return
         start = position + len(header)
-        try:
-            length = struct.unpack(layout.length, header[layout.name :])[0] - layout.counted
-        except struct.error:  # the file ends here
-            break
-        if name == b"ds64" and start + 16 <= min(start + length, size):  # lengths of more than 32 bits
-            long_length = Sound(0, struct.unpack("<xxxxxxxxQ", file.read(16))[0], start + 8, "<Q")
-        elif name in CHUNKS or not (name.isascii() and name.decode().isprintable()):
-            break
-        elif name in (b"data", b"SSND"):
-            if sound:
-                raise ValueError(f"{path} has its sound in two pieces: export it again")
-            sound = Sound(start, length, position + layout.name, layout.length, layout.counted)
-            if long_length:
-                sound = long_length._replace(start=start)
-                length = sound.length
-        if length < 0 or start + length > size:
-            break
-        end = start + length
+        length = struct.unpack(layout.length, header[layout.name :])[0] - layout.counted
+        chunk = Chunk(name, start, length, position + layout.name, layout.length, layout.counted)
+        if name == b"ds64" and start + 16 <= size:  # of rf64: lengths of more than 32 bits
+            long = Chunk(b"data", 0, struct.unpack("<xxxxxxxxQ", file.read(16))[0], start + 8, "<Q")
+        if name == b"data" and long:
+            chunk = long._replace(start=start)
+        yield chunk
+        end = start + chunk.length
+        if not start <= end <= size:
+            return
         file.seek(end)
         padding = file.read(-end % layout.align)  # some programs forget it
         position = end + (0 if padding.strip(b"\0") else len(padding))
+
+
+def _chunked(path: Path, file: BinaryIO, size: int, layout: Chunks) -> Stream:
+    sound = None
+    codec = SAMPLES[0]
+    end = layout.first
+    for chunk in _chunks(file, size, layout):
+        if chunk.name == b"fmt ":
+            file.seek(chunk.start)
+            codec = file.read(2)
+        elif chunk.name in (b"data", b"SSND"):
+            if sound:
+                raise ValueError(f"{path} has its sound in two pieces: export it again")
+            sound = chunk
+        if chunk.start + chunk.length <= size:
+            end = max(chunk.start, chunk.start + chunk.length)
     if not sound:
         raise _cut_short(path, "the chunk with its sound is missing")
-    stream = _whole(path, size, sound, max(end, sound.start))
-    if layout == CHUNKS[b"riff"] and stream.content == path and sound.start + sound.length < size:
-        return Stream(
-            _read(path)[: sound.start + sound.length]
-        )  # libsndfile takes all that follows for sound
-    return stream
+    if codec == MP3_IN_WAV:
+        raise ValueError(f"{path} {NOT_SOUND}")
+    return _whole(path, size, sound, end, stops=codec in SAMPLES and layout != CHUNKS[b"riff"])
 
 
 def _au(path: Path, file: BinaryIO, size: int) -> Stream:
@@ -152,7 +167,7 @@ def _au(path: Path, file: BinaryIO, size: int) -> Stream:
     if len(numbers) < 8:
         raise _cut_short(path, "its header ends early")
     start, length = struct.unpack(">II", numbers)
-    return _whole(path, size, Sound(start, length, 8, ">I"), start + length)
+    return _whole(path, size, Chunk(b"", start, length, 8, ">I"), start + length, stops=False)
 
 
 def _sphere(path: Path, file: BinaryIO, size: int) -> Stream:
@@ -166,16 +181,14 @@ def _sphere(path: Path, file: BinaryIO, size: int) -> Stream:
     if b"sample_count" in numbers:
         names = (b"sample_count", b"channel_count", b"sample_n_bytes")
         length = math.prod(int(numbers.get(name, 1)) for name in names)
-    return _whole(path, size, Sound(len(header), length), len(header) + length)
+    return _whole(path, size, Chunk(b"", len(header), length), len(header) + length, stops=False)
 
 
-def _whole(path: Path, size: int, sound: Sound, end: int) -> Stream:
-    """The stream of a file that makes sense up to `end`, which is behind its sound. A length that means
-    "unknown" is replaced by the true one."""
+def _whole(path: Path, size: int, sound: Chunk, end: int, stops: bool) -> Stream:
+    """The stream of a file that makes sense up to `end`. A length that means "unknown" is replaced by the
+    true one. Unless libsndfile `stops` where the sound does, what follows is taken off."""
     missing = sound.start + sound.length - size
-    unknown = any(
-        0 <= most - sound.counted - sound.length < 256 for most in UNKNOWN
-    )  # some take the header off
+    unknown = any(0 <= most - sound.counted - sound.length < 256 for most in UNKNOWN)  # or as much less
     if sound.field and ((missing > 0 and unknown) or (sound.length <= 0 and size - end > SLACK)):
         content = bytearray(_read(path))
         struct.pack_into(sound.format, content, sound.field, size - sound.start + sound.counted)
@@ -185,6 +198,8 @@ def _whole(path: Path, size: int, sound: Sound, end: int) -> Stream:
         raise _cut_short(path, f"{there:,} of {sound.length:,} bytes of its sound are there")
     if size - end > SLACK and _anything(path, end):
         raise _more(path, size - end)
+    if missing < 0 and not stops:
+        return Stream(_read(path)[:missing])
     return Stream(path)
 
 

@@ -94,7 +94,10 @@ def test_parts_and_lengths_are_those_of_load(tmp_path, format_):
             continue
         (tmp_path / "a.wav").write_bytes(content)
         whole = audio.load(tmp_path / "a.wav")
-        assert audio.measure(tmp_path / "a.wav") == len(whole) / RATE
+        assert audio.measure(tmp_path / "a.wav") == len(whole) / RATE == audio.seconds(tmp_path / "a.wav")
+        spans = list(audio.cut(tmp_path / "a.wav", [(0.1, 0.2), (0.15, 9.0), (9.0, 9.5)]))
+        assert [len(span) for span in spans] == [1600, len(whole) - 2400, 0]
+        np.testing.assert_array_equal(spans[0], whole[1600:3200])
         for start, n in ((0, 400), (3001, 1000), (7900, 107), (7900, 5000), (9000, 10)):
             part = audio.load_part(tmp_path / "a.wav", start, n)
             np.testing.assert_array_equal(part, whole[start : start + n], err_msg=subtype)
@@ -151,6 +154,17 @@ def test_a_file_that_is_cut_off(load, format_):
         refused(load, content[:kept], "copy it again" if kept > 12 else "")
 
 
+@pytest.mark.parametrize("format_", [*LENGTHS, "NIST"])
+def test_what_is_no_sound_is_not_decoded(load, format_):
+    for subtype in soundfile.available_subtypes(format_):
+        try:
+            content = written(format_, subtype)
+        except soundfile.LibsndfileError:
+            continue
+        for follows in (bytes(2000), b"?" * 300):
+            np.testing.assert_array_equal(load(content + follows), load(content), err_msg=subtype)
+
+
 @pytest.mark.parametrize("format_", ["WAV", "AIFF", "W64", "CAF"])
 def test_what_may_follow_the_sound(load, format_):
     content = written(format_)
@@ -174,6 +188,8 @@ def test_a_chunk_of_odd_length_with_and_without_padding(load):
     for padding in (b"", b"\0"):
         assert len(load(content[: 44 + 8001] + padding + note)) == 8001
     refused(load, content[:36] + b"data" + bytes(4) + content[36:], "two pieces")
+    refused(load, content[:36] + b"none\0\0\0\0" * 20_000 + content[36:], "is missing")
+    refused(load, content[:20] + b"\x55" + content[21:], "not a sound file")  # mp3 in wav
 
 
 def test_telephone_sound_in_gsm(load):
@@ -202,12 +218,14 @@ def flac_with(content: bytes, total: int) -> bytes:
     return content[:18] + numbers.to_bytes(8, "big") + content[26:]
 
 
-def test_flac_of_unknown_or_wrong_length(load):
+def test_flac_of_unknown_or_wrong_length(load, tmp_path):
     content = written("FLAC")
     truth = load(content)
     assert len(truth) == len(SOUND)
     for total in (0, 1, 100, 8006):  # all that is there is sound, whatever the header says
         np.testing.assert_array_equal(load(flac_with(content, total)), truth)
+        assert audio.measure(tmp_path / "a.wav") == len(truth) / RATE
+        np.testing.assert_array_equal(audio.load_part(tmp_path / "a.wav", 50, 5000), truth[50:5050])
     for total in (8008, 100_000, 2**36 - 1):
         with pytest.raises(ValueError, match="cut short|too long"):
             load(flac_with(content, total))
@@ -311,13 +329,14 @@ N = 16000 + len(SOUND) + 16000
 DECODER_DELAY = 529  # samples that come out of a decoder before its first frame does
 
 
-def test_mp3_with_its_note_and_without(load, mp3):
+def test_mp3_with_its_note_and_without(load, mp3, tmp_path):
     truth = load(mp3)
     note, *frames = mp3_frames(mp3)
     assert b"Xing" in note and len(truth) == N and len({len(frame) for frame in frames}) > 2
     vbri = note[:4] + bytes(32) + b"VBRI" + bytes(10) + struct.pack(">I", len(frames))  # of another encoder
     for content in (frames, [vbri.ljust(len(note), b"\0"), *frames]):
         bare = load(b"".join(content))
+        assert audio.seconds(tmp_path / "a.wav") == len(bare) / RATE
         assert len(bare) == 576 * len(frames) - DECODER_DELAY
         padding = (len(bare) - N) // 2
         found = max(decibels(bare[shift:], truth) for shift in range(padding + 200))
@@ -367,12 +386,15 @@ def test_mpeg_layers_1_and_2_are_refused(load):
 @pytest.mark.parametrize("format_, between", [
     ("OGG", b""), ("FLAC", b""), ("FLAC", ID3_AT_THE_END), ("MP3", b""), ("MP3", ID3_AT_THE_END + ID3),
 ])  # fmt: skip
-def test_streams_one_after_another(load, format_, between):
+def test_streams_one_after_another(load, tmp_path, format_, between):
     first = written(format_, None, SOUND)
     second = written(format_, None, np.stack([SOUND[::-2]] * 2, 1), 8000)  # another rate, two channels
     expected = np.concatenate([load(first), load(second), load(first)])
     np.testing.assert_array_equal(load(first + between + second + between + first), expected)
     assert len(expected) >= 3 * len(SOUND) - 2
+    assert audio.seconds(tmp_path / "a.wav") == len(expected) / RATE
+    part = audio.load_part(tmp_path / "a.wav", 5000, 10_000)  # over the end of the first
+    np.testing.assert_array_equal(part, expected[5000:15_000])
 
 
 # ---- Damaged bytes -----------------------------------------------------------------------------------------
