@@ -53,6 +53,8 @@ def load(path: str | Path, rate: int = RATE) -> np.ndarray:
     parts = []
     room = float(MAX_SECONDS)
     for stream in streams(path):
+        if stream.beginning:
+            _check_beginning(path, *stream.beginning)
         parts.append(_decode(path, stream, rate, room))
         room -= len(parts[-1]) / rate
     wav = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -178,7 +180,7 @@ def _blocks(path: Path, file: _Forward, promised: int | None, room: float) -> It
     libsndfile announces; at most `room` seconds and MAX_VALUES may."""
     promised = file.frames if promised is None else promised
     most = min(int(room * file.samplerate), MAX_VALUES // file.channels)
-    size = max(1, (1 << 17) // file.channels)
+    size = max(1, (1 << 15) // file.channels)  # small, so that it stays in the cache
     found = 0
     while max(found, promised) <= most:
         left = promised - found
@@ -200,6 +202,13 @@ def _blocks(path: Path, file: _Forward, promised: int | None, room: float) -> It
     if found < promised:
         there, all_of_it = found / file.samplerate, promised / file.samplerate
         raise ValueError(f"{path} is cut short: {there:.2f} of {all_of_it:.2f} s are there; copy it again")
+
+
+def _check_beginning(path: Path, content: bytes, n_samples: int) -> None:
+    with _open(path, content) as file:
+        found = sum(len(block) for block in _blocks(path, file, 0, MAX_SECONDS))
+    if found != n_samples:
+        raise ValueError(f"{path} was cut out of a longer file without being decoded: export it again")
 
 
 def check_speech(wav: np.ndarray, name: str = "the recording") -> None:

@@ -39,6 +39,7 @@ class Stream(NamedTuple):
 
     content: Path | bytes
     promised: int | None = None  # samples that must be there; None: as many as libsndfile announces
+    beginning: tuple[bytes, int] | None = None  # of ogg: see `_ogg_beginning`
 
 
 def streams(path: Path) -> list[Stream]:
@@ -249,40 +250,68 @@ def ogg_checksum(page: bytes) -> int:
     return int(f"{checksum:032b}"[::-1], 2)
 
 
+class Page(NamedTuple):
+    start: int
+    stop: int
+    flags: int
+    position: int  # of the stream, in samples, after the last packet that ends in this page; -1: none does
+    serial: int  # of the stream
+    number: int  # in the stream
+
+
+def _ogg_pages(path: Path, content: bytes) -> Iterator[Page]:
+    start = flags = 0
+    while start < len(content):
+        head = content[start : start + 27]
+        if head[:4] != b"OggS" and flags & LAST_PAGE and content.find(b"OggS", start) < 0:
+            return  # something else after the end
+        segments = content[start + 27 : start + 27 + head[26]] if len(head) == 27 else b""
+        stop = start + 27 + len(segments) + sum(segments)
+        page = content[start:stop]
+        if head[:4] == b"OggS" and (len(head) < 27 or len(segments) < head[26] or stop > len(content)):
+            raise _cut_short(path, "its last page is not whole")
+        if head[:4] != b"OggS" or ogg_checksum(page) != struct.unpack_from("<I", page, 22)[0]:
+            raise ValueError(f"{path} is damaged at byte {start:,}: copy it again")
+        flags, position, serial, number = struct.unpack_from("<xxxxxBqII", page)
+        if position < -1 or (position == -1 and min(segments, default=255) < 255):  # a packet ends with less
+            raise ValueError(f"{path} is damaged at byte {start:,}: copy it again")
+        yield Page(start, stop, flags, position, serial, number)
+        start = stop
+
+
 def _ogg(path: Path, content: bytes) -> list[Stream]:
     """Streams may follow each other. Their pages are numbered, and positions never go back."""
     found = []
-    start = position = expected = before = 0
-    serial = None  # of the stream that has begun and not ended
-    while position < len(content):
-        head = content[position : position + 27]
-        if head[:4] != b"OggS" and serial is None and content.find(b"OggS", position) < 0:
-            break  # something else after the end
-        n_segments = head[26] if len(head) == 27 else 0
-        segments = content[position + 27 : position + 27 + n_segments]
-        length = 27 + n_segments + sum(segments)
-        page = content[position : position + length]
-        if head[:4] == b"OggS" and (len(head) < 27 or len(page) < length):
-            raise _cut_short(path, "its last page is not whole")
-        if head[:4] != b"OggS" or ogg_checksum(page) != struct.unpack_from("<I", page, 22)[0]:
-            raise ValueError(f"{path} is damaged at byte {position:,}: copy it again")
-        flags, granule, of, number = struct.unpack_from("<xxxxxBqII", page)
-        if (serial is None) != bool(flags & FIRST_PAGE) or serial not in (None, of):
+    pages: list[Page] = []  # of the stream that has begun and not ended
+    for page in _ogg_pages(path, content):
+        if bool(pages) == bool(page.flags & FIRST_PAGE) or (pages and page.serial != pages[0].serial):
             raise ValueError(f"{path} holds several streams at once: export its sound alone")
-        if serial is None:
-            start, serial, expected, before = position, of, number, 0
-        ends_none = granule == -1 and all(segment == 255 for segment in segments)  # of its packets
-        if number != expected or not (granule >= before or ends_none):
-            raise ValueError(f"{path} is damaged: pages are missing at byte {position:,}; copy it again")
-        expected = (number + 1) % (1 << 32)
-        before = max(before, granule)
-        position += length
-        if flags & LAST_PAGE:
-            found.append(Stream(content[start:position]))
-            serial = None
-    if serial is not None:
+        reached = max((before.position for before in pages[-1:]), default=0)
+        if pages and (page.number != pages[-1].number + 1 or -1 < page.position < reached):
+            raise ValueError(f"{path} is damaged: pages are missing at byte {page.start:,}; copy it again")
+        pages.append(page._replace(position=max(page.position, reached)))
+        if page.flags & LAST_PAGE:
+            found.append(
+                Stream(content[pages[0].start : page.stop], beginning=_ogg_beginning(content, pages))
+            )
+            pages = []
+    if pages:
         raise _cut_short(path, "the end of its ogg stream is missing")
     return found
+
+
+def _ogg_beginning(content: bytes, pages: list[Page]) -> tuple[bytes, int] | None:
+    """A vorbis stream up to its first page of sound, and how many samples it should have; None: too short.
+
+    Programs that cut without decoding say by that page's position how much of the beginning to leave out.
+    libsndfile leaves out as much of the end."""
+    first = next(page for page in pages if page.position > 0 or page is pages[-1])
+    if first is pages[-1] or not content.startswith(b"\x01vorbis", pages[0].start + 28):
+        return None
+    page = bytearray(content[first.start : first.stop])
+    struct.pack_into("<Bq", page, 5, first.flags | LAST_PAGE, 1 << 40)
+    struct.pack_into("<I", page, 22, ogg_checksum(bytes(page)))
+    return content[pages[0].start : first.start] + bytes(page), first.position
 
 
 # ---- Mp3 ---------------------------------------------------------------------------------------------------
