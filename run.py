@@ -8,10 +8,11 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -188,15 +189,33 @@ def together() -> Iterator[None]:
     the first of the others to notice says so."""
     try:
         yield
-    except (Exception, KeyboardInterrupt) as problem:
+    except Exception as problem:
         if world_size() > 1:
             if not _is_first():
-                sys.exit(1)
+                _end_in_silence()
             if isinstance(problem, dist.DistError) or "gloo" in str(problem):
                 lost = "lost the connection to another process of this run (was it killed, or its machine?)"
-                raise ConnectionError(f"{lost}; {LOST}") from None
+                problem = ConnectionError(f"{lost}; {LOST}")
+            if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun will name as the cause
+                with suppress(OSError):
+                    cause = {"message": f"error: {problem}", "timestamp": int(time.time())}
+                    Path(report).write_text(json.dumps(cause), encoding="utf-8")
+        raise problem
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # told to end, perhaps because of what another has told already
+        if _board is not None and _board.add("told", 0):
+            _end_in_silence()
         raise
     destroy()
+
+
+def _end_in_silence():
+    """Another process is about to tell why, and must not be ended by torchrun before it has."""
+    with suppress(ValueError):  # in another thread than the first
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(2 * BEAT)
+    sys.exit(1)
 
 
 def _is_first() -> bool:

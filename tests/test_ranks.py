@@ -216,9 +216,16 @@ def test_many_processes_end_soon_and_with_one_line(tmp_path, event, codes, said)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_torchrun_ends_the_others_when_one_is_killed(tmp_path):
-    """What torchrun itself reports, in many lines, is not ours to shorten; ours is one line at most."""
-    script = tmp_path / "killed.py"
+@pytest.mark.parametrize(
+    "what, cause",
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("raise ValueError('a mistake of its own')", "traceback : error: a mistake of its own"),
+    ],
+)
+def test_torchrun_ends_all_when_one_has_ended(tmp_path, what, cause):
+    """What torchrun itself reports, in many lines, is not ours to shorten; but its end names the cause."""
+    script = tmp_path / "ends.py"
     script.write_text(
         "import os, signal, time, torch, config, run\n"
         "@run.together()\n"
@@ -226,7 +233,7 @@ def test_torchrun_ends_the_others_when_one_is_killed(tmp_path):
         "    run.init_distributed(torch.device('cpu'))\n"
         "    for step in range(10_000):\n"
         "        if step == 5 and run.rank() == 1:\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"            {what}\n"
         "        run.all_reduce_sum(torch.ones(1))\n"
         "config.command_line(main)\n"
     )
@@ -242,7 +249,9 @@ def test_torchrun_ends_the_others_when_one_is_killed(tmp_path):
     )
     assert done.returncode == 1 and time.monotonic() - began < 60
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(ours) <= 1 and f'File "{script}"' not in done.stderr and "SIGKILL" in done.stderr
+    assert len(ours) <= 1 and f'File "{script}"' not in done.stderr
+    assert cause in "".join(done.stderr.splitlines(keepends=True)[-5:]), done.stderr
+    assert cause == "SIGKILL" or ours == ["error: a mistake of its own"]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 7])
