@@ -439,6 +439,18 @@ def test_a_list_of_recorded_prompts_that_lies_elsewhere(tmp_path, mine, monkeypa
         run(folder, monkeypatch, mine, tmp_path / "out", "--table", table)
 
 
+def test_names_alone_are_found_in_any_number_of_folders(tmp_path, mine, monkeypatch):
+    names = [f"s{n:02}/deep/u{n:02}" for n in range(60)]
+    for name in names:
+        (mine / name).parent.mkdir(parents=True)
+        os.link(mine / "a/one.wav", mine / f"{name}.wav")
+    for form in (Path(names[7]).name, "deep/u07", "/data/rec/u07.wav", "D:\\u07.wav"):
+        (mine / "list.tsv").write_text(f"a/one\tOne.\n{form}\tSeven.\n")
+        run(folder, monkeypatch, mine, tmp_path / "out")
+        found = {row["id"]: row["text"] for row in rows(tmp_path / "out")}
+        assert found == {"a/one": "One.", "s07/deep/u07": "Seven."}, form
+
+
 def test_tables_called_train_and_test_make_the_split(tmp_path, mine, monkeypatch):
     (mine / "train.tsv").write_text("path\ttext\na/one.wav\tOne.\na/two.flac\tTwo.\n")
     (mine / "test.tsv").write_text("path\ttext\nb/three.mp3\tThree.\na/one.wav\tOne.\n")

@@ -4,8 +4,8 @@
 
     a table     metadata.csv, train.tsv, list.jsonl, prompts.txt: a row for each recording
                     file,sentence,speaker          a header; the columns are found by their names
-                    0001|Tom is in the garden.     no header: the first column names the recording, the last
-                    hello: Hello.                  but one has its text; between them | tab , ; : or a space
+                    0001|Tom is in the garden.     no header: the first column names the recording, the second
+                    hello: Hello.                  (of three, the third) has its text; tab | , ; : or a space
     beside      0001.wav and 0001.txt or 0001.lab: a text file for each recording
 
 What is there is found by looking, and said: of the tables in SOURCE and the folders in it, each separator is
@@ -13,7 +13,7 @@ tried, with and without header, and that one taken with which the most rows find
 --audio-column, --text-column, --speaker-column overrule it; without a header, columns are called 1, 2, 3.
 
 A recording is named by its path from the table's folder, or from SOURCE, or by its name alone, with or
-without ending, if only one folder has a recording of that name. Paths of Windows and of another machine are
+without ending, if no other folder has a recording of that name. Paths of Windows and of another machine are
 understood, if their last parts are here; a path that climbs out of SOURCE is refused. A speaker is a column
 of the table, or with --speaker-folder the name of the folder that a recording is in; otherwise all are one.
 A table called train, dev or test, or a column called split, makes the split; otherwise a share of the texts
@@ -57,7 +57,7 @@ SPLITS = {
     "heldout": "heldout",
 } | dict.fromkeys(("dev", "valid", "validation", "val", "test", "testing", "eval"), "heldout")
 LOOK = 20  # rows of a table that are tried
-MANY = 50  # text files in one folder: these are no tables; folders: a recording is not looked for in all
+MANY = 50  # text files in one folder: these are no tables
 
 
 # ---- Where a recording is ----------------------------------------------------------------------------------
@@ -67,17 +67,16 @@ class Finder:
     """Finds the recording that a row of a table means."""
 
     def __init__(self, settings: Settings):
-        self.source = settings.source
+        self.settings = settings
         self.total = 0  # recordings in the source
-        endings, folders = set(), []
-        for folder, files in recipe.walk(settings):
+        endings = set()
+        for _, files in recipe.walk(settings):
             recordings = [name for name in files if is_audio(name)]
             self.total += len(recordings)
             endings |= {os.path.splitext(name)[1] for name in recordings}
-            if recordings or folder.count("/") < 2:
-                folders.append(folder)
         self.endings = sorted(endings, key=lambda ending: (ending.lower() in UNREADABLE, ending))
-        self.folders = folders if len(folders) <= MANY else folders[:1]
+        self.folders: list[str] = []
+        self.indexes: dict[int, dict[int, int]] = {}
 
     def find(self, name: str, folder: str) -> tuple[str, str]:
         """(path below the source, "") or ("", reason); `folder` is the table's."""
@@ -97,20 +96,51 @@ class Finder:
         for path in exact:
             if path.split("/")[0] != ".." and (found := self.with_ending(path)):
                 return found, ""
-        guesses = {self.with_ending(recipe.join(other, exact[-1])) for other in self.folders}
-        guesses.discard("")
-        if len(guesses) > 1:
+        return self.anywhere(exact[-1])
+
+    def anywhere(self, name: str) -> tuple[str, str]:
+        """`find` in all folders at once, for a table that has only the last parts of paths."""
+        parts = name.split("/")
+        above = len(parts) - 1
+        if above not in self.indexes:
+            self.indexes[above] = self.index(above)
+        number = self.indexes[above].get(last_parts(name, above))
+        if number is None:
+            return "", "no such file"
+        if number < 0:
             return "", "ambiguous: several recordings have this name"
-        return (guesses.pop(), "") if guesses else ("", "no such file")
+        folder = self.folders[number].split("/")
+        found = self.with_ending("/".join([*folder[: len(folder) - above], *parts]).lstrip("/"))
+        return (found, "") if found else ("", "no such file")
+
+    def index(self, above: int) -> dict[int, int]:
+        """What stands for the last parts of a path, `above` folders and the name -> number of the folder, or
+        -1 if several have such a recording. For a million recordings it takes 100 MB."""
+        found: dict[int, int] = {}
+        self.folders = []
+        for number, (folder, files) in enumerate(recipe.walk(self.settings)):
+            self.folders.append(folder)
+            if above and folder.count("/") + 1 < above:
+                continue
+            for name in filter(is_audio, files):
+                key = last_parts(recipe.join(folder, name), above)
+                found[key] = number if found.get(key, number) == number else -1
+        return found
 
     def with_ending(self, path: str) -> str:
         """The path as it is, composed in either way (macOS takes letters apart), or with an ending."""
         for ending in ("",) if is_audio(path) else ("", *self.endings):
             for form in ("",) if path.isascii() else ("", "NFC", "NFD"):
                 found = (unicodedata.normalize(form, path) if form else path) + ending
-                if is_audio(found) and os.path.isfile(os.path.join(self.source, found)):
+                if is_audio(found) and os.path.isfile(os.path.join(self.settings.source, found)):
                     return found
         return ""
+
+
+def last_parts(path: str, above: int) -> int:
+    """A number that stands for the name of a recording, without ending, and `above` folders over it."""
+    path = recipe.stem(path) if is_audio(path) else path
+    return hash(unicodedata.normalize("NFC", "/".join(path.split("/")[-above - 1 :])))
 
 
 def is_audio(name: str) -> bool:
