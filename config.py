@@ -22,13 +22,20 @@ import dataclasses
 import difflib
 import math
 import os
+import signal
 import sys
+import threading
 import tomllib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
+
+from files import harmless, show
+
+MOST_BYTES = 65_536  # of a config file; an honest one has 5 kB
+MOST_COLUMNS = 4096  # of a line in it: the time that tomllib takes is the square of a dotted key's length
 
 
 class Limits(NamedTuple):
@@ -39,12 +46,13 @@ class Limits(NamedTuple):
     most: float = math.inf
 
 
-Whole = Annotated[int, Limits(0)]
-Count = Annotated[int, Limits(1)]
+Whole = Annotated[int, Limits(0, 4e9)]
+Count = Annotated[int, Limits(1, 4e9)]
 Size = Annotated[int, Limits(1, 65536)]  # of a layer
 Share = Annotated[float, Limits(0, 1)]
 Amount = Annotated[float, Limits(0, 1e9)]
 Positive = Annotated[float, Limits(0.001, 1000)]
+BatchSize = Annotated[int, Limits(1, 16_384)]  # ten times the paper's; more would only fill the memory
 
 
 def coerce(value, hint, where: str):
@@ -54,8 +62,8 @@ def coerce(value, hint, where: str):
     if origin is Annotated:
         value, (least, most) = coerce(value, arguments[0], where), arguments[1]
         if not least <= value <= most:  # NaN neither
-            limits = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-            raise ValueError(f"{where}: must be {limits}, found {value!r}")
+            limits = f"at least {least:g}" if value < least and most > 1000 else f"{least:g} to {most:g}"
+            raise ValueError(f"{where}: must be {limits}, found {show(value)}")
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and types.NoneType in arguments:
@@ -68,8 +76,10 @@ def coerce(value, hint, where: str):
     if origin in (list, tuple) and isinstance(value, list | tuple):
         inner = arguments if origin is tuple and ... not in arguments else arguments[:1] * len(value)
         if len(inner) != len(value):
-            raise ValueError(f"{where}: expected {len(inner)} values, found {value!r}")
+            raise ValueError(f"{where}: expected {len(inner)} values, found {show(value)}")
         return origin(coerce(item, of, where) for item, of in zip(value, inner))
+    if origin is dict and isinstance(value, dict):  # dict[str, Share]: keys of the user's own
+        return {key: coerce(item, arguments[1], f"{where}, key {show(key)}") for key, item in value.items()}
     if hint is dict and isinstance(value, dict):
         return value
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
@@ -78,27 +88,28 @@ def coerce(value, hint, where: str):
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value
-    expected = "a list" if origin in (list, tuple) else hint.__name__
-    raise ValueError(f"{where}: expected {expected}, found {value!r}")
+    expected = "a list" if origin in (list, tuple) else "a table" if origin is dict else hint.__name__
+    raise ValueError(f"{where}: expected {expected}, found {show(value)}")
 
 
 def load(cls, table: dict, where: str):
     """A `cls` from one TOML table; `where` (file and section) begins every complaint."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    names = {field.name for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in table:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            advice = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(names))}"
-            raise ValueError(f"{where}: unknown key '{key}'; {advice}")
-    required = {
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - table.keys()):
-        raise ValueError(f"{where}: key '{missing[0]}' is missing; give it a value")
-    return cls(**{key: coerce(value, hints[key], f"{where}, key '{key}'") for key, value in table.items()})
+        if key not in fields:
+            near = difflib.get_close_matches(key[:100], fields, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(fields))}"
+            raise ValueError(f"{where}: unknown key {show(key)}; {advice}")
+    for name, field in fields.items():
+        without = field.default is field.default_factory is dataclasses.MISSING
+        if without and name not in table:
+            raise ValueError(f"{where}: key '{name}' is missing; give it a value")
+    values = {key: coerce(value, hints[key], f"{where}, key '{key}'") for key, value in table.items()}
+    try:
+        return cls(**values)
+    except ValueError as problem:  # two values that do not fit together
+        raise ValueError(f"{where}: {problem}") from None
 
 
 def read(path: str | Path, schema: type, flags: list[str] = ()):
@@ -107,18 +118,33 @@ def read(path: str | Path, schema: type, flags: list[str] = ()):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file; see configs/ for examples")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        table = parse(path)
+        for flag, value in pair_flags(flags):
+            *sections, key = flag.split(".")
+            place = table
+            for section in sections:
+                place = place.setdefault(section, {})
+                if not isinstance(place, dict):
+                    raise ValueError(f"--{flag}: '{section}' is a value, not a section")
+            place[key] = toml_value(value)
+        return load(schema, table, str(path))
+    except ValueError as problem:
+        raise ValueError(harmless(str(problem))) from None
+
+
+def parse(path: Path) -> dict:
+    """The tables of a TOML file, or a ValueError."""
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{path}: it is no config file, with more than {MOST_BYTES} bytes")
+    try:
+        text = data.decode("utf-8-sig")  # Windows' Notepad begins a file with a byte order mark
+        if any(len(line) > MOST_COLUMNS for line in text.split("\n")):
+            raise ValueError(f"a line of more than {MOST_COLUMNS} characters")
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path}: not valid TOML ({problem}); mend that line") from None
-    for flag, value in pair_flags(flags):
-        *sections, key = flag.split(".")
-        place = table
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"--{flag}: '{section}' is a value, not a section")
-        place[key] = toml_value(value)
-    return load(schema, table, str(path))
 
 
 def pair_flags(flags: list[str]) -> list[tuple[str, str]]:
@@ -127,7 +153,7 @@ def pair_flags(flags: list[str]) -> list[tuple[str, str]]:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
-            raise ValueError(f"unexpected argument '{flag}'; options look like --stage2.steps 100")
+            raise ValueError(f"unexpected argument {show(flag)}; options look like --stage2.steps 100")
         name, equals, value = flag[2:].partition("=")
         if not equals:
             if not rest:
@@ -140,9 +166,14 @@ def pair_flags(flags: list[str]) -> list[tuple[str, str]]:
 def toml_value(text: str):
     """'3' -> 3, '1e-3' -> 0.001, 'true' -> True, '[1, 2]' -> [1, 2]; anything else is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return text if len(text) > MOST_COLUMNS else tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
         return text
+
+
+def folder(text: str) -> Path:
+    """The type of a flag that names a folder or file: `~` is the home folder, also in --out=~/x."""
+    return Path(text).expanduser()
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,6 +186,63 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
+# ---- How a program ends ------------------------------------------------------------------------------------
+# Whatever ends it early is one line, the last one, and a code: 1 a mistake or a full disk, 130 Ctrl-C, 143
+# SIGTERM.
+
+INTERRUPTED = "interrupted; what was finished is kept, the same command continues"
+TERMINATED = "terminated; what was finished is kept, the same command continues"
+NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "allocate memory",
+    "bad alloc",
+    "shared memory",
+    "</torch_",
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT: what is open is closed, and child processes are ended."""
+
+
+def starting():
+    """What a program calls before its slow imports: a Ctrl-C during these is one line, too."""
+    if not os.environ.get("DEBUG"):
+        on_signal(signal.SIGINT, signal.default_int_handler, end_at_once)
+        on_signal(signal.SIGTERM, signal.SIG_DFL, end_at_once)
+
+
+def on_signal(number: int, before, handler: Callable):
+    """Installs `handler` where `before` was, in the main thread; a signal that is ignored stays so."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == before:
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """A process started inside leaves Ctrl-C to its parent, from its first moment on (but on Windows)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def end_at_once(number: int, frame):
+    line, code = (INTERRUPTED, 130) if number == signal.SIGINT else (TERMINATED, 143)
+    os.write(2, f"\n{line}\n".encode())
+    os._exit(code)
+
+
+def terminate(number: int, frame):
+    signal.signal(number, signal.SIG_IGN)  # once is enough
+    raise Terminated
+
+
 def command_line(main: Callable[[], None]):
     """Runs `main`; a mistake of the user (ValueError, OSError) is one line on stderr and exit code 1.
 
@@ -165,14 +253,44 @@ def command_line(main: Callable[[], None]):
             stream.reconfigure(errors="replace")
     if os.environ.get("DEBUG"):
         return main()
+    on_signal(signal.SIGINT, end_at_once, signal.default_int_handler)
+    for before in (signal.SIG_DFL, end_at_once):
+        on_signal(signal.SIGTERM, before, terminate)
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept, the same command continues", file=sys.stderr)
-        sys.exit(1)
+        end(INTERRUPTED, 130)
+    except Terminated:
+        end(TERMINATED, 143)
     except (ValueError, OSError) as problem:
-        message = " ".join(str(problem).split())
+        message = str(problem)
         if isinstance(problem, OSError) and problem.strerror and problem.filename:
             message = f"{problem.filename}: {problem.strerror}"
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+        elif isinstance(problem, BrokenPipeError):  # of `| head`
+            message = "nobody reads the output any more; what was finished is kept"
+        end(f"error: {message}", 1)
+    except (MemoryError, RuntimeError) as problem:  # torch says it in many ways
+        if not isinstance(problem, MemoryError) and not any(no in str(problem).lower() for no in NO_MEMORY):
+            raise
+        advice = "make batch_size smaller or accumulate larger, or try --workers 0"
+        end(f"error: not enough memory ({str(problem)[:100]}); {advice}", 1)
+
+
+def end(message: str, code: int):
+    """Prints the last line, below all progress bars, and exits. Of many ranks that were told to end, the
+    first alone prints it."""
+    with contextlib.suppress(OSError, ValueError):
+        for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []:
+            bar.close()
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python will flush stdout once more
+    if code == 1 or os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError, ValueError):
+            after_ctrl_c = "\n" if code == 130 and sys.stderr and sys.stderr.isatty() else ""
+            print(after_ctrl_c + harmless(message), file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -11,8 +11,10 @@ one line that begins with its path. torch is not imported here: worker processes
 References: JSON, RFC 8259; JSON lines, https://jsonlines.org; rename in POSIX, and os.replace of Python.
 """
 
+import hashlib
 import json
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -66,6 +68,62 @@ def stream_atomic(
         if error.errno:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise OSError(f"{path}: {error}") from None
+
+
+def fingerprint(*paths: str | Path) -> str:
+    """Hexadecimal digits that stand for the contents of these files; one that is missing counts as such."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        except (FileNotFoundError, NotADirectoryError):
+            digest.update(b"missing")
+    return digest.hexdigest()
+
+
+# ---- One run to a folder -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: str | Path):
+    """While it is open no other process enters `folder` in this way: it is told at once who is there.
+
+    The system takes the lock from a process that ends, however it ends, so none is ever left behind. On a
+    disk without locks there is none."""
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            _lock(file.fileno())
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            who = show(file.read(100)).strip("'") or "another process"
+            raise OSError(
+                f"{folder}: another run is at work here ({who}); wait for it, or choose another folder"
+            ) from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _lock(file: int) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(file, 1 << 30, os.SEEK_SET)  # a byte beyond the end: what is locked nobody else can read
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------
@@ -137,8 +195,20 @@ def show(found: object) -> str:
     if isinstance(found, str):
         return ascii(found[:100]) + "..." * (len(found) > 100)
     if isinstance(found, list | tuple) and len(found) <= 16 and all(type(n) in (int, float) for n in found):
-        return str(list(found))
-    return str(found) if type(found) is int else f"<{type(found).__name__}>"
+        return f"[{', '.join(map(show, found))}]"[:100]
+    if found is None or type(found) in (bool, float):
+        return str(found)
+    if type(found) is int:
+        return str(found) if abs(found) < 2**64 else f"a number of {found.bit_length()} bits"
+    return f"<{type(found).__name__}>"
+
+
+def harmless(message: str) -> str:
+    """A message as one line of at most MAX_LINE characters, cut in its middle, that no terminal obeys."""
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    end = MAX_LINE // 2  # it has the advice
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - end - 5]} ... {line[-end:]}"
 
 
 def harmless(message: str) -> str:
@@ -159,7 +229,7 @@ def one_line(path: str | Path):
     except OSError:
         raise
     except Exception as error:
-        what = " ".join(str(error).split())[:300]
+        what = harmless(str(error))
         if type(error) is not ValueError:
             what = f"damaged or not what it claims ({type(error).__name__}: {what})"
         raise ValueError(f"{path}: {what}") from None

@@ -21,8 +21,14 @@ Here are the stages of the language model (paper §4.2), the table of all stages
 loop that they share is training/loop.py; what is skipped, resumed and run in parallel, training/stages.py.
 """
 
+from config import command_line, starting
+
+if __name__ == "__main__":
+    starting()
+
 import contextlib
 import dataclasses
+import os
 import random
 import re
 import shutil
@@ -30,7 +36,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
@@ -39,13 +45,14 @@ import llama
 import lora
 import train_hubert
 import train_vocoder
-from config import Amount, Count, Parser, Positive, Share, Whole, command_line, load, read
+from config import Amount, BatchSize, Count, Limits, Parser, Positive, Share, Whole, read
 from data import batches, corpus, documents
 from data.codes import datasets
 from data.tiny import prepare
 from data.units import read_units
 from evaluation.judge import need_extra
 from evaluation.measures import check_targets
+from files import locked
 from generate import Decoding, generate
 from hubert import KMeans
 from llama import Llama, LlamaConfig
@@ -53,50 +60,61 @@ from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
 from training import foreign_units
-from training.loop import Loss, Optimization, check_ranks, optimize
-from training.stages import Stage, finished, in_parallel, run_stage
+from training.before import check_before
+from training.loop import Loss, Optimization, optimize
+from training.stages import Stage, begun, finished, in_parallel, run_stage, sound_alone
 from vocoder import VocoderConfig
 
 # ---- Configuration -----------------------------------------------------------------------------------------
 # One dataclass for each section of the file. Defaults are the paper's where it gives them (Table 3, §5.1).
 
 
+Mix = dict[str, Annotated[float, Limits(0.001, 1000)]]  # kinds of documents (data/documents.py): their shares
+
+
 @dataclass
 class Language(Optimization):
-    max_len: Count = 1024  # tokens in a packed row
-    mix: dict = field(
-        default_factory=lambda: {"text": 1.0}
-    )  # kinds of documents (data/documents.py): their shares
+    max_len: Annotated[int, Limits(2, 2**20)] = 1024  # tokens in a packed row
+    mix: Mix = field(default_factory=lambda: {"text": 1.0})
     unit_weight: Positive = 1.0  # loss weight of a unit (a piece of text: 1)
-    noise: Share = (
-        0.0  # augmentation: fraction of input units dropped, and the same fraction replaced at random
-    )
+    # augmentation: fraction of input units dropped, and the same fraction replaced at random
+    noise: Share = 0.0
+
+    def __post_init__(self):
+        documents.check_mix(self.mix)
 
 
 @dataclass
 class Stage1(Language):
     steps: Whole = 900
-    batch_size: Count = 768
-    mix: dict = field(default_factory=lambda: {"speech": 1.0})
+    batch_size: BatchSize = 768
+    mix: Mix = field(default_factory=lambda: {"speech": 1.0})
 
 
 @dataclass
 class Stage2(Language):
-    max_len: Count = 512
+    max_len: Annotated[int, Limits(2, 2**20)] = 512
     # ASR or TTS "with probability p" (§3.1), and text: the paper gives neither number
-    mix: dict = field(default_factory=lambda: {"asr": 0.4, "tts": 0.4, "t2t": 0.2})
+    mix: Mix = field(default_factory=lambda: {"asr": 0.4, "tts": 0.4, "t2t": 0.2})
 
 
 @dataclass
 class Stage3(Language):
     steps: Whole = 4200
-    batch_size: Count = 128
-    mix: dict = field(default_factory=lambda: {"chain": 1.0})
+    batch_size: BatchSize = 128
+    mix: Mix = field(default_factory=lambda: {"chain": 1.0})
+
+
+@dataclass
+class LlamaSection(LlamaConfig):
+    """LlamaConfig without the size of the vocabulary, which the tokenizer decides."""
+
+    vocab_size: int = field(init=False, default=1)
 
 
 @dataclass
 class LoraSection:
-    r: Count = 8
+    r: Annotated[int, Limits(1, 16_384)] = 8
     alpha: Amount = 16.0
     dropout: Share = 0.0
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -104,17 +122,20 @@ class LoraSection:
 
 @dataclass
 class CorpusSection:
-    name: str = (
-        "tiny"  # "tiny" synthesizes the small spoken world; or a folder with manifest.jsonl (data/corpus.py)
-    )
-    options: dict = field(default_factory=dict)  # of data/tiny/prepare.py
+    # "tiny" synthesizes the small spoken world; or a folder with manifest.jsonl (data/corpus.py)
+    name: str = "tiny"
+    options: prepare.Options = field(default_factory=prepare.Options)  # of the tiny world
+    # the speaker in whose voice the model answers, as in the manifest; "": whoever has most recordings
+    # (in the tiny world speaker 0)
+    voice: int | str = ""
 
 
 @dataclass
 class EvaluateSection:
     items: Whole = 120  # at most so many items for a row of the report; 0: all there are
     takes: Count | None = None  # spoken answers drawn at most; None: as sample.py does
-    targets: dict = field(default_factory=dict)  # a row's key: what it should reach, as in configs/tiny.toml
+    # a row's key: what it should reach, as in configs/tiny.toml
+    targets: dict[str, Amount] = field(default_factory=dict)
 
     def __post_init__(self):
         check_targets(self.targets)
@@ -136,7 +157,7 @@ class Config:
     hubert: train_hubert.HubertSection = field(default_factory=train_hubert.HubertSection)
     units: train_hubert.UnitsSection = field(default_factory=train_hubert.UnitsSection)
     normalizer: train_hubert.NormalizerSection = field(default_factory=train_hubert.NormalizerSection)
-    llama: dict = field(default_factory=dict)  # a LlamaConfig without vocab_size
+    llama: LlamaSection | None = None  # needed where there is no pretrained LLaMA
     text: Language = field(default_factory=Language)
     stage1: Stage1 = field(default_factory=Stage1)
     stage2: Stage2 = field(default_factory=Stage2)
@@ -147,6 +168,13 @@ class Config:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
     def __post_init__(self):
+        self.out, self.pretrained, self.corpus.name = (
+            os.path.expanduser(path) for path in (self.out, self.pretrained, self.corpus.name)
+        )
+        if not self.out or not self.corpus.name:
+            raise ValueError("out and corpus.name must not be empty")
+        if not self.pretrained and self.llama is None:
+            raise ValueError("[llama] is missing; give it dim, n_layers, n_heads and hidden_dim")
         layers = {"units.layer": self.units.layer}
         if len(self.hubert.clusters) > 1:  # otherwise it teaches no further round
             layers["hubert.layer"] = self.hubert.layer
@@ -155,6 +183,7 @@ class Config:
                 raise ValueError(
                     f"{key} is {layer}; hubert.model has layers 1 to {self.hubert.model.n_layers}"
                 )
+        train_vocoder.need_embeddings(self.vocoder_model, self.units.clusters)
         if not self.units.smooth % 2:
             raise ValueError(
                 f"units.smooth is {self.units.smooth}; it must be odd, as many frames before as after"
@@ -245,12 +274,12 @@ def make_tokenizer(name: str, run: Run, config: Config) -> Tokenizer:
     LLaMA's."""
     # The first stage that needs it makes it, whatever a run with other settings has left.
     first = "stage1" if config.pretrained else "text"
-    made_anew = name == first and not checkpoint.has_training(run.state(name) / "state.safetensors")
-    if rank() == 0 and (made_anew or not (run.tokenizer / "added_tokens.json").exists()):
-        n_units = config.units.clusters
+    anew = name == first and not begun(run.state(name))
+    n_units = config.units.clusters
+    if rank() == 0 and (anew or not (run.tokenizer / "added_tokens.json").exists()):
+        shutil.rmtree(run.tokenizer, ignore_errors=True)
         if config.pretrained:
-            foreign = foreign_units.has_foreign_units(config.pretrained)
-            Tokenizer.extend(base_llama_folder(run, config), run.tokenizer, n_units, anew=foreign)
+            foreign_units.extend_tokenizer(config.pretrained, run.tokenizer, n_units)
         else:
             text = documents.sentences(documents.read_tables(run.out, None), "train")
             Tokenizer.train(text, run.tokenizer, config.vocab_size, n_units)
@@ -260,14 +289,11 @@ def make_tokenizer(name: str, run: Run, config: Config) -> Tokenizer:
 
 def base_llama_folder(run: Run, config: Config) -> Path:
     """The LLaMA that stage 1 starts from."""
-    if not config.pretrained:
-        return run.out / "text"
-    folder = Path(config.pretrained)
-    return folder / "llama" if foreign_units.has_foreign_units(config.pretrained) else folder
+    return foreign_units.llama_folder(config.pretrained) if config.pretrained else run.out / "text"
 
 
 def new_llama(run: Run, config: Config, tok: Tokenizer) -> Llama:
-    return Llama(load(LlamaConfig, config.llama | {"vocab_size": tok.n_text}, "[llama]"))
+    return Llama(LlamaConfig(**vars(config.llama) | {"vocab_size": tok.n_text}))
 
 
 def grown_llama(run: Run, config: Config, tok: Tokenizer) -> Llama:
@@ -320,7 +346,7 @@ LANGUAGE = {
 def make_corpus(run: Run, config: Config):
     if rank() == 0:
         if config.corpus.name == "tiny":
-            prepare.prepare(run.corpus, seed=run.seed, **config.corpus.options)
+            prepare.prepare(run.corpus, seed=run.seed, **vars(config.corpus.options))
         corpus.check(run.corpus, run.out)  # whoever made it, it must be readable
     barrier()
 
@@ -399,7 +425,7 @@ STAGES = {
         paper="LibriLight, GigaSpeech, Common Voice, LibriSpeech (§5.1)",
         work=make_corpus,
         after=(),
-        sections=("seed", "corpus"),
+        sections=("corpus",),
     ),
     "hubert": Stage(
         starts_from="random weights",
@@ -410,6 +436,7 @@ STAGES = {
         work=train_hubert_stage,
         after=("corpus",),
         sections=("hubert",),
+        fields=sound_alone,
     ),
     "units": Stage(
         starts_from="the last round's HuBERT",
@@ -420,6 +447,7 @@ STAGES = {
         work=units_stage,
         after=("hubert",),
         sections=("units", "normalizer"),
+        fields=lambda config: (*sound_alone(config), *["text"] * bool(config.normalizer.steps)),
     ),
     "text": Stage(
         starts_from="random weights",
@@ -471,6 +499,7 @@ STAGES = {
         work=vocoder_stage,
         after=("units",),
         sections=("vocoder", "vocoder_model", "pretrained"),
+        fields=sound_alone,
     ),
     "evaluate": Stage(
         starts_from="the finished model",
@@ -516,16 +545,6 @@ def run_all(run: Run, config: Config):
     run_some(("evaluate",), run, config)
 
 
-def check_divisions(stages: list[str], config: Config, ranks: int):
-    """ValueError, before anything is done, if a step of these stages cannot be divided among so many
-    processes."""
-    for name in stages:
-        for key in STAGES[name].sections:
-            section = getattr(config, key)
-            if isinstance(section, Optimization) and not STAGES[name].skip(config):
-                check_ranks(key, section, ranks)
-
-
 def table_of_stages() -> str:
     lines = []
     for name, stage in STAGES.items():
@@ -553,17 +572,19 @@ def main():
     # --beside was the name of --parallel_stages until November 2026.
     flags = [re.sub(r"^--beside(?==|$)", "--parallel_stages", flag) for flag in flags]
     config = read(known.config, Config, flags)
-    if stage in (None, "evaluate"):
-        need_extra()  # now, and not after half an hour
     out = Path(config.out)
     corpus = out / "corpus" if config.corpus.name == "tiny" else Path(config.corpus.name)
     run = Run(out, corpus, config.seed, find_device(config.device), config.workers)
-    check_divisions([stage] if stage else [*STAGES], config, world_size())
-    init_distributed(run.device)
-    if stage:
-        run_some((stage,), run, config)
-    else:
-        run_all(run, config)
+    names = (stage,) if stage else tuple(STAGES)
+    with locked(out) if rank() == 0 else contextlib.nullcontext():
+        if "evaluate" in names:
+            need_extra()
+        check_before(STAGES, names, run, config)
+        init_distributed(run.device)
+        if stage:
+            run_some(names, run, config)
+        else:
+            run_all(run, config)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-from config import Amount, Count, Limits, Positive, Share, Whole
+from config import Amount, BatchSize, Count, Limits, Positive, Share, Whole
 from data import batches
 from data import units as unit_files
 from data.corpus import TARGET_SPEAKER, read_manifest
@@ -36,18 +36,21 @@ from kmeans import KMeans, mfcc, smooth
 from run import Run, barrier, rank, world_size
 from training.loop import Loss, Optimization, optimize
 
+Clusters = Annotated[int, Limits(1, 32_767)]  # their numbers are kept in 16 bits
+Frames = Annotated[int, Limits(1, 10_000)]  # of 20 ms, in a crop
+
 
 @dataclass
 class HubertSection(Optimization):
     """Rounds of masked prediction: on clusters of MFCCs, then on clusters of the previous round's `layer`."""
 
-    speaker: int | None = None  # train on this speaker's recordings alone; None: on everybody's
+    speaker: int | str | None = None  # train on this speaker's recordings alone; None: on everybody's
     perturb: Share = (
         0.0  # speed perturbation: resample each crop by a factor in [e^-p, e^p], to imitate other speakers
     )
-    clusters: tuple[Count, ...] = (100, 500)  # of each round; as many rounds as there are numbers
+    clusters: tuple[Clusters, ...] = (100, 500)  # of each round; as many rounds as there are numbers
     layer: Count = 6  # whose clusters are the next round's targets
-    frames: Count = 99  # of 20 ms, in a crop
+    frames: Frames = 99
     mask_prob: Share = 0.08
     mask_span: Count = 10
     unmasked_weight: Amount = 0.0  # of the loss at frames that are not masked (§II.B: (1 - alpha) / alpha)
@@ -66,7 +69,7 @@ class HubertSection(Optimization):
 class UnitsSection:
     """The k-means whose cluster numbers are the units, and how embeddings of units are initialized."""
 
-    clusters: Count = 1000
+    clusters: Clusters = 1000
     layer: Count = 11
     smooth: Count = 1  # frames averaged before clustering (odd)
     cluster_frames: Count = 200_000
@@ -81,8 +84,8 @@ class NormalizerSection(Optimization):
     """Speech-normalizer fine-tuning of HuBERT (layers up to units.layer), after k-means; 0 steps: none."""
 
     steps: Whole = 0
-    batch_size: Count = 8
-    frames: Count = 99  # of 20 ms, in a crop
+    batch_size: BatchSize = 8
+    frames: Frames = 99
     others: Share = 0.6  # fraction of crops from other speakers
     perturb: tuple[Share, Share] = (
         0.18,

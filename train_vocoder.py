@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ import checkpoint
 import config
 import run
 import vocoder
-from config import Amount, Count, Share, Whole
+from config import Amount, BatchSize, Count, Limits, Share, Whole
 from data import audio
 from data.audio import HOP
 from data.codes import Batch, CodeDataset, datasets, rows_of_rank
@@ -58,13 +59,14 @@ from vocoder import FrameSpectrum, UnitVocoder, VocoderConfig
 class VocoderStage:
     # ours: the frame-rate half alone, before all other steps; after them it is frozen
     frame_steps: Whole = 0
-    frame_batch: Count = 6  # whole recordings in a step, over all ranks
+    frame_batch: BatchSize = 6  # whole recordings in a step, over all ranks
     frame_lr: Amount = 4e-3
     # the GAN
     steps: Whole = 400_000
-    batch_size: Count = 16  # crops in a step, over all ranks
-    segment: Count = 28  # frames of a crop: 28 * 320 = 8960 samples
-    margin: Whole = 0  # frames of context on either side of a crop, for which no samples are generated
+    batch_size: BatchSize = 16  # crops in a step, over all ranks
+    segment: Annotated[int, Limits(1, 10_000)] = 28  # frames of a crop: 28 * 320 = 8960 samples
+    # frames of context on either side of a crop, for which no samples are generated
+    margin: Annotated[int, Limits(0, 1000)] = 0
     lr: Amount = 2e-4
     disc_lr: Amount | None = None  # learning rate of the discriminators; None: that of the generator
     betas: tuple[Share, Share] = (0.8, 0.99)
@@ -75,7 +77,7 @@ class VocoderStage:
     adversarial_start: Whole = 0  # first step with discriminators; there are none if not below `steps`
     mel_weight: Amount = 45.0
     spectral_weight: Amount = 0.0  # ours: mel loss over several windows
-    spectral_sizes: tuple[Count, ...] = (2048, 1024, 512, 256, 128)
+    spectral_sizes: tuple[Annotated[int, Limits(16, 65_536)], ...] = (2048, 1024, 512, 256, 128)
     adversarial_weight: Amount = 1.0
     feature_weight: Amount = 2.0
     duration_weight: Amount = 1.0
@@ -87,6 +89,12 @@ class VocoderStage:
     eval_every: Count = 1000
     save_every: Count = 5000
     seed: Whole = 0
+
+    def __post_init__(self):
+        if self.segment * HOP <= max(self.spectral_sizes, default=0):
+            raise ValueError(
+                f"vocoder.segment {self.segment} is shorter than a window of vocoder.spectral_sizes"
+            )
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -321,10 +329,14 @@ def random_numbers(seed: int, step: int) -> np.random.Generator:
     return rng
 
 
+def need_embeddings(model: VocoderConfig, n_units: int):
+    if n_units > model.num_embeddings:
+        raise ValueError(f"there are {n_units} units; set vocoder_model.num_embeddings to at least {n_units}")
+
+
 def initialize_units(generator: UnitVocoder, kmeans: KMeans):
     k = len(kmeans.centers)
-    if k > generator.config.num_embeddings:
-        raise ValueError(f"there are {k} clusters; set vocoder_model.num_embeddings to at least {k}")
+    need_embeddings(generator.config, k)
     generator.dict.weight.data[:k] = kmeans.embeddings(generator.config.embedding_dim)
 
 
@@ -395,10 +407,6 @@ def check(model: VocoderConfig, stage: VocoderStage, dataset: CodeDataset, held_
         raise ValueError(
             f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "
             f"vocoder_model.num_speakers to at least {speaker + 1}"
-        )
-    if stage.segment * HOP <= max(stage.spectral_sizes):
-        raise ValueError(
-            f"vocoder.segment {stage.segment} is shorter than a window of vocoder.spectral_sizes"
         )
 
 

@@ -170,7 +170,10 @@ def need_extra():
     """ValueError if a package that the evaluation needs is not installed."""
     missing = [package for module, package in EXTRA.items() if find_spec(module) is None]
     if missing:
-        raise ValueError(f"the evaluation needs {', '.join(missing)}: pip install 'speechgpt[eval]'")
+        raise ValueError(
+            f"the evaluation needs {', '.join(missing)}; "
+            'in the folder of this project: pip install -e ".[eval]"'
+        )
 
 
 class Recognizer:

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from files import read_json, read_jsonl, show, stream_atomic, write_atomic, write_json, write_jsonl
+from files import (
+    fingerprint,
+    harmless,
+    locked,
+    read_json,
+    read_jsonl,
+    show,
+    stream_atomic,
+    write_atomic,
+    write_json,
+    write_jsonl,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -221,12 +232,77 @@ def test_what_is_no_text_is_named(tmp_path):
         ([1] * 17, "<list>"),
         (["a"], "<list>"),
         (7, "7"),
-        (True, "<bool>"),
+        (True, "True"),
+        (None, "None"),
+        (float("nan"), "nan"),
+        (2**70, "a number of 71 bits"),
         ({}, "<dict>"),
     ],
 )
 def test_what_is_found_is_shown_in_one_short_line(found, shown):
     assert show(found) == shown
+
+
+def test_a_message_is_one_line_that_no_terminal_obeys():
+    long = harmless("what is wrong " + "x" * 1000 + "; what to do")
+    assert len(long) == 300 and long.startswith("what is wrong ") and long.endswith("; what to do")
+    bad = "a\nb\x1b[2Jc\u2028d\u202ee\x07\udc80"
+    assert harmless(bad) == r"a b\x1b[2Jc d\u202ee\x07\udc80"
+    assert harmless("Grüße, 漢字") == "Grüße, 漢字"
+
+
+# ---- Fingerprints, and one run to a folder -----------------------------------------------------------------
+
+
+def test_a_fingerprint_is_of_contents_and_their_order(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text("1")
+    b.write_text("2")
+    before = fingerprint(a, b)
+    assert before == fingerprint(str(a), b) and len(before) == 32
+    assert (
+        before != fingerprint(b, a) and before != fingerprint(a) and before != fingerprint(a, tmp_path / "c")
+    )
+    b.write_text("")
+    assert fingerprint(a, b) != fingerprint(a, tmp_path / "c")  # a missing file is not an empty one
+    b.write_text("2")
+    assert fingerprint(a, b) == before
+    with pytest.raises(IsADirectoryError):
+        fingerprint(tmp_path)
+
+
+HOLD = """
+import sys, files
+with files.locked(sys.argv[1]):
+    print("inside", flush=True)
+    sys.stdin.read(1)
+"""
+
+
+def hold(folder: Path) -> subprocess.Popen:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, text=True, **pipes)
+
+
+@pytest.mark.parametrize("ends", ["by itself", "killed"])
+def test_one_run_to_a_folder_until_it_ends_however_it_ends(tmp_path, ends):
+    first = hold(tmp_path / "out")
+    assert first.stdout.readline() == "inside\n"
+    with pytest.raises(OSError, match=f"another run is at work here .process {first.pid} on ") as e:
+        with locked(tmp_path / "out"):
+            raise AssertionError("two at once")
+    assert "\n" not in str(e.value) and str(tmp_path / "out") in str(e.value)
+    with locked(tmp_path / "another"):
+        pass
+    if ends == "killed":
+        first.kill()
+    first.communicate("x")
+    with locked(tmp_path / "out"), pytest.raises(ZeroDivisionError):
+        with locked(tmp_path / "another"):
+            raise ZeroDivisionError
+    second = hold(tmp_path / "another")
+    assert second.stdout.readline() == "inside\n"
+    second.communicate("x")
 
 
 @pytest.mark.parametrize("module", ["files", "data.audio", "data.tiny.prepare", "data.released.prepare"])

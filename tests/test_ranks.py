@@ -20,6 +20,7 @@ import config
 import run
 import train
 from checkpoint import read_tensors
+from training.before import check_divisions
 
 LEARNED = {  # by each stage, in an order in which none changes what the next one begins with
     "stage3": "model/lora/adapter_model.safetensors",
@@ -276,7 +277,7 @@ def test_a_batch_that_eight_processes_cannot_divide_is_one_line_before_the_first
 
 def test_the_tiny_config_can_be_divided_among_eight():
     tiny = config.read(ROOT / "configs/tiny.toml", train.Config)
-    train.check_divisions([*train.STAGES], tiny, 8)
+    check_divisions(train.STAGES, train.STAGES, tiny, 8)
     with pytest.raises(ValueError, match="hubert.batch_size is 8"):
-        train.check_divisions([*train.STAGES], tiny, 9)
-    train.check_divisions(["stage1", "vocoder"], tiny, 9)  # only what is asked for
+        check_divisions(train.STAGES, train.STAGES, tiny, 9)
+    check_divisions(train.STAGES, ["stage1", "vocoder"], tiny, 9)  # only what is asked for

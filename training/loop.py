@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from config import Amount, Count, Share, Whole
+from config import Amount, BatchSize, Count, Share, Whole
 from run import Metrics, Run, all_reduce_sum, autocast, cosine, progress, rank, world_size
 from training.muon import Muon
 from training.precision import choose_bf16
@@ -46,7 +46,7 @@ class Optimization:
     """Settings of the loop. Batch size, peak rate: Table 3; steps: §5.1; warm-up: ours; else LLaMA's."""
 
     steps: Whole = 2100
-    batch_size: Count = 1536  # documents (or crops) a step, over all ranks and micro-batches
+    batch_size: BatchSize = 1536  # documents (or crops) a step, over all ranks and micro-batches
     accumulate: Count = 1  # micro-batches a step
     lr: Amount = 2e-4  # peak learning rate
     warmup: Whole = 60  # steps

@@ -1,8 +1,14 @@
 """The order of stages: finished ones are skipped, interrupted ones resume, changed settings are refused.
 
-A stage keeps three things in out/state/STAGE: config.json, the settings and inputs that it was begun with;
-its own state while it works; done.json when it is finished. A stage continues only with the settings and
-inputs that it was begun with, so that the result of a killed run is the result of one that was not.
+A stage keeps three things in out/state/STAGE: config.json, what it was begun with; its own state while it
+works; done.json when it is finished. It continues only with what it was begun with, so that the result of a
+killed run is the result of one that was not:
+
+    sections   its settings, and the seed
+    after      when the stages whose results it uses were finished
+    corpus     the fingerprint of what it reads of the manifest and of the dialogues
+
+As long as nothing is saved beside config.json, it binds nobody: a mistake that is refused can be corrected.
 
     run_stage(STAGES, "stage1", run, config)
     with in_parallel(...):                     a stage in a second process, on half of the cores
@@ -10,7 +16,9 @@ inputs that it was begun with, so that the result of a killed run is the result 
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -25,14 +33,20 @@ from typing import NamedTuple
 import torch
 
 import checkpoint
-from config import command_line
-from files import read_json, write_json
+from config import command_line, deaf_to_ctrl_c, load
+from files import fingerprint, one_line, read_json, read_jsonl, show, write_json
 from run import Run, barrier, rank, world_size
 from training.loop import MAY_CHANGE
+
+SOUND = ("id", "wav", "speaker", "split", "seconds")  # fields of the manifest that say nothing of its texts
 
 
 def never(config) -> bool:
     return False
+
+
+def sound_alone(config) -> tuple[str, ...]:
+    return SOUND
 
 
 class Stage(NamedTuple):
@@ -45,47 +59,54 @@ class Stage(NamedTuple):
     paper: str
     work: Callable[[Run, object], None]  # (run, config)
     after: tuple[str, ...]  # stages whose results it uses
-    sections: tuple[
-        str, ...
-    ]  # keys of the config that its result depends on, besides those of the stages before it
+    # keys of the config that its result depends on, besides `seed` and those of the stages before it
+    sections: tuple[str, ...]
     skip: Callable[[object], bool] = never  # config -> is there nothing to do?
+    # config -> fields of the manifest that its result depends on; None: all of it, and the dialogues
+    fields: Callable[[object], tuple[str, ...]] | None = None
 
 
 def run_stage(stages: dict[str, Stage], name: str, run: Run, config):
-    """Runs one stage, unless it is finished. ValueError if a stage before it is not, or if settings have
-    changed."""
+    """Runs one stage, unless it is finished. ValueError if a stage before it is not, or if what it was begun
+    with has changed."""
     stage = stages[name]
     folder = run.state(name)
-    folder.mkdir(parents=True, exist_ok=True)
     if stage.skip(config):
         return
-    inputs = {before: finished(stages, before, run, config) for before in stage.after}
-    for before, when in inputs.items():
-        if when is None:
+    for before in stage.after:
+        if finished(stages, before, run, config) is None:
             raise ValueError(
                 f"stage {name} needs stage {before}, which is not finished; run --stage {before} first"
             )
-    now = {"sections": {key: to_json(getattr(config, key)) for key in stage.sections}, "after": inputs}
-    record = folder / "config.json"
-    if record.exists():
-        check_unchanged(name, folder, read_json(record), now)
-    elif rank() == 0:
-        write_json(record, now)
+    check_unchanged(stages, name, run, config)
     done = folder / "done.json"
-    if done.exists():
+    if finished(stages, name, run, config) is not None:
+        if stage.after or (run.manifest.exists() and read_done(done)[1] == source(run)):
+            if rank() == 0:
+                print(f"stage {name}: finished before, {folder} says so")
+            return
         if rank() == 0:
-            print(f"stage {name}: finished before, {folder} says so")
-        return
+            print(f"stage {name}: {run.corpus} has changed since and is read again", flush=True)
 
+    folder.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
+        write_json(folder / "config.json", record(stages, name, run, config))
         threads = torch.get_num_threads()
         print(f"stage {name} on {run.device}, {world_size()} process(es), {threads} threads", flush=True)
+    barrier()  # nobody looks at the record before it is written
     began = time.perf_counter()
     stage.work(run, config)
     if rank() == 0:
-        write_json(done, {"finished": time.time(), "seconds": time.perf_counter() - began})
-        checkpoint.remove_training(folder / "state.safetensors")
+        ended = {"finished": time.time(), "seconds": time.perf_counter() - began}
+        write_json(done, ended | ({} if stage.after else {"source": source(run)}))
+        for state in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+            checkpoint.remove_training(state / "state.safetensors")
     barrier()
+
+
+def source(run: Run) -> str:
+    """The fingerprint of what stage corpus reads (the tiny world: of what it makes)."""
+    return fingerprint(run.corpus / "manifest.jsonl", run.corpus / "dialogues.jsonl")
 
 
 def finished(stages: dict[str, Stage], name: str, run: Run, config) -> float | None:
@@ -93,34 +114,123 @@ def finished(stages: dict[str, Stage], name: str, run: Run, config) -> float | N
     if stages[name].skip(config):
         return 0.0
     done = run.state(name) / "done.json"
-    return read_json(done)["finished"] if done.exists() else None
+    return read_done(done)[0] if done.exists() else None
 
 
-def check_unchanged(name: str, folder: Path, before: dict, now: dict):
-    """ValueError, one line, if the config or the inputs of a stage are not those that it was begun with."""
-    if not isinstance(before, dict) or not {"sections", "after"} <= before.keys():
-        raise ValueError(f"stage {name} was begun by another version; delete {folder} to begin anew")
-    advice = f"put the old value back, or delete {folder} to begin anew"
-    for section, value in now["sections"].items():
-        if change := first_change(before["sections"].get(section), value):
+def read_done(path: Path) -> tuple[float, str]:
+    """(when a stage was finished, the fingerprint of its source or "")."""
+    with damaged(path):
+        table = read_json(path)
+        when = table["finished"]
+        if type(when) not in (int, float) or not 0 <= when < math.inf:
+            raise ValueError('"finished" must be a time')
+        return when, str(table.get("source", ""))
+
+
+@contextlib.contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Says what to do where a record is not as it should be."""
+    try:
+        with one_line(path):
+            yield
+    except ValueError as problem:
+        what = str(problem).removeprefix(f"{path}: ")  # read_json has named it, too
+        raise ValueError(f"{path}: {what}; delete {path.parent} to begin anew") from None
+
+
+# ---- What a stage was begun with ---------------------------------------------------------------------------
+
+
+def record(stages: dict[str, Stage], name: str, run: Run, config) -> dict:
+    """What config.json says."""
+    stage = stages[name]
+    return {
+        "sections": {key: to_json(getattr(config, key)) for key in ("seed", *stage.sections)},
+        "after": {before: finished(stages, before, run, config) for before in stage.after},
+        "corpus": read_of_corpus(stage, run, config),
+    }
+
+
+def read_of_corpus(stage: Stage, run: Run, config) -> str:
+    """The fingerprint of what a stage reads of the run's manifest and dialogues; "" before there are any."""
+    if not stage.after or not run.manifest.exists():
+        return ""
+    if stage.fields is None:
+        return fingerprint(run.manifest, run.manifest.with_name("dialogues.jsonl"))
+    fields = stage.fields(config)
+    rows = [[row.get(field) for field in fields] for row in read_jsonl(run.manifest)]
+    return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+
+
+def begun(folder: Path) -> bool:
+    """Has a stage saved anything in its folder, besides the record of what it was begun with?"""
+    others = (folder / "config.json", folder / "log.txt")
+    files = (path for path in folder.rglob("*") if path.is_file() and path not in others)
+    return any(not path.name.startswith(".") for path in files)  # .NAME.tmp: of a killed process
+
+
+def check_unchanged(stages: dict[str, Stage], name: str, run: Run, config, settings_alone: bool = False):
+    """ValueError, one line, if a stage was begun with other settings, results of other stages, or another
+    corpus."""
+    folder = run.state(name)
+    path = folder / "config.json"
+    if not (path.exists() and begun(folder)):
+        return
+    with damaged(path):
+        table = read_json(path)
+        settings, after = dict(table["sections"]), dict(table["after"])
+        for key in stages[name].sections:
+            if key in settings and dataclasses.is_dataclass(getattr(config, key)):
+                settings[key] = as_it_was(getattr(config, key), settings[key])
+    later = [other for other in followers(stages, name) if begun(run.state(other))]
+    anew = f"delete {folder} to begin anew" + (f", and {', '.join(later)} beside it" if later else "")
+    for key, old in settings.items():
+        if not hasattr(config, key):  # known to another version alone
+            continue
+        if change := first_change(old, to_json(getattr(config, key))):
             where, was, value = change
-            setting = f"[{section}] {where}" if where else section
-            raise ValueError(f"stage {name} was begun with {setting} = {was}, now it is {value}; {advice}")
-    for stage, when in now["after"].items():
-        if when != before["after"].get(stage):
+            setting = f"[{key}] {where}" if where else key
             raise ValueError(
-                f"stage {name} was begun before stage {stage} was made anew; delete {folder} to follow it"
+                f"stage {name} was begun with {setting} = {was}, now it is {value}; "
+                f"put the old value back, or {anew}"
             )
+    if settings_alone:
+        return
+    now = record(stages, name, run, config)
+    for stage, when in now["after"].items():
+        if stage != "corpus" and when != after.get(stage):
+            raise ValueError(f"stage {name} was begun before stage {stage} was made anew; {anew}")
+    if now["corpus"] and table.get("corpus", now["corpus"]) != now["corpus"]:
+        raise ValueError(
+            f"stage {name} was begun with other recordings or texts than {run.manifest} has now; "
+            f"put the old ones back and run --stage corpus, or {anew}"
+        )
+
+
+def followers(stages: dict[str, Stage], name: str) -> list[str]:
+    """The stages that use the result of stage `name`, directly or not."""
+    found = [name]
+    for other, stage in stages.items():  # they are in order
+        if set(stage.after) & set(found):
+            found.append(other)
+    return found[1:]
+
+
+def as_it_was(section, old: dict):
+    """The section of a record with today's keys: one that its version did not know had its default."""
+    known = {field.name for field in dataclasses.fields(section) if field.init}
+    table = {key: value for key, value in old.items() if key in known}
+    return to_json(load(type(section), table, "sections"))
 
 
 def first_change(old: object, now: object, where: str = "") -> tuple[str, str, str] | None:
     """(dotted key, old value, new value) of the first setting that may not change and has."""
     if isinstance(old, dict) and isinstance(now, dict):
-        for key in sorted(now.keys() - MAY_CHANGE):
+        for key in sorted({*old, *now} - MAY_CHANGE - {"workers"}):
             if change := first_change(old.get(key), now.get(key), f"{where}.{key}".lstrip(".")):
                 return change
         return None
-    return None if old == now else (where, f"{old}"[:80], f"{now}"[:80])
+    return None if old == now else (where, show(old), show(now))
 
 
 def to_json(value):
@@ -147,13 +257,17 @@ def in_parallel(work: Callable[[], None], title: str, log: Path) -> Iterator[Cal
     print(f"{title} in parallel with what follows, on {cores // 2} of {cores} threads: {log}", flush=True)
     context = multiprocessing.get_context("spawn")
     child = context.Process(target=work_in_child, args=(work, cores // 2, log), daemon=True)
-    child.start()
+    with deaf_to_ctrl_c():
+        child.start()
     torch.set_num_threads(cores - cores // 2)
 
     def check():
         if child.exitcode:
-            lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it printed nothing"]
-            raise ValueError(f"{title} ended with code {child.exitcode}: {lines[-1]} ({log})")
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [
+                "it printed nothing"
+            ]
+            why = lines[-1].removeprefix("error: ")
+            raise ValueError(f"{title} ended with code {child.exitcode}: {why} ({log})")
 
     try:
         yield check
@@ -167,6 +281,8 @@ def in_parallel(work: Callable[[], None], title: str, log: Path) -> Iterator[Cal
                 shown = file.tell()
     finally:  # also when the stages of this process have failed
         child.terminate()
+        child.join(5)
+        child.kill()
         child.join()
         torch.set_num_threads(cores)
     check()
@@ -174,11 +290,11 @@ def in_parallel(work: Callable[[], None], title: str, log: Path) -> Iterator[Cal
 
 def work_in_child(work: Callable[[], None], threads: int, log: Path):
     """The second process: output goes to `log`, and it exits when its parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows
     parent = multiprocessing.parent_process()
     Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     with (
-        log.open("w", encoding="utf-8") as file,
+        log.open("w", encoding="utf-8", errors="replace") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):

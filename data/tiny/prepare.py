@@ -36,10 +36,11 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import soundfile
@@ -49,7 +50,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a script: let it find `data`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from config import Parser, command_line
+from config import Limits, Parser, command_line, deaf_to_ctrl_c, folder, load
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest, write_manifest
 from data.tiny import world
@@ -59,6 +60,16 @@ from files import write_jsonl
 SPEAKERS = (1.0, 0.88, 1.07, 1.14, 1.21)  # r of each; a recognizer understands all of them, but not r < 0.85
 # (hibari runs phones together when speed / r is above 1.33: speaker 1 at a pace of 1.17 and more; LOG.md)
 PAUSE = 0.12  # seconds of silence on either side of a full stop inside an utterance
+
+
+@dataclass
+class Options:
+    """Of `prepare`, and of [corpus] in a config."""
+
+    sentences: Annotated[int, Limits(1, 1_000_000)] = 3000  # about so many different ones recorded for train
+    renditions: Annotated[int, Limits(1, 1000)] = 2  # how often each is recorded, at least
+    readings: Annotated[int, Limits(0, 1_000_000)] = 0  # further ones that only the target speaker reads
+    workers: Annotated[int, Limits(1, 61)] = 2  # processes; more Windows cannot
 
 
 # ---- The plan: which sentence is spoken how often, by whom, how --------------------------------------------
@@ -198,6 +209,15 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
+def need_voice() -> None:
+    """ValueError, one line, if the voice is not installed."""
+    if find_spec("hibari") is None:
+        raise ValueError(
+            "the tiny world needs a voice, the package hibari-tts; "
+            'in the folder of this project: pip install -e ".[demo]"'
+        )
+
+
 def load_voice() -> None:
     """Loads hibari into this process."""
     global _voice
@@ -252,15 +272,9 @@ def prepare(
     least; `readings` the number of further sentences that only the target speaker reads, once; if there are
     any, the dialogues have sums beyond the tables, too (`world.beyond`). ValueError or OSError, one line
     each, when the voice is not installed, a number makes no sense, or a file cannot be written."""
-    for name, value in (("sentences", sentences), ("renditions", renditions), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"--{name} is {value}: it must be at least 1")
-    if readings < 0:
-        raise ValueError(f"--readings is {readings}: it must be at least 0")
-    if find_spec("hibari") is None:
-        raise ValueError(
-            "the tiny world needs a voice, the package hibari-tts: pip install 'speechgpt[demo]'"
-        )
+    numbers = {"sentences": sentences, "renditions": renditions, "readings": readings, "workers": workers}
+    load(Options, numbers, "the tiny world")
+    need_voice()
     if (Path(out) / "manifest.jsonl").exists():
         for row in read_manifest(out):
             if row["wav"] != f"wav/{row['id']}.wav" or not re.fullmatch(r"[\w-]+-[0-9a-f]{16}", row["id"]):
@@ -315,7 +329,9 @@ def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) ->
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
     try:
         batches = [missing[i : i + 16] for i in range(0, len(missing), 16)]
-        for done in as_completed([pool.submit(_speak, wavs, batch) for batch in batches]):
+        with deaf_to_ctrl_c():
+            jobs = [pool.submit(_speak, wavs, batch) for batch in batches]  # starts the processes
+        for done in as_completed(jobs):
             bar.update(done.result())
     except BrokenProcessPool:
         raise OSError(
@@ -328,7 +344,7 @@ def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) ->
 def main() -> None:
     parser = Parser("Makes the corpus of the tiny spoken world.")
     add = parser.add_argument
-    add("out", type=Path, help="folder to make, or to complete")
+    add("out", type=folder, help="folder to make, or to complete")
     add("--sentences", type=int, default=3000, help="about how many different sentences to record")
     add("--renditions", type=int, default=2, help="how often each is recorded, at least")
     add("--readings", type=int, default=0, help="further sentences that only the target speaker reads, once")
