@@ -227,7 +227,7 @@ def test_unit_embeddings_can_be_initialized_from_the_centers_of_their_clusters(c
     assert not torch.equal(weights(tmp_path / "random")["dict.weight"], kmeans.embeddings(8))
     learn(corpus, tmp_path / "more", dict(steps=0), dict(num_embeddings=12), kmeans=kmeans)
     assert torch.equal(weights(tmp_path / "more")["dict.weight"][:10], kmeans.embeddings(8))
-    with pytest.raises(ValueError, match="11 clusters; set vocoder_model.num_embeddings to at least 11"):
+    with pytest.raises(ValueError, match="11 units; set vocoder_model.num_embeddings to at least 11"):
         learn(corpus, tmp_path / "fewer", kmeans=KMeans(torch.randn(11, 12)))
 
 

@@ -174,7 +174,7 @@ def check_unchanged(stages: dict[str, Stage], name: str, run: Run, config, setti
     corpus."""
     folder = run.state(name)
     path = folder / "config.json"
-    if not (path.exists() and begun(folder)):
+    if stages[name].skip(config) or not (path.exists() and begun(folder)):
         return
     with damaged(path):
         table = read_json(path)
