@@ -211,14 +211,6 @@ def harmless(message: str) -> str:
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - end - 5]} ... {line[-end:]}"
 
 
-def harmless(message: str) -> str:
-    """A message as one line of at most MAX_LINE characters, cut in its middle, that no terminal obeys."""
-    line = " ".join(message.split())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    end = MAX_LINE // 2  # it has the advice
-    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - end - 5]} ... {line[-end:]}"
-
-
 @contextmanager
 def one_line(path: str | Path):
     """Whatever goes wrong with the content of `path` becomes a ValueError of one line that names it.
