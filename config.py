@@ -62,7 +62,7 @@ def coerce(value, hint, where: str):
     if origin is Annotated:
         value, (least, most) = coerce(value, arguments[0], where), arguments[1]
         if not least <= value <= most:  # NaN neither
-            limits = f"at least {least:g}" if value < least and most > 1000 else f"{least:g} to {most:g}"
+            limits = f"at least {least:g}" if value < least and most >= 1e9 else f"{least:g} to {most:g}"
             raise ValueError(f"{where}: must be {limits}, found {show(value)}")
         return value
     if origin in (typing.Union, types.UnionType):

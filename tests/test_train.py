@@ -97,7 +97,7 @@ def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
         ("seed", -1, "must be at least 0, found -1"),
         ("vocoder.margin", -1, "must be 0 to 1000, found -1"),
         ("vocoder.frame_steps", -1, "must be at least 0, found -1"),
-        ("vocoder.frame_batch", 0, "must be at least 1, found 0"),
+        ("vocoder.frame_batch", 0, "must be 1 to 16384, found 0"),
         ("vocoder.msd_layers", "[[16, 15, 1]]", "expected 4 values, found"),
         ("evaluate.takes", 0, "must be at least 1, found 0"),
     ],
