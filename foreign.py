@@ -73,7 +73,7 @@ def settings(cls, keys: Keys, table: dict, path: Path, **known):
                 name = keys.read[key]
                 value = coerce(value, hints[name], key)
                 if known.setdefault(name, value) != value:
-                    raise ValueError(f"{key} is {show(value)}, which contradicts {show(known[name])}")
+                    raise ValueError(f"{key} is {value!r:.60}, which contradicts {known[name]!r:.60}")
             elif key not in keys.fixed:
                 raise ValueError(
                     f"unknown key {show(key)}: it may change what is computed; remove it if it does not"

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from config import Limits, Share, Size, Whole, load
+from config import Limits, Share, Size, Whole
 from data.audio import HOP, RATE, WINDOW, n_frames
 from files import write_json
-from foreign import read_table
+from foreign import Keys, read_table, settings
 from hubert_formats import HEAD, read_fairseq, read_hugging_face, to_hugging_face
 from kmeans import KMeans, dedup, smooth, the_one
 
@@ -396,7 +396,8 @@ class UnitExtractor(nn.Module):
         """Our folder; or a fairseq .pt or Hugging Face's files with a joblib k-means (*km*.bin), as released.
         `layer` None: the one in units.json, else 11, the layer of the released mHuBERT units."""
         path = Path(folder) / "units.json"
-        known = load(UnitSettings, read_table(path), str(path)) if path.exists() else UnitSettings()
+        keys = Keys({"layer": "layer", "smooth": "smooth"}, {}, "")
+        known = settings(UnitSettings, keys, read_table(path), path) if path.exists() else UnitSettings()
         if known.smooth % 2 == 0:
             raise ValueError(f"{path}: smooth is {known.smooth}; it must be odd")
         for file in Path(folder).glob("*_L*_km*.bin"):  # ..._L11_km1000.bin is of layer 11

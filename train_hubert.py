@@ -31,6 +31,7 @@ from config import Amount, BatchSize, Count, Limits, Positive, Share, Whole
 from data import batches
 from data import units as unit_files
 from data.corpus import TARGET_SPEAKER, read_manifest
+from files import one_line
 from hubert import HuBERT, HuBERTConfig, UnitExtractor, span_mask, without_layers_above
 from kmeans import KMeans, mfcc, smooth
 from run import Run, barrier, rank, world_size
@@ -128,7 +129,7 @@ def pretrain_round(
 ) -> HuBERT:
     """One round: clusters of `features`, then masked prediction of them from the previous weights."""
     folder = run.state("hubert")
-    labels_file = folder / f"clusters{number}.npz"
+    labels_file = folder / f"clusters{number}.safetensors"
     weights = folder / f"round{number}.safetensors"
     torch.manual_seed(run.seed)
     model = HuBERT(dataclasses.replace(section.model, n_classes=n_clusters)).to(run.device)
@@ -160,7 +161,7 @@ def write_targets(run: Run, section: HubertSection, rows: list, features: Callab
 
 def train_round(run: Run, section: HubertSection, number: int, rows: list[dict], model: HuBERT):
     folder = run.state("hubert")
-    labels = load_labels(folder / f"clusters{number}.npz")
+    labels, _ = load_labels(folder / f"clusters{number}.safetensors", model.config.n_classes)
     if len(labels) != len(rows):
         raise ValueError(f"{folder} is of other recordings than {run.corpus}; delete it to begin anew")
     batch_at = batches.crops(
@@ -219,15 +220,24 @@ def fit_kmeans(run: Run, rows: list[dict], features: Callable, k: int, n_frames:
     return KMeans.fit(torch.cat(x), k, run.seed).to(run.device)
 
 
-def save_labels(path: Path, labels: list[np.ndarray], **more: list):
-    part = path.with_suffix(".part.npz")
-    np.savez(part, flat=np.concatenate(labels), lengths=[len(label) for label in labels], **more)
-    part.replace(path)
+def save_labels(path: Path, labels: list[np.ndarray], **more: Tensor):
+    """The labels of each recording end to end, how many each has, and `more`: a safetensors file."""
+    lengths = torch.tensor([len(row) for row in labels])
+    flat = torch.from_numpy(np.concatenate(labels))
+    checkpoint.save_tensors(path, {"flat": flat, "lengths": lengths, **more})
 
 
-def load_labels(path: Path) -> list[np.ndarray]:
-    with np.load(path) as stored:
-        return np.split(stored["flat"], np.cumsum(stored["lengths"])[:-1])
+def load_labels(path: Path, n_classes: int) -> tuple[list[np.ndarray], dict[str, Tensor]]:
+    """(the labels of each recording, `more`); ValueError unless each label is one of 0..n_classes-1."""
+    tensors = checkpoint.read_tensors(path)
+    with one_line(path):
+        flat, lengths = tensors.pop("flat"), tensors.pop("lengths")
+        whole = [(t.ndim, t.is_floating_point()) for t in (flat, lengths)] == [(1, False)] * 2
+        if not whole or min(lengths.tolist(), default=-1) < 0 or lengths.sum() != len(flat) or not len(flat):
+            raise ValueError("not the labels of recordings; delete it to make them again")
+        if not 0 <= flat.min() <= flat.max() < n_classes:
+            raise ValueError(f"labels that are not of {n_classes} clusters; delete it to make them again")
+        return [row.numpy() for row in flat.split(lengths.tolist())], tensors
 
 
 # ---- Stage units: k-means on a layer, and every recording as units -----------------------------------------
@@ -236,7 +246,7 @@ def load_labels(path: Path) -> list[np.ndarray]:
 def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalizer: NormalizerSection):
     """Writes model/hubert (HuBERT as far as the units need it, and the clusters) and units.jsonl."""
     folder = run.state("units")
-    targets = folder / "found/targets.npz"
+    targets = folder / "found/targets.safetensors"
     # What a killed run has extracted was computed with these clusters: they are not refitted.
     if rank() == 0 and not (folder / "found/units.json").exists():
         find_units(run, section, hubert).save_pretrained(folder / "found")
@@ -285,13 +295,17 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
     rows = {row["id"]: row for row in read_manifest(run.manifest) if row["split"] == "train"}
     if not target_file.exists() and rank() == 0:
         found = normalizer_targets(run, [*rows.values()], extractor)
-        ids = [target.id for target in found]
-        distances = [target.distance for target in found]
-        save_labels(target_file, [target.units for target in found], ids=ids, distance=distances)
+        ids = bytearray("\n".join(target.id for target in found).encode())
+        distance = torch.tensor([target.distance for target in found], dtype=torch.float64)
+        ids = torch.frombuffer(ids, dtype=torch.uint8)
+        save_labels(target_file, [target.units for target in found], ids=ids, distance=distance)
     barrier()
-    with np.load(target_file) as stored:
-        ids = stored["ids"].tolist()
-        distance = stored["distance"]
+    labels, more = load_labels(target_file, len(extractor.kmeans.centers))
+    with one_line(target_file):
+        ids = bytes(more["ids"].numpy()).decode().split("\n")
+        distance = more["distance"].numpy()
+        if not len(ids) == len(distance) == len(labels) or not (distance >= 0).all():
+            raise ValueError("not the targets of recordings; delete it to make them again")
     if not rows.keys() >= set(ids):
         folder = run.state("units")
         raise ValueError(
@@ -303,9 +317,7 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
     weights = np.where(other, others * distance / (distance.sum() or 1.0), (1 - others) / (~other).sum())
     perturb = [section.perturb_others if is_other else section.perturb for is_other in other]
     paths = [run.corpus / rows[id]["wav"] for id in ids]
-    recordings = [
-        batches.Recording(*fields) for fields in zip(paths, load_labels(target_file), perturb, weights)
-    ]
+    recordings = [batches.Recording(*fields) for fields in zip(paths, labels, perturb, weights)]
     batch_at = batches.weighted_crops(
         recordings,
         section.frames,

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint
+import llama
 from files import read_json, write_json
 from llama import (
     Int8Linear,
@@ -396,6 +397,31 @@ def test_a_model_learns():
     assert abs(losses[0] - torch.tensor(101.0).log()) < 0.2 and losses[-1] < 0.1
 
 
+@pytest.mark.parametrize("pad", [None, torch.tensor([3, 0, 1])], ids=["equal", "padded"])
+def test_a_cache_that_grows_is_the_cache_that_was_reserved_at_once(pad, model, ids, monkeypatch):
+    def logits(room: int) -> tuple[torch.Tensor, list[int]]:
+        monkeypatch.setattr(llama.Cache, "ROOM", room)
+        cache = model.new_cache(3, 24, pad)
+        found, slots = [model(ids[:, :6], cache=cache)], [cache.layers[0].k.shape[2]]
+        for i in range(6, 24):
+            found.append(model(ids[:, i : i + 1], cache=cache))
+            slots.append(cache.layers[2].v.shape[2])
+        return torch.cat(found, 1), sorted(set(slots))
+
+    with torch.no_grad():
+        whole, grown = logits(4096), logits(4)
+    assert torch.equal(whole[0], grown[0])
+    assert whole[1] == [24] and grown[1] == [8, 16, 24]
+
+
+def test_a_context_of_millions_costs_nothing_until_it_is_used():
+    small = make(max_len=2**24)
+    cache = small.new_cache(1, small.config.max_len)
+    assert cache.layers[0].k.shape[2] == cache.cos.shape[1] == cache.ROOM
+    with torch.no_grad():
+        assert small(torch.tensor([[1, 2]]), cache=cache).isfinite().all()
+
+
 # ---- Vocabulary --------------------------------------------------------------------------------------------
 
 
@@ -479,6 +505,30 @@ def test_metas_layout_round_trip(n_files, tmp_path, ids):
     assert torch.equal(loaded(ids), m(ids))
 
 
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"vocab_size": 104}, None),
+        ({"vocab_size": 32000}, "vocab_size is 32000, which contradicts 104"),
+        ({"ffn_dim_multiplier": 1.3, "max_seq_len": 4096, "max_batch_size": 32}, None),
+        ({"use_scaled_rope": False}, None),
+        ({"use_scaled_rope": True}, "use_scaled_rope is True"),
+        ({"norm_eps": None}, "norm_eps is missing"),
+        ({"quantization_args": {"group_size": 32}}, "unknown key 'quantization_args'"),
+        ({"n_layers": 10**9}, "n_layers: must be"),
+    ],
+)
+def test_metas_settings_are_honored_or_refused(changes, why, tmp_path):
+    write_meta(make(vocab_size=104), tmp_path, 1)
+    table = read_json(tmp_path / "params.json") | changes
+    write_json(tmp_path / "params.json", {key: value for key, value in table.items() if value is not None})
+    if why is None:
+        assert Llama.from_pretrained(tmp_path).config.norm_eps == 1e-5
+        return
+    with pytest.raises(ValueError, match=why):
+        Llama.from_pretrained(tmp_path)
+
+
 def test_metas_rotation_of_neighbors_is_ours_after_the_permutation():
     """Scores with RoPE as Meta writes it (complex numbers from neighboring channels) against ours."""
     heads, dim, T, generator = 3, 8, 7, torch.Generator().manual_seed(0)
@@ -545,6 +595,12 @@ def rewrite(folder, tmp_path, **changes):
         ({"num_hidden_layers": 2}, "layers.2"),
         ({"vocab_size": 102}, "embed"),
         ({"num_hidden_layers": 4}, "layers.3.*missing"),
+        ({"rope_scaling": {"rope_theta": 9.0}}, "rope_scaling.rope_theta is 9.0, which contradicts 5000.0"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 4}}, "unknown key 'rope_parameters.factor'"),
+        ({"sliding_window": 4096}, "unknown key 'sliding_window'"),
+        ({"quantization_config": {"bits": 4}}, "unknown key 'quantization_config'"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "unknown key 'auto_map'"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding that it is tied to"),
         ({"tie_word_embeddings": 3}, "tie_word_embeddings: expected bool"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import metrics, stages, train
 
+import checkpoint
 from checkpoint import read_tensors
 from data import audio, corpus, units
 from data.corpus import TARGET_SPEAKER
@@ -16,6 +17,7 @@ from data.tiny import prepare
 from hubert import KMeans, UnitExtractor
 from llama import Llama
 from tokenizer import Tokenizer
+from train_hubert import load_labels, save_labels
 from vocoder import UnitVocoder
 
 pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
@@ -76,10 +78,9 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     own = {
         row["text"] for row in rows.values() if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER
     }
-    with np.load(found / "targets.npz") as stored:
-        targets = np.split(stored["flat"], stored["lengths"].cumsum()[:-1])
-        apart = dict(zip(stored["ids"].tolist(), stored["distance"]))
-        targets = dict(zip(stored["ids"].tolist(), targets))
+    labels, more = load_labels(found / "targets.safetensors", 20)
+    ids = bytes(more["ids"].numpy()).decode().split("\n")
+    targets, apart = dict(zip(ids, labels)), dict(zip(ids, more["distance"].tolist()))
     others = 0
     for id, target in targets.items():
         row = rows[id]
@@ -210,5 +211,35 @@ def test_hubert_learns_from_the_speaker_it_is_told_to(out):
     theirs = [row for row in rows if row["split"] == "train" and row["speaker"] == 0]
     assert 0 < len(theirs) < sum(row["split"] == "train" for row in rows)
     for number in (1, 2):
-        with np.load(out / f"state/hubert/clusters{number}.npz") as labels:
-            assert len(labels["lengths"]) == len(theirs)
+        labels, _ = load_labels(out / f"state/hubert/clusters{number}.safetensors", 1000)
+        assert len(labels) == len(theirs)
+
+
+def test_labels_come_back_and_damaged_ones_are_one_line(tmp_path):
+    path = tmp_path / "clusters1.safetensors"
+    rows = [np.array([1, 4, 2], np.int16), np.array([], np.int16), np.array([0], np.int16)]
+    save_labels(path, rows, distance=torch.tensor([0.5, 2.0, 1.0]))
+    labels, more = load_labels(path, 5)
+    assert [row.tolist() for row in labels] == [[1, 4, 2], [], [0]] and more["distance"].tolist() == [
+        0.5,
+        2,
+        1,
+    ]
+    whole = path.read_bytes()
+    bad = {
+        "labels that are not of 4 clusters": lambda: None,
+        "not the labels": lambda: checkpoint.save_tensors(
+            path, {"flat": torch.zeros(3, dtype=torch.int16), "lengths": torch.tensor([2, 2])}
+        ),
+        "not the labels of": lambda: checkpoint.save_tensors(
+            path, {"flat": torch.zeros(3), "lengths": torch.tensor([3])}
+        ),
+        "KeyError": lambda: checkpoint.save_tensors(path, {"flat": torch.zeros(3)}),
+        "checksum": lambda: path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])),
+        "truncated|accounts for": lambda: path.write_bytes(whole[:-2]),
+    }
+    for why, damage in bad.items():
+        damage()
+        with pytest.raises(ValueError, match=why) as error:
+            load_labels(path, 4)
+        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)

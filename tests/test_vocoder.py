@@ -83,6 +83,24 @@ def test_predicted_durations_round_half_to_even_and_are_at_least_one():
     assert vocoder([0, 1, 2, 3, 4, 5]).shape == (17 * 320,)
 
 
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("log_frames", [20.0, 1e30, math.inf, math.nan])
+def test_a_unit_that_would_last_for_hours_is_refused(running, log_frames):
+    vocoder = make(running_durations=running)
+    vocoder.dur_predictor.forward = lambda x: torch.tensor([[0.5, log_frames, 0.5]])
+    with pytest.raises(ValueError, match="a unit would last .* frames: damaged weights"):
+        vocoder([1, 2, 3])
+    vocoder.dur_predictor.forward = lambda x: torch.tensor([[0.5, math.log(900.0), 0.5]])
+    assert len(vocoder([1, 2, 3])) == 320 * (899 + 2)
+
+
+def test_sound_that_is_not_finite_is_refused():
+    vocoder = make()
+    vocoder.conv_post.bias.data.fill_(math.nan)  # finite weights can overflow on the way, too
+    with pytest.raises(ValueError, match="the vocoder computes NaN"):
+        vocoder([1, 2, 3], durations=[1, 1, 1])
+
+
 def test_speaking_leaves_no_gradient_and_is_the_same_twice():
     vocoder = make()
     first = vocoder([1, 2, 3])
@@ -312,6 +330,12 @@ def test_the_key_table_is_strict(tmp_path):
         (lambda t: t.update(extra=torch.zeros(1)), "extra"),
         (lambda t: t.pop("conv_pre.weight_v"), "conv_pre.weight_g has no partner"),
         (lambda t: t.update({"conv_post.bias": torch.zeros(2)}), "conv_post.bias"),
+        (
+            lambda t: t.update({"conv_pre.weight_g": torch.ones(1, 8, 1)}),
+            r"conv_pre.weight_g \[1, 8, 1\] is no length",
+        ),
+        (lambda t: t.update({"conv_pre.weight_g": torch.ones(())}), r"conv_pre.weight_g \[\] is no length"),
+        (lambda t: t["conv_pre.weight_v"].zero_(), "conv_pre.weight holds NaN"),
     ]:
         bad = dict(tensors)
         change(bad)
@@ -330,6 +354,15 @@ def test_the_key_table_is_strict(tmp_path):
         ({"multistyle": "x"}, "style"),
         ({"embedding_dim": 7}, "model_in_dim"),
         ({"upsample_rates": "fast"}, "config"),
+        ({"sampling_rate": 24000}, "sampling_rate: must be 16000"),
+        ({"resblock_kernel_sizes": [3, 7, 10]}, "must be odd"),
+        ({"upsample_initial_channel": 16}, "halved"),
+        (
+            {"dur_predictor_params": {"encoder_embed_dim": 9, "var_pred_hidden_dim": 8}},
+            "encoder_embed_dim must be",
+        ),
+        ({"dur_predictor_params": {"encoder_embed_dim": 8, "var_pred_hiden_dim": 8}}, "did you mean"),
+        ({"code_vq_params": {"k": 2}}, "unknown key 'code_vq_params'"),
     ],
 )
 def test_a_released_config_that_cannot_be_read_is_refused(tmp_path, changes, message):
