@@ -24,7 +24,7 @@ References: SpeechGPT, arXiv:2305.11000; the released files, https://huggingface
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -86,7 +86,7 @@ class Totals(NamedTuple):
 
 
 class TokenMap:
-    """A folder of documents as ids: len(m), m[i] -> (ids, mask), m.length(i). Read-only, and small in memory.
+    """A folder of documents as ids: len(m), m[i] -> (ids, mask), m.lengths(). Read-only, and small in memory.
 
     ValueError or OSError, one line, if the folder is not complete, damaged, or made with another vocabulary.
     """
@@ -140,10 +140,10 @@ class TokenMap:
         start = int(part.ends[within - 1]) if within else 0
         return part, start, int(part.ends[within])
 
-    def length(self, i: int) -> int:
-        """Tokens of document i."""
-        _, start, end = self._place(i)
-        return end - start
+    def lengths(self) -> np.ndarray:
+        """(documents,) int64: tokens of each."""
+        found = [np.diff(part.ends.astype(np.int64), prepend=0) for part in self.parts]
+        return np.concatenate(found)
 
     def __getitem__(self, i: int) -> Document:
         part, start, end = self._place(i)
@@ -155,6 +155,44 @@ class TokenMap:
         bits = np.unpackbits(part.mask[start // 8 : -(-end // 8)], bitorder="little")
         mask = bits[start % 8 :][: end - start].astype(bool).tolist()
         return ids, mask
+
+
+HELD_OUT = 2000  # documents at the end of a map that are not trained on; a hundredth of a small map
+
+
+class Mixture(Sequence):
+    """Documents of several maps as one long list. Every map is in it at least once, whole; small ones are
+    repeated up to their share, as data/documents.py does with kinds. Only where each begins is in memory."""
+
+    def __init__(self, maps: dict[TokenMap, float], max_len: int, held_out: bool = False):
+        """maps: with their shares. max_len: longer documents are left out. held_out: the end of each map, as
+        it is, instead of all but this end."""
+        self.chosen = []  # (map, numbers of its documents)
+        self.too_long = 0
+        for table in maps:
+            lengths = table.lengths()
+            end = len(table) - min(HELD_OUT, len(table) // 100)
+            numbers = np.arange(end, len(table)) if held_out else np.arange(end)
+            fits = lengths[numbers] <= max_len
+            self.too_long += int((~fits).sum())
+            self.chosen.append((table, numbers[fits]))
+            if not held_out and not fits.any():
+                raise ValueError(f"{table.folder} has no document of at most {max_len} tokens; raise max_len")
+        sizes = [len(numbers) for _, numbers in self.chosen]
+        if not held_out:
+            epoch = max(size / share for size, share in zip(sizes, maps.values()))
+            sizes = [round(share * epoch) for share in maps.values()]
+        self.starts = np.cumsum([0, *sizes])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, i: int) -> Document:
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        which = int(np.searchsorted(self.starts, i, side="right")) - 1
+        table, numbers = self.chosen[which]
+        return table[int(numbers[(i - int(self.starts[which])) % len(numbers)])]
 
 
 def dtype_of(vocab_size: int) -> type:

@@ -34,7 +34,7 @@ def test_the_built_wheel_holds_every_module(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    modules = {name for name in tracked("*.py") if not name.startswith(("tests/", "docs/"))}
+    modules = {name for name in tracked("*.py", "data/*.json") if not name.startswith(("tests/", "docs/"))}
     assert len(modules) > 20 and modules <= packed, modules - packed
 
 

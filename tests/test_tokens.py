@@ -8,7 +8,7 @@ import pytest
 
 import tokenizer
 from data import tokens
-from data.tokens import TokenMap, lines_between, to_document, tokenize
+from data.tokens import Mixture, TokenMap, lines_between, to_document, tokenize
 from files import write_jsonl
 from tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ def test_the_map_is_what_was_written(tmp_path, tok, part):
     expected = [to_document(row, tok) for row in table]
     found = TokenMap(tmp_path / "map", len(tok))
     assert [found[i] for i in range(len(found))] == expected
-    assert [found.length(i) for i in range(len(found))] == [len(ids) for ids, _ in expected]
+    assert found.lengths().tolist() == [len(ids) for ids, _ in expected]
     assert totals == (40, sum(len(ids) for ids, _ in expected), {})
     assert found.parts[0].ids.dtype == np.uint16
     with pytest.raises(IndexError):
@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_counted_and_nothing_is_cut(tmp_path, tok):
     assert sum(totals.skipped.values()) == 2
     found = TokenMap(tmp_path / "map")
     kept = [n for n in lengths if n != longest]
-    assert [found.length(i) for i in range(len(found))] == kept
+    assert found.lengths().tolist() == kept
 
 
 def test_a_killed_run_makes_only_what_is_missing(tmp_path, monkeypatch):
@@ -193,3 +193,28 @@ def test_a_source_without_documents(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         tokenize(tmp_path / "a.jsonl", tmp_path / "map", TINY)
+
+
+def test_a_mixture_has_each_map_whole_and_by_its_share(tmp_path):
+    maps = {}
+    for name, n, share in (("a", 300, 0.75), ("b", 20, 0.25)):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows(n, seed=n))
+        tokenize(tmp_path / f"{name}.jsonl", tmp_path / name, TINY, part=9000)
+        maps[TokenMap(tmp_path / name)] = share
+    a, b = maps
+    limit = int(np.sort(a.lengths())[-3]) - 1
+    long = set(np.flatnonzero(a.lengths() > limit).tolist()) - set(range(297, 300))
+    mixture = Mixture(maps, limit)
+    found = [mixture[i] for i in range(len(mixture))]
+    trained = [a[i] for i in range(297) if i not in long]  # three are held out
+    assert found[: len(trained)] == trained and mixture.too_long >= len(long) > 0
+    short = [b[i] for i in range(20) if len(b[i][0]) <= limit]
+    assert all(document in short for document in found[len(trained) :])
+    assert all(document in found for document in short)
+    assert len(found) - len(trained) == round(len(trained) / 3)
+    held_out = Mixture(maps, 1 << 20, held_out=True)
+    assert [held_out[i] for i in range(len(held_out))] == [a[297], a[298], a[299]]
+    with pytest.raises(ValueError, match="no document of at most 3 tokens"):
+        Mixture(maps, 3)
+    with pytest.raises(IndexError):
+        mixture[len(mixture)]
