@@ -329,6 +329,14 @@ def test_a_server_that_sends_another_part_than_was_asked_for(server, small, tmp_
     assert len(server.seen) == 3 + 4
 
 
+def test_a_login_page_in_between_costs_nothing(server, small, tmp_path):
+    server.cut_after = [100_000] + [0] * 20
+    fails(server, tmp_path, "100 kB are kept")
+    server.versions, server.cut_after, server.ranges = [b"<html>Please log in</html>"], [], False
+    fails(server, tmp_path, "26 bytes")
+    assert (tmp_path / "llama/big.bin.part").read_bytes() == CONTENT[:100_000]
+
+
 @pytest.mark.parametrize(
     "note",
     [None, b"", b"\xff\xfe\0", b'"1"\r\nHost: example.com', b'"' + b"1" * 10**6, b'"1"\n-5\n', b'W/"1"\n5\n'],

@@ -297,9 +297,14 @@ def fetch(remote: Remote, url: str, out: Path) -> dict:
             raise OSError(
                 f"{path}: the disk is full; {kept} are kept, make room and run the command again"
             ) from None
-    if not fits(_size(part), remote):
+    found = _size(part)
+    if found != total or not fits(
+        found, remote
+    ):  # two of these programs at once, or a part put there by hand
         _forget(part)
-        raise OSError(f"{url} gave {total:,} bytes, expected {remote.size}: moved or replaced? See its page")
+        raise OSError(
+            f"{path}: {found:,} bytes, expected {remote.size or f'{total:,}'}; removed, run the command again"
+        )
     digest = sha256(part)
     if named and digest != named:
         _forget(part)
@@ -336,17 +341,15 @@ def _receive(remote: Remote, url: str, part: Path) -> tuple[int, str | None]:
             return done, redirects.sha256
         raise _begin_again(part, "the file has changed on the server") from None
     with response:
-        total = _announced(response, done)
-        if total is None and done:
-            raise _begin_again(part, "the server cannot continue it or has another version")
-        if total is None:
+        total, continues = _announced(response, done)
+        if total is None and not done:
             raise OSError(f"{url}: the server does not say how large it is; use another --mirror")
-        if done and version.total not in (None, total):
-            raise _begin_again(part, "the file has changed on the server")
-        if not fits(total, remote):
+        if total is not None and not fits(total, remote):
             raise OSError(
                 f"{url} has {total:,} bytes, expected {remote.size}: moved or replaced? See its page"
             )
+        if done and not (continues and version.total in (None, total)):
+            raise _begin_again(part, "the server cannot continue it, or has another version by now")
         free = shutil.disk_usage(part.parent).free
         if total - done > free:
             needed = show(total - done)
@@ -367,15 +370,14 @@ def _receive(remote: Remote, url: str, part: Path) -> tuple[int, str | None]:
     return total, redirects.sha256
 
 
-def _announced(response: http.client.HTTPResponse, done: int) -> int | None:
-    """Size of the whole file; None if the server does not say it, or does not send what follows on `done`."""
+def _announced(response: http.client.HTTPResponse, done: int) -> tuple[int | None, bool]:
+    """Size of the whole file, if the server says it; whether it sends what follows on `done`."""
     if response.status == 206:
-        span = re.fullmatch(
-            r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})", response.headers.get("Content-Range", "")
-        )
-        return int(span[2]) if span and int(span[1]) == done else None
+        span = response.headers.get("Content-Range", "")
+        numbers = re.fullmatch(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})", span)
+        return (int(numbers[2]), int(numbers[1]) == done) if numbers else (None, False)
     length = re.fullmatch(r"\d{1,15}", response.headers.get("Content-Length", ""))
-    return int(length[0]) if length and not done else None
+    return (int(length[0]) if length else None), done == 0
 
 
 def _append(response: http.client.HTTPResponse, part: Path, done: int, total: int, title: str) -> bool:
@@ -406,7 +408,7 @@ class Version(NamedTuple):
 def _write_version(part: Path, headers: http.client.HTTPMessage, total: int) -> None:
     names = (headers.get("ETag", ""), headers.get("Last-Modified", ""))
     name = next((name for name in names if re.fullmatch(VERSION, name)), "")
-    _note(part).write_text(f"{name}\n{total}\n", encoding="ascii")
+    _note(part).write_bytes(f"{name}\n{total}\n".encode("ascii"))
 
 
 def _read_version(part: Path) -> Version | None:
