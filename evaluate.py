@@ -16,7 +16,9 @@ replaces the scores.
     first                    seconds from typing `python sample.py question.wav` to the reply's waveform
 
 evaluation/judge.py is the recognizer, evaluation/measures.py has the measures with intervals and baselines,
-and evaluation/report.py writes the files: report.md, report.json, items.jsonl, examples/, curve-*.png.
+and evaluation/report.py writes the files: report.md, report.json, items.jsonl, examples/, curve-*.png. One
+that is killed goes on where it was (evaluation/kept.py). A corpus without dialogues or splits has the rows
+that it allows.
 """
 
 import functools
@@ -38,6 +40,7 @@ from data import audio
 from data.corpus import read_dialogues, resolve
 from evaluation import measures, report
 from evaluation.judge import Recognizer, need_extra, normalize_text
+from evaluation.kept import Kept, stamps
 from evaluation.measures import Item, LookupBaselines, Row
 from files import harmless
 from generate import one_thread
@@ -63,7 +66,9 @@ class Session:
     takes: int | None
     bar: tqdm
     background: ThreadPoolExecutor
+    kept: Kept  # of an evaluation that was killed
     problems: list[str]  # what could not be measured, a line each
+    asked: int = 0  # how often
     outputs: list[tuple[str, list[dict], list[str], Future]] = field(default_factory=list)  # see add
 
     def add(self, measure: str, rows: list[dict], references: list[str], texts: Future):
@@ -78,7 +83,8 @@ class Session:
 
     def add_speech(self, measure: str, rows: list[dict], column: str, wavs: list) -> Future:
         """wavs: (N,) each, None where there is no speech. Returns their recognized texts to come."""
-        texts = self.background.submit(self.recognizer.transcribe, wavs, self.bar.update)
+        work = functools.partial(self.recognizer.transcribe, wavs, self.bar.update)
+        texts = self.background.submit(self.kept.texts, f"heard-{len(self.outputs)}", work)
         self.add(measure, rows, values(rows, column), texts)
         return texts
 
@@ -86,13 +92,21 @@ class Session:
         """Replies of the model, or of another, in batches of prompts of similar size. A prompt that it cannot
         answer has an empty reply, and is noted; if it cannot answer any batch, that is a ValueError."""
         request = Request(mode, max_new=MAX_NEW[mode[2]], **options)
+        self.asked += 1
+        work = functools.partial(self.ask_now, prompts, model or self.model, request)
+        replies = self.kept.replies(f"asked-{self.asked}", work)
+        self.problems += [f"not answered: {reply.note}" for reply in replies if "failed" in reply.stats]
+        self.bar.update(len(prompts))
+        return replies
+
+    def ask_now(self, prompts: list, model: SpeechGPT, request: Request) -> list[Reply]:
         order = sorted(range(len(prompts)), key=lambda i: size(prompts[i]))
         replies: list[Reply] = [None] * len(prompts)
         failed = 0
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
             try:
-                answers = (model or self.model).answer_each([prompts[i] for i in batch], request)
+                answers = model.answer_each([prompts[i] for i in batch], request)
             except (ValueError, OSError) as problem:  # not of a prompt
                 failed += len(batch)
                 if failed == len(prompts):
@@ -100,10 +114,8 @@ class Session:
                 answers = [problem] * len(batch)
             for i, answer in zip(batch, answers):
                 if isinstance(answer, Exception):
-                    self.problems.append(f"not answered: {answer}")
-                    answer = Reply("", "", [], None, str(answer))
+                    answer = Reply("", "", [], None, str(answer), {"failed": True})
                 replies[i] = answer
-            self.bar.update(len(batch))
         return replies
 
     def speak(self, units: list[int], speaker: int | None = None, durations: list[int] | None = None):
@@ -244,6 +256,7 @@ def ask_all(
     n: int,
     seed: int,
     takes: int | None,
+    kept: Kept,
     problems: list[str],
 ) -> tuple[list[Item], list[list[int]], list[Spoken]]:
     """Returns every scored output, the held-out speech as units, and all spoken replies.
@@ -264,7 +277,7 @@ def ask_all(
     talks = []
     try:
         with run.progress(steps, title="evaluate", unit="item") as bar:
-            session = Session(model, recognizer, seed, takes, bar, background, problems)
+            session = Session(model, recognizer, seed, takes, bar, background, kept, problems)
             for split, rows in drawn.speech.items():
                 encoded[split] = transcribe(session, before, rows, half)
                 resynthesize(session, rows[:half], encoded[split][:half])
@@ -340,10 +353,14 @@ def evaluate(
         measured["bits.1"] = SpeechGPT(Llama.from_pretrained(folder.parent / "stage1"), model.tok)
     train = measures.train_units(model, manifest, folder.parent / "units.jsonl", 400)
     report.claim(out)
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in drawn.paths()]
+    kept = Kept(out / "kept", [stamps(folder), files, drawn, items, seed, takes, str(device)])
 
     # ---- the numbers, written as soon as they are there
     with one_thread(model.llama):  # the recognizer has the other cores
-        scored, speech, spoken = ask_all((model, before), drawn, items or sys.maxsize, seed, takes, problems)
+        scored, speech, spoken = ask_all(
+            (model, before), drawn, items or sys.maxsize, seed, takes, kept, problems
+        )
     rows = measures.score_all(scored, lookup)
     rows += measures.bits_rows(measured, speech, train)
     rows = [row for row in rows if row.n]
@@ -375,6 +392,7 @@ def evaluate(
     metrics = Path(metrics or folder.parent / "metrics")
     curves = attempt(problems, "curves", report.plot_curves, metrics, out) or []
     write(examples, curves)
+    kept.forget()
     for row in rows:
         print(f"{row.name:56} {row.show(row.value):>10}   {row.show_target()}")
     if problems:

@@ -1,6 +1,7 @@
 """The report must say what was measured: a model with known answers gets its known numbers."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -370,6 +371,45 @@ def test_ctrl_c_does_not_wait_for_what_is_to_be_transcribed(tmp_path, monkeypatc
     took = time.perf_counter() - began
     time.sleep(0.6)
     assert len(started) <= 2 and took < 2.0, "eight were waiting"
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
+    asked = []
+    heard = []
+
+    class Counting(KnownModel):
+        def answer_each(self, prompts, request):
+            asked.append((request.mode, request.task, request.chain))
+            return super().answer_each(prompts, request)
+
+    class Killed(Counting):
+        def answer_each(self, prompts, request):
+            if not request.chain:
+                raise KeyboardInterrupt
+            return super().answer_each(prompts, request)
+
+    class Recorded(PerfectRecognizer):
+        def transcribe(self, wavs, done):
+            heard.append(len(wavs))
+            return super().transcribe(wavs, done)
+
+    write_world(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        report_on(tmp_path, monkeypatch, Killed(), Recorded)
+    assert len(asked) == 6 and len(list((tmp_path / "report/kept").iterdir())) > 6
+    numbers = report_on(tmp_path, monkeypatch, Counting(), Recorded)
+    assert len(asked) == 12 and asked[6] == ("s2t", "chat", False), "nothing is asked twice"
+    assert 10 <= len(heard) <= 11, "nor heard, but for what was just being transcribed"
+    assert not (tmp_path / "report/kept").exists()
+    shutil.rmtree(tmp_path / "report")
+    assert report_on(tmp_path, monkeypatch) == numbers
+
+    with pytest.raises(KeyboardInterrupt):
+        report_on(tmp_path, monkeypatch, Killed(), seed=1)
+    (tmp_path / "model/lora/adapter").write_text("another model")
+    asked.clear()
+    report_on(tmp_path, monkeypatch, Counting(), seed=1)
+    assert asked[0] == ("s2t", "asr", True), "of another model nothing is taken"
 
 
 def test_a_report_replaces_no_file_that_no_report_made(tmp_path, monkeypatch):
