@@ -36,14 +36,15 @@ from concurrent.futures.process import BrokenProcessPool
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
-from config import Parser
+from config import Parser, deaf_to_ctrl_c
 from data import archives
 from data.corpus import write_manifest
 from data.recordings import Job, Settings, Skipped, finish, number
-from files import show, write_jsonl
+from files import locked, show, write_jsonl
 
 OURS = ("manifest.jsonl", "left_out.jsonl", "skipped.jsonl", "units.jsonl", "dialogues.jsonl")
 JOURNAL = ".prepare.jsonl"
@@ -185,38 +186,45 @@ def prepare(
     """Makes OUT/manifest.jsonl from the jobs of recipe `name`, whose `work` adds up to `total` or less, and
     prints what was found. ValueError or OSError, one line each."""
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    journal = out / JOURNAL
     check_ours(out, "manifest.jsonl", "left_out.jsonl", JOURNAL)
-    jobs = unique(chain(refused, jobs))
-    header = json.dumps({"recipe": name} | dataclasses.asdict(settings)) + "\n"
-    found = Found()
-    with open(journal, "r+b" if journal.is_file() else "w+b") as file:
-        bar = tqdm(
-            total=total,
-            desc=name,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
-        with bar:
-            jobs = continue_from(file, header, jobs, found, bar)
-            for batch, results in ordered(finish, settings, batches(jobs), workers):
-                for job, (rows, skipped) in zip(batch, results):
-                    entry = {"job": key(job), "work": job.work, "rows": rows, "skipped": skipped}
-                    file.write(json.dumps(entry).encode() + b"\n")
-                    found.add(rows, skipped)
-                    bar.update(job.work)
-                file.flush()
-                bar.set_postfix_str(found.line(), refresh=False)
-            bar.update(max(0, total - bar.n))
-    write_jsonl(out / "left_out.jsonl", (row for entry in entries(journal) for row in entry["skipped"]))
+    journal = out / JOURNAL
+    with locked(out):
+        with open(journal, "r+b" if journal.is_file() else "w+b") as file:
+            header = json.dumps({"recipe": name} | dataclasses.asdict(settings)) + "\n"
+            found = work_off(file, header, unique(chain(refused, jobs)), total, settings, workers)
+        write_jsonl(out / "left_out.jsonl", (row for entry in entries(journal) for row in entry["skipped"]))
+        if found.hours:
+            write_manifest(out, (row for entry in entries(journal) for row in entry["rows"]))
+        journal.unlink()
     if not found.hours:
-        journal.unlink()  # tried anew when something has been mended
         raise ValueError(found.nothing(settings.source, out / "left_out.jsonl"))
-    write_manifest(out, (row for entry in entries(journal) for row in entry["rows"]))
-    journal.unlink()
     print(found.report(out))
+
+
+def work_off(
+    journal: BinaryIO, header: str, jobs: Iterator, total: int, settings: Settings, workers: int
+) -> "Found":
+    """Appends the results of all jobs to the journal, those that it does not have yet."""
+    found = Found()
+    bar = tqdm(
+        total=total,
+        desc=json.loads(header)["recipe"],
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    with bar:
+        jobs = continue_from(journal, header, jobs, found, bar)
+        for batch, results in ordered(finish, settings, batches(jobs), workers):
+            for job, (rows, skipped) in zip(batch, results):
+                entry = {"job": key(job), "work": job.work, "rows": rows, "skipped": skipped}
+                journal.write(json.dumps(entry).encode() + b"\n")
+                found.add(rows, skipped)
+                bar.update(job.work)
+            journal.flush()
+            bar.set_postfix_str(found.line(), refresh=False)
+        bar.update(max(0, total - bar.n))
+    return found
 
 
 def check_ours(out: Path, product: str, *signs: str) -> None:
@@ -253,7 +261,9 @@ def key(job: Job | Skipped) -> str:
     return blake2b(repr(job).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def continue_from(file, header: str, jobs: Iterator, found: "Found", bar: tqdm) -> Iterator[Job | Skipped]:
+def continue_from(
+    file: BinaryIO, header: str, jobs: Iterator, found: "Found", bar: tqdm
+) -> Iterator[Job | Skipped]:
     """The jobs that the journal `file` does not have yet; what it has is added to `found`."""
     if file.readline() != header.encode():  # other flags, another source
         file.seek(0)
@@ -305,11 +315,12 @@ def ordered(function: Callable, settings: Settings, items: Iterator, workers: in
             yield item, function(settings, item)
         return
     # spawn is the one way that works on Linux, macOS and Windows
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
         waiting = deque()
         for item in items:
-            waiting.append((item, pool.submit(function, settings, item)))
+            with deaf_to_ctrl_c():
+                waiting.append((item, pool.submit(function, settings, item)))  # may start a process
             if len(waiting) > 4 * workers:
                 item, future = waiting.popleft()
                 yield item, future.result()
@@ -323,8 +334,8 @@ def ordered(function: Callable, settings: Settings, items: Iterator, workers: in
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker() -> None:
-    """A worker process leaves Ctrl-C to its parent, and ends when its parent dies."""
+def end_with_parent() -> None:
+    """In a worker process: leaves Ctrl-C to its parent, and ends when its parent does, in whatever way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

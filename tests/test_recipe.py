@@ -22,6 +22,7 @@ from data.gigaspeech import prepare as gigaspeech
 from data.librilight import prepare as librilight
 from data.librispeech import prepare as librispeech
 from data.ljspeech import prepare as ljspeech
+from files import locked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -536,7 +537,7 @@ def test_quick_reads_headers_only(tmp_path, mine, monkeypatch):
 def test_recordings_without_transcripts(tmp_path, mine, monkeypatch):
     with pytest.raises(ValueError, match="no recording can be used .3 no transcript"):
         run(folder, monkeypatch, mine, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["left_out.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "left_out.jsonl"]
     run(folder, monkeypatch, mine, tmp_path / "out", "--unlabelled")
     assert [row["text"] for row in rows(tmp_path / "out")] == ["", "", ""]
     (tmp_path / "empty").mkdir()
@@ -685,6 +686,21 @@ def test_processes_give_the_same_and_end_with_their_parent(tmp_path, monkeypatch
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two/manifest.jsonl").read_bytes() == (tmp_path / "one/manifest.jsonl").read_bytes()
     assert "100 utterances" in done.stderr and "train" in done.stdout
+
+
+def test_two_runs_at_once_do_not_mix(tmp_path, mine):
+    with locked(tmp_path / "out"):  # by this process; another one is told
+        command = [
+            sys.executable,
+            "-m",
+            "data.folder.prepare",
+            str(mine),
+            str(tmp_path / "out"),
+            "--unlabelled",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "another run is at work here" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out" / recipe.JOURNAL).exists()
 
 
 def test_a_mistake_is_one_line(tmp_path):

@@ -31,9 +31,7 @@ are missing.
 import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -53,6 +51,7 @@ if __package__ in (None, ""):  # run as a script: let it find `data`
 from config import Limits, Parser, command_line, deaf_to_ctrl_c, folder, load
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest, write_manifest
+from data.recipe import end_with_parent
 from data.tiny import world
 from data.tiny.world import chance
 from files import write_jsonl
@@ -198,15 +197,9 @@ _voice = None  # one in each process: loading takes half a second
 
 
 def start_worker() -> None:
-    """A worker process leaves Ctrl-C to its parent, ends when its parent dies, and loads the voice."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    """A worker process ends with its parent, and loads the voice."""
+    end_with_parent()
     load_voice()
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns however it ended, by SIGKILL, too
-    os._exit(1)
 
 
 def need_voice() -> None:
