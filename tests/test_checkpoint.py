@@ -422,7 +422,7 @@ def states(tmp_path_factory) -> tuple[Path, bytes, bytes, dict, dict]:
 
 
 @pytest.mark.parametrize("kept", [False, True])
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_state_damaged_at_random_is_refused_in_one_line_or_read_as_it_was(states, kept, data):
     """And never a crash, of the next step of a fused optimizer either. kept: the state before it is there."""

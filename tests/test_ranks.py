@@ -1,6 +1,7 @@
 """One process, accumulation and many processes learn the same, in every stage with training/loop.py; and what
 many say when one is killed, stuck or mistaken."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -214,6 +215,33 @@ def test_many_processes_end_soon_and_with_one_line(tmp_path, event, codes, said)
     )
     assert seconds < 20, seconds
     assert len(lines) < 300
+
+
+def learn_with_a_nan(rank: int, out: Path):
+    """Six steps on two processes; in the third and fourth, rank 1 alone has a batch that is not finite."""
+    import test_loop  # its model, loss and batches
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", (out / "store").as_uri(), rank=rank, world_size=2)
+    batches = test_loop.not_a_number({2, 3} if rank == 1 else set())
+    model = test_loop.learn(out / "run", batches, steps=6)
+    torch.save(model.state_dict(), out / f"{rank}.pt")
+    run.destroy()
+
+
+def test_all_ranks_skip_a_step_that_is_not_finite_on_one(tmp_path):
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    processes = [context.Process(target=learn_with_a_nan, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics/name.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["skipped"] for line in lines if "skipped" in line} == {2: 1, 3: 2}
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(one[name], other[name]) and one[name].isfinite().all() for name in one)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
