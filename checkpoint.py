@@ -206,6 +206,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         for name, value in table.items():
             if type(name) is not str or not isinstance(value, Tensor):
                 raise ValueError(f"{show(name)} is no tensor but a {type(value).__name__}")
+        # Tensors of a pickle may share numbers, as tied ones do. Hundreds of them would be a small file that
+        # asks for the machine's memory.
+        total, size = sum(tensor.nbytes for tensor in table.values()), path.stat().st_size
+        if total > 4 * size:
+            raise ValueError(f"its tensors have {total} bytes, the file {size}: they share their numbers")
         return table
 
 

@@ -79,6 +79,8 @@ class KMeans(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """(..., C) -> (...) long. The lowest number wins a tie."""
+        if not x.isfinite().all():
+            raise ValueError("the features of this speech are NaN: the weights of HuBERT are damaged")
         return self.distances(x).argmin(-1)
 
     def distances(self, x: Tensor) -> Tensor:

@@ -321,6 +321,16 @@ def test_files_that_ask_for_the_machines_memory_are_refused_before_they_get_it(t
     ] + [""]
 
 
+def test_tensors_that_share_their_numbers_are_few(tmp_path):
+    """Ties are allowed. A hundred layers that are views of one are a file of 40 kB that takes 4 MB."""
+    storage = torch.randn(100, 100)
+    torch.save({"a": storage, "b": storage}, tmp_path / "tied.bin")
+    assert torch.equal(checkpoint.read_tensors(tmp_path / "tied.bin")["b"], storage)
+    torch.save({f"layer.{i}": storage.view(100, 100) for i in range(100)}, tmp_path / "many.bin")
+    with pytest.raises(ValueError, match="tensors have 4000000 bytes, the file .*: they share"):
+        checkpoint.read_tensors(tmp_path / "many.bin")
+
+
 # ---- NaN ---------------------------------------------------------------------------------------------------
 
 

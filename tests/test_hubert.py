@@ -516,6 +516,55 @@ def test_fairseq_file_without_settings_is_guessed_from_its_shapes(tmp_path, monk
     )
 
 
+@pytest.mark.parametrize(
+    "model, task, why",
+    [
+        ({"conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2"}, {}, None),
+        (
+            {"conv_feature_layers": "[(16, 10, 5), (16, 3, 2)] + [(24, 3, 2)]*3 + [(32,2,2),(32,2,2)]"},
+            {},
+            None,
+        ),
+        (
+            {"activation_fn": "gelu", "layer_type": "transformer", "dropout": 0.1},
+            {"sample_rate": 16000},
+            None,
+        ),
+        (
+            {"conv_feature_layers": "[(16,10,4)] + [(16,3,2)] * 4 + [(16,2,2)] * 2"},
+            {},
+            "it must be 400 every 320",
+        ),
+        ({"conv_feature_layers": "__import__('os').system('echo')"}, {}, "conv_feature_layers cannot be"),
+        ({"activation_fn": "relu"}, {}, "activation_fn is 'relu'; only 'gelu'"),
+        ({"layer_type": "conformer"}, {}, "layer_type is 'conformer'"),
+        ({"pos_conv_depth": 5}, {}, "pos_conv_depth is 5"),
+        ({"layer_norm_first": "yes"}, {}, "key 'pre_norm': expected bool"),
+        ({"encoder_attention_heads": 10**30}, {}, "key 'n_heads': must be"),
+        ({}, {"sample_rate": 8000}, "sample_rate is 8000; only 16000"),
+        ({}, {"normalize": 3}, "key 'standardize_wav': expected bool"),
+    ],
+)
+def test_fairseqs_settings_are_honored_or_refused(model, task, why, tmp_path, monkeypatch):
+    settings = {"model": {"encoder_attention_heads": 4} | model, "task": task}
+    fairseq_file(randomized(TINY), tmp_path / "x.pt", monkeypatch, settings)
+    if why is None:
+        assert HuBERT.from_pretrained(tmp_path / "x.pt").config.conv_stride == TINY.conv_stride
+        return
+    with pytest.raises(ValueError, match=why) as caught:
+        HuBERT.from_pretrained(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path))
+
+
+def test_features_that_are_nan_are_no_units():
+    """Finite weights can overflow on the way: a direction of length 0, for one."""
+    unit = extractor()
+    unit.model.encoder.pos_conv_embed.conv.weight_v.data[:, :, 3] = 0
+    for call in (unit, unit.frame_units, lambda wav: hubert.units_by_batches(unit, [wav, wav])):
+        with pytest.raises(ValueError, match="the weights of HuBERT are damaged"):
+            call(speech(1))
+
+
 def test_released_folder(tmp_path, monkeypatch):
     """mhubert .pt beside the joblib k-means, and Hugging Face's files beside it: layer 11 of 12, no final
     norm."""
