@@ -21,6 +21,11 @@ that is killed goes on where it was (evaluation/kept.py). A corpus without dialo
 that it allows.
 """
 
+import config
+
+if __name__ == "__main__":
+    config.starting()
+
 import functools
 import random
 import sys
@@ -35,7 +40,6 @@ import torch
 from tqdm import tqdm
 
 import run
-from config import Parser, command_line
 from data import audio
 from data.corpus import read_dialogues, resolve
 from evaluation import measures, report
@@ -411,17 +415,21 @@ def attempt(problems: list[str], what: str, work: Callable, *arguments):
 
 
 def main():
-    parser = Parser(__doc__.split("\n")[0], prog="python evaluate.py")
+    parser = config.Parser(__doc__.split("\n")[0], prog="python evaluate.py")
     add = parser.add_argument
-    add("--model", default=default_model(), help="folder with llama/, lora/, hubert/, vocoder/")
-    add("--corpus", default="out/tiny/corpus", help="folder with manifest.jsonl and dialogues.jsonl")
-    add("--out", default="out/report", help="folder for the report")
+    add("--model", type=config.folder, default=default_model(), help="folder with llama/, hubert/, vocoder/")
+    add("--corpus", type=config.folder, default="out/tiny/corpus", help="folder with manifest.jsonl")
+    add("--out", type=config.folder, default="out/report", help="folder for the report")
     add("--items", type=int, default=120, help="items in a row; 0: all there are")
     add("--seed", type=int, default=0, help="of the choice of items, and of sampled speech")
     add("--takes", type=int, help="as of sample.py: draw speech again, at most so many times in all")
     add("--device", default="auto", help="cpu, cuda or mps")
-    add("--metrics", help="folder of training curves (default: metrics/ next to the model)")
-    add("--targets", metavar="CONFIG.toml", help="config file with [evaluate.targets] to compare with")
+    add(
+        "--metrics",
+        type=config.folder,
+        help="folder of training curves (default: metrics/ next to the model)",
+    )
+    add("--targets", type=config.folder, metavar="CONFIG.toml", help="has [evaluate.targets] to compare with")
     args = parser.parse_args()
     targets = measures.read_targets(args.targets) if args.targets else None
     options = {"metrics": args.metrics, "takes": args.takes, "targets": targets}
@@ -429,4 +437,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    config.command_line(main)

@@ -18,6 +18,11 @@ draws its speech up to eight times (`SpeechGPT.redraw`).
 References: SpeechGPT, https://arxiv.org/abs/2305.11000; official code, https://github.com/0nutation/SpeechGPT
 """
 
+from config import command_line, starting
+
+if __name__ == "__main__":
+    starting()
+
 import argparse
 import os
 import re
@@ -34,7 +39,7 @@ from torch import Tensor, nn
 import lora
 import run
 import tokenizer
-from config import Parser, command_line
+from config import Parser, folder
 from data import audio
 from files import harmless, write_json
 from generate import (
@@ -398,7 +403,7 @@ def arguments() -> argparse.Namespace:
     p = Parser("Talk with a SpeechGPT: speech or text in, speech or text out.")
     add = p.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="sound files or texts; none: a conversation")
-    add("--model", default=default_model(), help="folder with llama/, lora/, hubert/, vocoder/")
+    add("--model", type=folder, default=default_model(), help="folder with llama/, lora/, hubert/, vocoder/")
     add("--in", dest="source", choices=SOURCES, default="auto", help="what prompts are")
     add("--to", choices=("speech", "text"), default="speech", help="what answers are")
     add("--task", choices=TASKS, default="chat")
@@ -417,7 +422,7 @@ def arguments() -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, mps, or several: cuda:0,cuda:1")
     add("--dtype", default="auto", help="float32, bfloat16 or float16")
     add("--int8", action="store_true", help="keep the language model's matrices in eight bits")
-    add("--out", type=Path, default="out/replies", help="folder for replies, or a .wav for the only one")
+    add("--out", type=folder, default="out/replies", help="folder for replies, or a .wav for the only one")
     return p.parse_args()
 
 

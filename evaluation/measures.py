@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from config import parse
 from data import audio
 from data.units import read_table
 from evaluation.judge import errors, normalize_text, same
@@ -355,11 +355,7 @@ def first_reply(folder: Path, wav: Path, device: str) -> tuple[float, float | No
 
 def read_targets(path: str | Path) -> dict[str, float]:
     """The section [evaluate.targets] of a config file."""
-    try:
-        config = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise ValueError(f"{path}: not valid TOML ({problem}); mend that line") from None
-    section = config.get("evaluate")
+    section = parse(Path(path)).get("evaluate")
     targets = section.get("targets") if isinstance(section, dict) else None
     if not isinstance(targets, dict):
         raise ValueError(f"{path} has no section [evaluate.targets]; see configs/tiny.toml for one")

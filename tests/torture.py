@@ -296,8 +296,9 @@ class Torture:
             if code and code not in allowed:
                 last = text.strip().splitlines()[-1:]
                 self.fault("wrong end", f"{who}: exit code {code}: {last}")
-                if not run.disturbed:
-                    break
+                if not run.disturbed:  # nothing will finish it
+                    self.counts["runs"] += 1
+                    return
             if code == 0:
                 break
             if flipped is None and rng.random() < 0.5:
