@@ -1,18 +1,18 @@
 """Sound files in and out: everything downstream sees one mono float32 array at 16 kHz.
 
 Section 4.1 of the paper works on 16 kHz speech, the only rate that HuBERT was trained on. People have 48 kHz
-stereo, 8 kHz telephone, flac and ogg. `load` turns any of these into the one shape that the model knows, and
-turns every file that is not usable speech into one clear line. `save` writes 16-bit wav, whole or not at all.
+stereo, 8 kHz telephone, flac, ogg and mp3. `load` turns any of these into the one shape that the model knows,
+and every file that is not usable speech into one clear line: what a header says is never taken for what is
+there (data/containers.py). `save` writes 16-bit wav or flac, whole or not at all.
 
-References: libsndfile (http://libsndfile.github.io/libsndfile), soxr (https://sourceforge.net/p/soxr), and
-for the layout of wav files http://soundfile.sapp.org/doc/WaveFormat.
+References: libsndfile (http://libsndfile.github.io/libsndfile), soxr (https://sourceforge.net/p/soxr)
 """
 
 import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,11 @@ MAX_SECONDS = 4 * 3600  # decoded sound is held in memory: 4 hours are 0.9 GB
 MAX_VALUES = MAX_SECONDS * 2 * 48_000  # samples of all channels that are decoded: 4 hours of 48 kHz stereo
 SILENCE = 1e-3  # -60 dB of full scale
 CANCELED = 0.01  # a mean with less than this of the loudest channel's power (-20 dB) has lost the sound
-EVERY = 13  # th sample is enough to compare their power
-EXACT_SEEK = ("WAV", "WAVEX", "FLAC")  # formats and encodings in which a sample is found by its number
+EVERY = 13  # how many samples apart their power is compared
+EXACT_SEEK = (
+    b"RIFF",
+    b"fLaC",
+)  # beginnings of files, and encodings, in which a sample is found by its number
 EXACT_CODES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 
 
@@ -66,14 +69,16 @@ def load_part(path: str | Path, start: int, n_samples: int) -> np.ndarray:
     """load(path)[start : start + n_samples]; of a mono wav or flac at 16 kHz no more is decoded than that, so
     that damage elsewhere in the file is not noticed."""
     path = _existing(path)
-    with _open(path, path) as file:
-        exact = file.format in EXACT_SEEK and file.subtype in EXACT_CODES
-        as_stored = exact and file.samplerate == RATE and file.channels == 1
-        if as_stored and WINDOW <= start + n_samples <= file.frames:
-            file.seek(start)
-            wav = file.read(n_samples, dtype="float32")
-            if len(wav) == n_samples and np.isfinite(wav).all():
-                return wav
+    with open(path, "rb") as file:
+        exact = file.read(4) in EXACT_SEEK
+    if exact and start + n_samples >= WINDOW:
+        with suppress(ValueError), _open(path, path) as file:
+            as_stored = file.samplerate == RATE and file.channels == 1 and file.subtype in EXACT_CODES
+            if as_stored and start + n_samples <= file.frames:
+                file.seek(start)
+                wav = file.read(n_samples, dtype="float32")
+                if len(wav) == n_samples and np.isfinite(wav).all():
+                    return wav
     return load(path)[start : start + n_samples]
 
 
@@ -294,5 +299,7 @@ def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    soundfile.write(content, samples, rate, "PCM_16", format="FLAC" if path.suffix == ".flac" else "WAV")
+    soundfile.write(
+        content, samples, rate, "PCM_16", format="FLAC" if path.suffix.lower() == ".flac" else "WAV"
+    )
     write_atomic(path, content.getvalue(), sync=False)

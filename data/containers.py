@@ -352,6 +352,7 @@ class Run(NamedTuple):
 
     frame: bytes  # header of the first
     promised: int  # frames, by the note before them; 0: there is none, or it does not say
+    size: int  # bytes with the note, by the note; 0: the same
     start: int  # position of the first, or of the note
     sound: int  # position of the first
     stop: int
@@ -365,18 +366,19 @@ def _mp3(path: Path, content: bytes, position: int) -> list[Stream]:
         stop = position + frame.length
         if stop > len(content):
             break
-        promised = _mp3_note(content[position:stop], frame)
+        note = _mp3_note(content[position:stop], frame)
         header = content[position : position + 4]
-        if promised is not None:
-            runs.append(Run(header, promised, position, stop, stop, 0))
+        if note:
+            runs.append(Run(header, *note, position, stop, stop, 0))
         elif is_new or frame.kind != _mp3_frame(runs[-1].frame).kind:
-            runs.append(Run(header, 0, position, position, stop, 1))
+            runs.append(Run(header, 0, 0, position, position, stop, 1))
         else:
             runs[-1] = runs[-1]._replace(stop=stop, count=runs[-1].count + 1)
         position = _end_of_tags(content, stop)
         is_new = position > stop
     for run in runs:
-        if run.count < run.promised:
+        counts_itself = run.count + 1 == run.promised and run.size == run.stop - run.start  # as of mp3splt
+        if run.count < run.promised and not counts_itself:
             raise _cut_short(path, f"{run.count:,} of {run.promised:,} mp3 frames are there")
     runs = [run for run in runs if run.count]
     if not runs:
@@ -386,13 +388,16 @@ def _mp3(path: Path, content: bytes, position: int) -> list[Stream]:
     return [Stream(_mp3_stream(content, run)) for run in runs]
 
 
-def _mp3_note(frame: bytes, of: Frame) -> int | None:
-    """How many frames a frame promises that holds no sound but a note; None for a frame of sound."""
+def _mp3_note(frame: bytes, of: Frame) -> tuple[int, int] | None:
+    """How many frames and bytes are promised by a frame that holds no sound but a note (0: it does not say);
+    None for a frame of sound."""
     if frame[36:40] == b"VBRI":
-        return struct.unpack_from(">I", frame.ljust(54, b"\0"), 50)[0]
+        size, count = struct.unpack_from(">II", frame.ljust(54, b"\0"), 46)
+        return count, size
     if frame[of.note : of.note + 4] in (b"Xing", b"Info") and not any(frame[6 : of.note]):
-        flags, count = struct.unpack_from(">II", frame.ljust(of.note + 12, b"\0"), of.note + 4)
-        return count if flags & 1 else 0
+        flags, *numbers = struct.unpack_from(">III", frame.ljust(of.note + 16, b"\0"), of.note + 4)
+        count = numbers.pop(0) if flags & 1 else 0
+        return count, numbers[0] if flags & 2 else 0
     return None
 
 

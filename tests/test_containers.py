@@ -129,11 +129,15 @@ PIPED = {  # what programs write that do not know the length
 
 
 @pytest.mark.parametrize("format_", LENGTHS)
-def test_a_length_that_means_unknown(load, format_):
+def test_a_length_that_means_unknown(load, tmp_path, format_):
     content = written(format_)
     for unknown in PIPED[format_]:
         piped = with_length(content, format_, unknown)
-        np.testing.assert_array_equal(load(piped), load(content), err_msg=str(unknown))
+        whole = load(piped)
+        np.testing.assert_array_equal(whole, load(content), err_msg=str(unknown))
+        load(piped)
+        assert audio.seconds(tmp_path / "a.wav") == len(whole) / RATE
+        np.testing.assert_array_equal(audio.load_part(tmp_path / "a.wav", 500, 900), whole[500:1400])
 
 
 @pytest.mark.parametrize("format_", LENGTHS)
@@ -349,6 +353,7 @@ def test_mp3_with_its_note_and_without(load, mp3, tmp_path):
     for content in (frames, [vbri.ljust(len(note), b"\0"), *frames]):
         bare = load(b"".join(content))
         assert audio.seconds(tmp_path / "a.wav") == len(bare) / RATE
+        np.testing.assert_array_equal(audio.load_part(tmp_path / "a.wav", 30_000, 900), bare[30_000:30_900])
         assert len(bare) == 576 * len(frames) - DECODER_DELAY
         padding = (len(bare) - N) // 2
         found = max(decibels(bare[shift:], truth) for shift in range(padding + 200))
@@ -361,9 +366,21 @@ def test_mp3_whose_note_is_wrong(load, mp3):
     for count in (0, 1, len(frames) - 1):
         wrong = note[:place] + struct.pack(">I", count) + note[place + 4 :]
         assert len(load(wrong + b"".join(frames))) == 576 * len(frames) - DECODER_DELAY
-    for count in (len(frames) + 1, 2**32 - 1):
+    for count in (len(frames) + 2, 2**32 - 1):
         wrong = note[:place] + struct.pack(">I", count) + note[place + 4 :]
         refused(load, wrong + b"".join(frames), "cut short")
+
+
+def test_mp3_whose_note_counts_itself(load, mp3):
+    """As mp3splt writes it. That the file is whole is known by its number of bytes, which follows."""
+    note, *frames = mp3_frames(mp3)
+    place = note.index(b"Xing") + 8
+    assert struct.unpack_from(">I", note, place + 4)[0] == len(mp3)
+    content = note[:place] + struct.pack(">I", len(frames) + 1) + mp3[place + 4 :]
+    assert len(load(content)) == 576 * len(frames) - DECODER_DELAY
+    for missing in (1, len(frames[-1])):
+        refused(load, content[:-missing], "cut short")
+        refused(load, mp3[:-missing], "cut short")
 
 
 def test_mp3_with_tags(load, mp3):
