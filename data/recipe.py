@@ -314,6 +314,7 @@ def ordered(function: Callable, settings: Settings, items: Iterator, workers: in
         for item in items:
             yield item, function(settings, item)
         return
+    before = multiprocessing.active_children()
     # spawn is the one way that works on Linux, macOS and Windows
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
@@ -330,6 +331,13 @@ def ordered(function: Callable, settings: Settings, items: Iterator, workers: in
         raise OSError(
             "a worker died (out of memory?); what is done is kept: try again with --workers 1"
         ) from None
+    except (
+        BaseException
+    ):  # interrupted: what the workers have begun, an hour to cut perhaps, is not waited for
+        for child in multiprocessing.active_children():
+            if child not in before:
+                child.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -550,6 +550,7 @@ def test_recordings_without_transcripts(tmp_path, mine, monkeypatch):
 
 def test_links_copies_and_the_manifest_beside_the_recordings(tmp_path, mine, monkeypatch):
     (mine / "list.tsv").write_text(table_of("\t", ("path", "text")))
+    before = {path: path.stat().st_mtime_ns for path in mine.rglob("*")}
     run(folder, monkeypatch, mine, tmp_path / "linked")
     assert (tmp_path / "linked/audio/a/one.wav").samefile(mine / "a/one.wav")
     run(folder, monkeypatch, mine, tmp_path / "copied", "--copy")
@@ -566,6 +567,7 @@ def test_links_copies_and_the_manifest_beside_the_recordings(tmp_path, mine, mon
         mine / "a/one.wav"
     )
     assert rows(tmp_path / "linked") == rows(tmp_path / "copied") == rows(tmp_path / "refused")
+    assert {path: path.stat().st_mtime_ns for path in mine.rglob("*")} == before  # nothing was written there
 
     run(folder, monkeypatch, mine, mine)
     assert [row["wav"] for row in check_corpus(mine)] == list(PATHS.values()) and not (
@@ -671,7 +673,7 @@ def test_a_killed_run_continues_with_the_same_bytes(tmp_path, monkeypatch):
     ]
 
 
-def test_processes_give_the_same_and_end_with_their_parent(tmp_path, monkeypatch):
+def test_processes_give_the_same(tmp_path, monkeypatch):
     root = many(tmp_path, 100)
     run(folder, monkeypatch, root, tmp_path / "one")
     command = [
@@ -710,30 +712,37 @@ def test_a_mistake_is_one_line(tmp_path):
     assert done.stderr == "error: gone: no such file or folder\n"
 
 
+PROGRAM = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from config import command_line
+from data import recipe
+
+def slow(settings, item):
+    time.sleep(60)
+
+if __name__ == "__main__":
+    command_line(lambda: list(recipe.ordered(slow, None, iter(range(100)), 2)))
+"""
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="counts processes in /proc")
-def test_workers_end_with_their_parent(tmp_path):
-    root = many(tmp_path, 70)
-    program = (
-        "import os, sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from data import recipe\n"
-        "from data.recordings import Settings, Skipped\n"
-        "if __name__ == '__main__':\n"
-        "    jobs = (Skipped(str(n), 'x') for n in range(10**9))\n"
-        "    recipe.prepare('test', jobs, 1, Settings(sys.argv[2], sys.argv[3]), 2)\n"
-    )
-    (tmp_path / "program.py").write_text(program)
-    parent = subprocess.Popen(
-        [sys.executable, str(tmp_path / "program.py"), str(ROOT), str(root), str(tmp_path / "out")],
-        stderr=subprocess.DEVNULL,
-    )
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_run_ends_at_once_and_its_workers_with_it(tmp_path, number):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), str(ROOT)]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     children = []
     until = time.monotonic() + 30
     while len(children) < 2 and time.monotonic() < until:
         time.sleep(0.1)
         children = workers_of(parent.pid)
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
+    parent.send_signal(getattr(signal, number))
+    said = parent.communicate(timeout=20)[1]
     assert len(children) == 2
+    if number != "SIGKILL":
+        assert parent.returncode == {"SIGINT": 130, "SIGTERM": 143}[number]
+        assert "what was finished is kept" in said and "Traceback" not in said
     while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < until:
         time.sleep(0.1)
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
