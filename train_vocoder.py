@@ -157,11 +157,11 @@ def train(
             return make(slice(0, 1))._replace(share=0.0).to(device)
         return make(part).to(device)
 
-    def recordings(step: int) -> Batch:
+    def batch_of_recordings(step: int) -> Batch:
         chosen = dataset.similar_lengths(random_numbers(stage.seed, step), stage.frame_batch)
         return on_this_rank(len(chosen), lambda part: dataset.recordings(chosen, part))
 
-    def crops(step: int) -> Batch:
+    def batch_of_crops(step: int) -> Batch:
         def make(part: slice) -> Batch:
             rng = random_numbers(stage.seed, step)
             return dataset.crops(rng, stage.batch_size, stage.segment, stage.margin, part)
@@ -230,11 +230,11 @@ def train(
                 device,
                 {"bf16": formats.get("frames")},
                 frame_half,
-                batch=lambda: recordings(done),
+                batch=lambda: batch_of_recordings(done),
                 loss=lambda batch, bf16: sum(frame_losses(batch, bf16).values()),
             )
         for step in range(done, stage.frame_steps):
-            batch = recordings(step)
+            batch = batch_of_recordings(step)
             lr = run.cosine(step, stage.warmup, stage.frame_steps, stage.frame_lr, stage.floor)
             optimizer_f.param_groups[0]["lr"] = lr
 
@@ -259,21 +259,21 @@ def train(
         # ---- HiFi-GAN: the generator learns the waveforms of crops.
         first = max(done, stage.frame_steps)
         if first < total:
-            ends_adversarial = stage.adversarial_start < stage.steps
+            with_discriminators = stage.adversarial_start < stage.steps
             formats["crops"] = choose_bf16(
                 "vocoder, crops",
                 stage.bf16,
                 device,
                 {"bf16": formats.get("crops")},
-                nn.ModuleList([generator, *([discriminators] if ends_adversarial else [])]),
-                batch=lambda: crops(first),
+                nn.ModuleList([generator, *([discriminators] if with_discriminators else [])]),
+                batch=lambda: batch_of_crops(first),
                 loss=lambda batch, bf16: sum(
-                    generator_losses(batch, generate(batch, bf16), ends_adversarial, bf16).values()
+                    generator_losses(batch, generate(batch, bf16), with_discriminators, bf16).values()
                 ),
             )
         for step in range(first, total):
             bf16 = formats["crops"]
-            batch = crops(step)
+            batch = batch_of_crops(step)
             gan_step = step - stage.frame_steps
             adversarial = gan_step >= stage.adversarial_start
             lr = run.cosine(gan_step, stage.warmup, stage.steps, stage.lr, stage.floor)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from run import all_reduce_sum, rank
 
@@ -40,7 +41,7 @@ def choose_bf16(
     kept = meta.get("bf16")
     if isinstance(kept, bool):
         if kept and device.type == "cpu" and not has_bf16() and rank() == 0:
-            print(f"{title} goes on in bfloat16, as it began; this machine is slower at it", flush=True)
+            tqdm.write(f"{title} goes on in bfloat16, as it began; this machine is slower at it")
         return kept
     if device.type != "cpu" or not wanted:
         return wanted and device.type == "cuda"
@@ -53,7 +54,7 @@ def choose_bf16(
     faster = short < WORTH * exact
     if short < float("inf") and rank() == 0:
         chosen = "bfloat16" if faster else "float32"
-        print(f"{title}: a step in bfloat16 takes {short / exact:.2f} x float32's time: {chosen}", flush=True)
+        tqdm.write(f"{title}: a step in bfloat16 takes {short / exact:.2f} x float32's time: {chosen}")
     return faster
 
 
