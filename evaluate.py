@@ -229,10 +229,10 @@ def draw(manifest: list[dict], n: int, seed: int, problems: list[str]) -> Drawn:
     first = "rendition" if "rendition" in there else "train"
     drawn = Drawn({}, {})
     for split in (first, "heldout"):
-        rows = [row for row in manifest if row["split"] == split]
+        rows = [row for row in manifest if row["split"] == split and row["text"]]
         kinds = (
             (drawn.speech, [row for row in rows if row["kind"] != "answer"]),
-            (drawn.questions, [row for row in rows if "answer" in row]),
+            (drawn.questions, [row for row in rows if row.get("answer")]),
         )
         for table, rows in kinds:
             rows = random.Random(f"{seed} {split}").sample(rows, min(n, len(rows)))
@@ -347,7 +347,7 @@ def evaluate(
 
     # ---- all that is read, the tables first
     lookup = LookupBaselines([row for row in read_dialogues(corpus) if row["split"] == "train"])
-    manifest = [row | {"path": corpus / row["wav"]} for row in resolve(corpus)]
+    manifest = [row | {"path": corpus / row["wav"]} for row in resolve(corpus, folder.parent)]
     drawn = draw(manifest, items or sys.maxsize, seed, problems)
     if not drawn.paths():
         raise ValueError(f"{corpus} has no recording that can be measured; {report.summary(problems)}")

@@ -179,10 +179,23 @@ def stream_jsonl(path: str | Path, needed: tuple[str, ...] = ()) -> Iterator[dic
             with one_line(f"{path}, line {number}"):
                 if len(line) > MAX_JSON:
                     raise ValueError(f"a line of more than {MAX_JSON} bytes")
-                row = json.loads(line.decode("utf-8").rstrip("\r\n"))
+                row = parse_row(line)
                 if not isinstance(row, dict) or not all(key in row for key in needed):
                     raise ValueError(f"needs the keys {', '.join(needed)}")
             yield row
+
+
+def parse_row(line: bytes) -> object:
+    """A line of a JSON-lines file. The mark that Windows puts before UTF-8 is no part of it."""
+    try:
+        text = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8; save the file as UTF-8") from None
+    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_number)
+
+
+def _no_number(name: str):
+    raise ValueError(f"{name} is no number in JSON")
 
 
 # ---- Errors of one line ------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ from data.tiny import prepare
 from data.units import read_units
 from evaluation.judge import need_extra
 from evaluation.measures import check_targets
-from files import locked
+from files import locked, one_line
 from generate import Decoding, generate
 from hubert import KMeans
 from llama import Llama, LlamaConfig
@@ -208,7 +208,7 @@ def train_language(name: str, run: Run, config: Config):
     torch.manual_seed(run.seed)
     model = LANGUAGE[name].model(run, config, tok).to(run.device)
     tables = documents.read_tables(run.out, None if name == "text" else tok.n_units)
-    examples = documents.examples(tables, "train", section.mix)
+    examples = fitting_examples(tables, "train", name, section, tok, model.config.max_len)
     render = partial(documents.render, tok, noise=section.noise)
     batch_at = batches.documents(
         render,
@@ -227,12 +227,31 @@ def train_language(name: str, run: Run, config: Config):
         total, weights = llama.next_token_losses(model, ids, mask, positions, docs, weight)  # eq. 3 and 4
         return Loss(total, weights, (docs >= 0).sum(), {})
 
-    held_out = documents.examples(tables, "heldout", section.mix)
+    held_out = fitting_examples(tables, "heldout", name, section, tok, model.config.max_len)
     probe = held_out_probe(run, section, tok, model, loss, held_out)
     optimize(run, name, run.state(name), model, loss, batch_at, section, probe)
     if rank() == 0:
         LANGUAGE[name].save(run, config, model, tok)
     barrier()
+
+
+def fitting_examples(
+    tables: documents.Tables, split: str, name: str, section: Language, tok: Tokenizer, context: int
+) -> list[documents.Example]:
+    """The documents of a stage that are not longer than its max_len, nor than `context`. How many are longer
+    is said, before the first step; it is an error if nothing is left to train on."""
+    key, limit = min(
+        (f"{name}.max_len", section.max_len), ("llama.max_len", context), key=lambda pair: pair[1]
+    )
+
+    def report(longer: str, n_left: int):
+        line = f"{name}, {split}: {longer}, are longer than {key} = {limit}"
+        if split == "train" and not n_left:
+            raise ValueError(f"{line}, and nothing is left of it: raise {key}, or cut long recordings")
+        if rank() == 0:
+            print(f"{line}: they are left out; raise {key} to use them", flush=True)
+
+    return documents.examples(tables, split, section.mix, partial(documents.short_enough, tok, limit, report))
 
 
 def token_weights(model: Llama, tok: Tokenizer, unit_weight: float) -> torch.Tensor:
@@ -259,7 +278,6 @@ def held_out_probe(
         lines = ""
         for ids, mask in rendered[:3]:
             prompt = mask.index(True) if not mask[1] else len(ids) // 2  # half of a document without a prompt
-            prompt = min(prompt, model.config.max_len - 1)
             answer = generate(model, [ids[:prompt]], tok, Decoding(max_new=len(ids)))[0]
             lines += f"\n  prompt   {tok.decode(ids[:prompt])}"
             lines += f"\n  answer   {tok.decode(answer)}"
@@ -347,21 +365,21 @@ def make_corpus(run: Run, config: Config):
     if rank() == 0:
         if config.corpus.name == "tiny":
             prepare.prepare(run.corpus, seed=run.seed, **vars(config.corpus.options))
-        corpus.check(run.corpus, run.out)  # whoever made it, it must be readable
+        corpus.check(run.corpus, run.out, config.corpus.voice)  # whoever made it, it must be readable
     barrier()
 
 
 def check_mixes(run: Run, config: Config):
-    """ValueError, before hours of other stages, if a mix asks for dialogues and the corpus has none."""
-    if corpus.read_dialogues(run.out):
-        return
+    """Says, before hours of other stages, how many documents each of the language model's will read;
+    ValueError if a mix asks for what the corpus does not have."""
+    tables = documents.read_tables(run.out, None)
     for name in LANGUAGE:
-        for kind in getattr(config, name).mix:
-            if kind.split("/")[0] in documents.DIALOGUE_KINDS:
-                raise ValueError(
-                    f"{name}.mix has '{kind}', but {run.corpus} has no dialogues.jsonl; "
-                    f"take it out of the mix, or write that file (docs/own-data.md)"
-                )
+        if STAGES[name].skip(config):
+            continue
+        with one_line(f"{name}.mix"):
+            found = documents.sources_of(tables, "train", getattr(config, name).mix)
+        if rank() == 0:
+            print(f"{name}: {', '.join(f'{len(sources)} {kind}' for kind, sources in found.items())}")
 
 
 def train_hubert_stage(run: Run, config: Config):

@@ -443,8 +443,8 @@ def main():
     run.init_distributed(device)
     kmeans = KMeans.from_pretrained(options.kmeans) if options.kmeans else None
     corpus = Path(options.corpus)
-    units = options.units or corpus / "units.jsonl"
-    rows = join_units(resolve(corpus), units, options.vocoder_model.num_embeddings)
+    units = Path(options.units or corpus / "units.jsonl")
+    rows = join_units(resolve(corpus, units.parent), units, options.vocoder_model.num_embeddings)
     data = datasets(corpus, rows)
     out = Path(options.out)
     work = Path(f"{out}.training")

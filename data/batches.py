@@ -96,12 +96,11 @@ Document = tuple[list[int], list[bool]]  # (ids, which of them are targets)
 
 
 def pack(documents: list[Document], max_len: int) -> Packed:
-    """Documents -> rows: the longest first, each into the first row with room, cut to max_len tokens."""
+    """Documents of at most max_len tokens -> rows: the longest first, each into the first row with room."""
     rows: list[list[Document]] = []
     room: list[int] = []
     for ids, mask in sorted(documents, key=lambda document: -len(document[0])):
-        ids = ids[:max_len]
-        mask = mask[:max_len]
+        assert len(ids) <= max_len, f"a document of {len(ids)} tokens, max_len is {max_len}"
         place = next((i for i, left in enumerate(room) if left >= len(ids)), None)
         if place is None:
             rows.append([])

@@ -35,11 +35,10 @@ import config
 import tokenizer
 from data import batches
 from data.batches import Document
-from data.corpus import SPLITS, TARGET_SPEAKER, read_dialogues, read_manifest
+from data.corpus import SPLITS, TARGET_SPEAKER, UNKNOWN_SPEAKER, read_dialogues, read_manifest, text_key
 from data.units import read_perturbed, read_units
 from files import read_jsonl
 
-UNKNOWN_SPEAKER = -1  # of augmented copies; never a TTS target
 READING = "reading"  # the family of sentences to read aloud
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
 DIALOGUE_KINDS = (*MODES, "chain", "standard")
@@ -86,12 +85,13 @@ class Tables(NamedTuple):
 
 
 def read_tables(folder: str | Path, n_units: int | None) -> Tables:
-    """The tables in the folder of a run: manifest.jsonl, dialogues.jsonl and, unless n_units is None, for
-    text alone, units.jsonl."""
+    """The tables in the folder of a run: manifest.jsonl, dialogues.jsonl and units.jsonl. If n_units is None
+    there are no units yet: the documents can be counted, and those of text alone can be read."""
     folder = Path(folder)
     dialogues = read_dialogues(folder)
     if n_units is None:
-        return Tables(folder, read_manifest(folder), [], dialogues)
+        rows = [row | {"units": []} for row in read_manifest(folder)]
+        return Tables(folder, rows, [], dialogues)
     where = folder / "manifest.jsonl", folder / "units.jsonl", n_units
     copies = [row | {"speaker": UNKNOWN_SPEAKER} for row in read_perturbed(*where)]
     return Tables(folder, read_units(*where), copies, dialogues)
@@ -110,12 +110,15 @@ def read_spoken(path: str | Path, n_units: int) -> dict[str, list[int]]:
 
 
 def sentences(tables: Tables, split: str) -> list[str]:
-    """The text of one split: every dialogue as question and answer, every statement."""
+    """The text of one split: every dialogue as question and answer; of what else was recorded every
+    statement, and whatever its kind every text that no dialogue has."""
     dialogues = [row for row in tables.dialogues if row["split"] == split]
+    in_dialogues = {row[side] for row in dialogues for side in ("question", "answer")}
     statements = set()
     for row in tables.rows:
-        if row["split"] == split and row["kind"] == "statement":
+        if row["split"] == split and (row["kind"] == "statement" or row["text"] not in in_dialogues):
             statements.add(row["text"])
+    statements.discard("")
     texts = [f"{row['question']} {row['answer']}" for row in dialogues]
     texts += sorted(statements)
     # This second form shows the text model the markers of Appendix C, which to LLaMA are ordinary text: stage
@@ -134,31 +137,47 @@ def exchanges(tables: Tables, split: str) -> list[Exchange]:
     """All dialogues of a split. `rendition`: training dialogues, with other recordings of their questions.
 
     Where the text-to-unit generator has spoken, all answers are its, and questions without a recording."""
-    questions: dict[tuple[str, str], list[list[int]]] = {}  # (split, text) -> units of each recording
+    questions: dict[str, list[list[int]]] = {}  # text -> units of each recording
     answers: dict[str, list[list[int]]] = {}
     for row in tables.rows + tables.copies:
-        questions.setdefault((row["split"], row["text"]), []).append(row["units"])
+        if row["split"] == split:
+            questions.setdefault(row["text"], []).append(row["units"])
         if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER:
             answers.setdefault(row["text"], []).append(row["units"])
+    questions_by_key, answers_by_key = by_key(questions), by_key(answers)
 
     found = []
     for row in tables.dialogues:
         if row["split"] == ("heldout" if split == "heldout" else "train"):
-            question_units = questions.get((split, row["question"]), [])
-            answer_units = answers.get(row["answer"], [])
+            question, answer = row["question"], row["answer"]
+            question_units = questions.get(question) or questions_by_key.get(text_key(question), [])
+            answer_units = answers.get(answer) or answers_by_key.get(text_key(answer), [])
             if tables.spoken is not None:
-                answer_units = [tables.spoken[row["answer"]]] if row["answer"] in tables.spoken else []
-                if not question_units and split != "rendition" and row["question"] in tables.spoken:
-                    question_units = [tables.spoken[row["question"]]]
-            found.append(
-                Exchange(row["question"], row["answer"], row["family"], question_units, answer_units)
-            )
+                answer_units = [tables.spoken[answer]] if answer in tables.spoken else []
+                if not question_units and split != "rendition" and question in tables.spoken:
+                    question_units = [tables.spoken[question]]
+            found.append(Exchange(question, answer, row["family"], question_units, answer_units))
     return found
+
+
+def by_key(recordings: dict[str, list]) -> dict[str, list]:
+    """Text -> recordings, with texts that differ in case, spaces or punctuation together."""
+    together: dict[str, list] = {}
+    for text, found in recordings.items():
+        together.setdefault(text_key(text), []).extend(found)
+    together.pop("", None)  # of recordings without text
+    return together
 
 
 # ---- The mix of a stage ------------------------------------------------------------------------------------
 
 
+NEEDS = {  # what a kind lacks where there is nothing of it
+    "asr": ", or give the recordings their text",
+    "tts": ", or name a speaker with training recordings and text as corpus.voice",
+} | dict.fromkeys(
+    DIALOGUE_KINDS, ", or write dialogues.jsonl, with recordings of its questions (docs/own-data.md)"
+)
 READERS: dict[Callable, tuple[str, ...]] = {
     sentences: ("text",),
     pairs: ("speech", "asr", "tts"),
@@ -166,10 +185,29 @@ READERS: dict[Callable, tuple[str, ...]] = {
 }
 
 
-def examples(tables: Tables, split: str, mix: dict[str, float]) -> list[Example]:
+def examples(
+    tables: Tables, split: str, mix: dict[str, float], shorten: Callable[[str, list], list] | None = None
+) -> list[Example]:
     """One epoch: every example of every kind at least once; small kinds are repeated up to their share.
 
-    Only rows of `split` are in it: what is held out never reaches a render of training."""
+    Only rows of `split` are in it: what is held out never reaches a render of training. `shorten`, of
+    (kind, sources), gives the sources whose documents are used, as `short_enough` does."""
+    sources = sources_of(tables, split, mix)
+    if shorten:
+        sources = {name: shorten(name.split("/")[0], found) for name, found in sources.items()}
+    mix = {name: share for name, share in mix.items() if sources[name]}
+    size = max((len(sources[name]) / share for name, share in mix.items()), default=0)  # of the epoch
+    found = []
+    for name, share in mix.items():
+        kind = name.split("/")[0]
+        for i in range(round(share * size)):
+            found.append(Example(kind, sources[name][i % len(sources[name])]))
+    return found
+
+
+def sources_of(tables: Tables, split: str, mix: dict[str, float]) -> dict[str, list]:
+    """What documents of each kind of a mix can be made from; ValueError if of some there is nothing to train
+    on."""
     check_mix(mix)
     sources = {}
     for reader, kinds in READERS.items():  # each read once, and only if the mix needs it
@@ -180,17 +218,12 @@ def examples(tables: Tables, split: str, mix: dict[str, float]) -> list[Example]
             sources[name] = [source for source in table if fits(kind, family, source)]
     empty = [name for name in mix if not sources[name]]
     if empty and split == "train":
+        kinds = "' or '".join(empty)
         raise ValueError(
-            f"{tables.folder}: there is nothing of kind '{empty[0]}' to train on; take it out of the mix"
+            f"{tables.folder}: there is nothing of kind '{kinds}' to train on; take it out of the mix"
+            f"{NEEDS.get(empty[0].split('/')[0], '')}"
         )
-    mix = {name: share for name, share in mix.items() if name not in empty}
-    size = max((len(sources[name]) / share for name, share in mix.items()), default=0)  # of the epoch
-    found = []
-    for name, share in mix.items():
-        kind = name.split("/")[0]
-        for i in range(round(share * size)):
-            found.append(Example(kind, sources[name][i % len(sources[name])]))
-    return found
+    return sources
 
 
 def check_mix(mix: dict[str, float]) -> None:
@@ -213,6 +246,8 @@ def fits(kind: str, family: str, source: str | Pair | Exchange) -> bool:
         has_question = bool(source.question_units) or kind in ("t2t", "t2s")
         has_answer = bool(source.answer_units) or kind not in ("s2s", "t2s")
         return has_question and has_answer and family in ("", source.family)
+    if isinstance(source, Pair) and kind in ("asr", "tts") and not source.text:
+        return False
     return not family and (kind != "tts" or source.speaker == TARGET_SPEAKER)
 
 
@@ -254,6 +289,62 @@ def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, nois
         mode, text_i=source.question, text_r=source.answer, speech_i=speech_i, speech_r=speech_r
     )
     return tok.document(prompt, answer)
+
+
+class Longest:
+    """Draws, for `render`, whatever makes the longest document, in one of the MODES."""
+
+    def __init__(self, tok: tokenizer.Tokenizer, mode: str = ""):
+        self.tok = tok
+        self.mode = mode
+
+    def choice(self, options):
+        if self.mode in options:
+            return self.mode
+        return max(
+            options, key=lambda found: len(self.tok.encode(found) if isinstance(found, str) else found)
+        )
+
+
+NOTHING = (Pair([], "", TARGET_SPEAKER), Exchange("", "", "", [[]], [[]]))
+
+
+def at_most(source: str | Pair | Exchange) -> int:
+    """More tokens than `source` can add to a document: no piece is shorter than a byte."""
+    if isinstance(source, str):
+        return len(source.encode()) + 8
+    if isinstance(source, Pair):
+        return len(source.units) + len(source.text.encode()) + 8
+    units = [max(map(len, side), default=0) for side in (source.question_units, source.answer_units)]
+    return sum(units) + len(source.question.encode()) + len(source.answer.encode()) + 8
+
+
+def longest(tok: tokenizer.Tokenizer, example: Example) -> int:
+    """Tokens of the longest document that `render` can make of an example."""
+    modes = ("",)
+    if example.kind in ("chain", "standard"):
+        modes = MODES if example.source.answer_units else ("s2t", "t2t")
+    return max(len(render(tok, example, Longest(tok, mode))[0]) for mode in modes)
+
+
+def short_enough(
+    tok: tokenizer.Tokenizer, max_len: int, report: Callable[[str, int], object], kind: str, sources: list
+) -> list:
+    """The sources whose documents of this kind have at most `max_len` tokens, however they are rendered. If
+    there are others, report(what to say of them, number of those that are left) is called."""
+    empty = "" if kind == "text" else NOTHING[kind in DIALOGUE_KINDS]
+    fixed = longest(tok, Example(kind, empty))
+    lengths = []
+    for source in sources:
+        length = fixed + at_most(source)
+        lengths.append(length if length <= max_len else longest(tok, Example(kind, source)))
+    kept = [source for source, length in zip(sources, lengths) if length <= max_len]
+    lost = len(sources) - len(kept)
+    if lost:
+        report(
+            f"{lost} of {len(sources)} documents of kind '{kind}', of up to {max(lengths)} tokens", len(kept)
+        )
+    return kept
 
 
 def drop_and_replace(units: list[int], fraction: float, n_units: int, draw: random.Random) -> list[int]:
@@ -404,15 +495,16 @@ def main() -> None:
         ids, mask = document
         title = f"document {number}: {example.kind}, {len(ids)} tokens, {sum(mask[1:])} of them targets"
         if len(ids) > options.max_len:
-            title += f"; longer than --max-len {options.max_len}: its row has only the beginning"
+            title += f"; longer than --max-len {options.max_len}: training leaves it out"
         print(title.join(marks.title))
         print(show_document(tok, (ids, [False, *mask[1:]]), marks), end="\n\n")
-    packed = batches.pack(rendered, options.max_len)
-    rows, columns = packed.ids.shape
-    title = f"packed (--max-len {options.max_len}): {rows} rows of {columns} columns"
-    print(title.join(marks.title))
-    shown = [(ids[: options.max_len], mask[: options.max_len]) for ids, mask in rendered]
-    print("\n".join(show_rows(shown, packed)))
+    short = [document for document in rendered if len(document[0]) <= options.max_len]
+    if short:
+        packed = batches.pack(short, options.max_len)
+        rows, columns = packed.ids.shape
+        title = f"packed (--max-len {options.max_len}): {rows} rows of {columns} columns"
+        print(title.join(marks.title))
+        print("\n".join(show_rows(short, packed)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ References: HuBERT units, Lakhotia et al. 2021 (https://arxiv.org/abs/2102.01192
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +27,9 @@ import torch
 import run
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest
-from files import read_jsonl, show, write_atomic
+from files import show, stream_jsonl, write_atomic
+
+MOST_FRAMES = audio.MAX_SECONDS * audio.RATE // audio.HOP  # of a recording
 
 
 def read_units(manifest: str | Path, units: str | Path, n_units: int) -> list[dict]:
@@ -39,35 +41,43 @@ def read_units(manifest: str | Path, units: str | Path, n_units: int) -> list[di
 
 def join_units(rows: list[dict], path: str | Path, n_units: int) -> list[dict]:
     """`rows` of a manifest, each with its `units` and `durations` from the file `path`."""
-    found = {row["id"]: row for row in read_table(path, n_units)}
-    lost = [row["id"] for row in rows if row["id"] not in found]
+    by_id = {row["id"]: row for row in rows}
+    lost = set(by_id)
+    for found in read_table(path, n_units):
+        if found["id"] in by_id:
+            by_id[found["id"]].update(found)
+            lost.discard(found["id"])
     if lost:
         raise ValueError(
-            f"{path} lacks {len(lost)} recordings (first: {show(lost[0])}): it is of another manifest; "
-            "make the units anew"
+            f"{path} lacks {len(lost)} of {len(rows)} recordings (one is {show(min(lost))}): of another "
+            f"manifest; delete {Path(path).parent / 'state/units'} and run again"
         )
-    return [row | found[row["id"]] for row in rows]
-
-
-def read_table(path: str | Path, n_units: int, needed: tuple[str, ...] = ()) -> list[dict]:
-    """The rows of a table of units: `id`, `units`, `durations` and the `needed` keys."""
-    rows = read_jsonl(path, ("id", "units", "durations", *needed))
-    for number, row in enumerate(rows, 1):
-        if problem := _problem(row, n_units):
-            raise ValueError(f"{path}, row {number}: {problem}")
     return rows
 
 
-def _problem(row: dict, n_units: int) -> str:
+def read_table(path: str | Path, n_units: int, more: tuple[str, ...] = ()) -> Iterator[dict]:
+    """The rows of a table of units: `id`, `units`, `durations`, and the positive numbers `more`."""
+    for number, row in enumerate(stream_jsonl(path, ("id", "units", "durations", *more)), 1):
+        if problem := _problem(row, n_units, more):
+            raise ValueError(f"{path}, row {number}: {problem}")
+        yield {key: row[key] for key in ("id", "units", "durations", *more)}
+
+
+def _problem(row: dict, n_units: int, more: tuple[str, ...]) -> str:
     """What is wrong with a row of units; "" if nothing is."""
+    if not isinstance(row["id"], str):
+        return f'"id" is {show(row["id"])}; it must be a string'
+    for name in more:
+        if type(row[name]) is not float or not 0.1 <= row[name] <= 10:
+            return f'"{name}" is {show(row[name])}; it must be a number of 0.1 to 10'
     units, durations = row["units"], row["durations"]
     for name, numbers in (("units", units), ("durations", durations)):
         if not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
             return f'"{name}" must be a list of whole numbers'
     if len(units) != len(durations):
         return f"{len(units)} units have {len(durations)} durations"
-    if min(durations) < 1:
-        return f"a duration is {show(min(durations))}; a unit lasts a frame or more"
+    if min(durations) < 1 or sum(durations) > MOST_FRAMES:
+        return f"the durations make {show(sum(durations))} frames, from {show(min(durations))} a unit"
     if not 0 <= min(units) <= max(units) < n_units:
         outside = max(units) if max(units) >= n_units else min(units)
         return f"unit {show(outside)} is not one of 0 to {n_units - 1}: it is of another HuBERT's clusters"
@@ -250,6 +260,6 @@ def read_perturbed(manifest: str | Path, units: str | Path, n_units: int) -> lis
     path = Path(units).with_name("perturbed.jsonl")
     if not path.exists():
         return []
-    found = read_table(path, n_units, ("rate", "pitch"))
     rows = {row["id"]: row for row in read_manifest(manifest)}
+    found = read_table(path, n_units, ("rate", "pitch"))
     return [rows[row["id"]] | row for row in found if row["id"] in rows]

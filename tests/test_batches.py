@@ -37,6 +37,45 @@ document_lists = st.lists(
 )
 
 
+def test_a_document_is_never_cut():
+    with pytest.raises(AssertionError, match="a document of 9 tokens, max_len is 8"):
+        batches.pack([([3] * 9, [True] * 9)], 8)
+
+
+def hum(seconds: float, rate: int, channels: int) -> np.ndarray:
+    t = np.arange(round(seconds * rate)) / rate
+    wav = 0.3 * np.sin(2 * np.pi * (200 + 300 * t) * t)
+    return np.column_stack([wav * (1 + 0.2 * channel) for channel in range(channels)])
+
+
+@pytest.mark.parametrize("rate, channels", [(44100, 2), (8000, 1), (16000, 2), (48000, 1)])
+def test_crops_hear_what_the_labels_were_made_from(tmp_path, rate, channels):
+    """Of a recording at any rate, mono or stereo, they are those of the same sound at 16 kHz, mono."""
+    here, there, labels = [], [], []
+    for i in range(3):
+        here.append(tmp_path / f"{i}.flac")
+        soundfile.write(here[i], hum(1.5 + i, rate, channels), rate)
+        wav = audio.load(here[i])  # what `map_speech` gives to HuBERT, which gives the labels
+        labels.append(np.arange(audio.n_frames(len(wav))))
+        there.append(tmp_path / f"{i}.wav")
+        soundfile.write(there[i], wav, 16000, subtype="FLOAT")
+    for perturb in (0.0, 0.2):
+        for step in range(2):
+            (one,) = batches.crops(here, labels, 40, 0, 4, 1, perturb=perturb)(step)
+            (other,) = batches.crops(there, labels, 40, 0, 4, 1, perturb=perturb)(step)
+            assert torch.equal(one.wav, other.wav) and torch.equal(one.labels, other.labels)
+            assert one.wav.abs().max() > 0.2
+
+
+def test_one_stereo_file_among_many_is_as_good_as_the_others(tmp_path):
+    paths = [tmp_path / f"{i}.wav" for i in range(6)]
+    for i, path in enumerate(paths):
+        soundfile.write(path, hum(1.0, 16000, 1 + (i == 4)), 16000)
+    labels = [np.arange(49)] * 6
+    drawn = [crop for step in range(6) for crop in batches.crops(paths, labels, 20, 0, 6, 1)(step)]
+    assert all(crop.wav.shape == (6, 320 * 19 + 400) for crop in drawn)
+
+
 @given(document_lists)
 def test_packing_keeps_every_document_whole(docs):
     packed = batches.pack(docs, 30)

@@ -268,6 +268,135 @@ def test_as_many_units_are_dropped_and_replaced_as_asked_for_and_none_comes_twic
     assert documents.drop_and_replace([5], 1.0, 1000, random.Random(0)) == [5]  # never silence
 
 
+# ---- one's own data: texts that differ a little, kinds that nobody gave, long recordings -------------------
+
+
+def with_tables(
+    folder: Path, rows: list[dict], dialogues: list[dict], units: list[list[int]]
+) -> documents.Tables:
+    unit_rows = []
+    for i, row in enumerate(rows):
+        row |= {"id": str(i), "wav": f"{i}.wav", "seconds": 1.0}
+        unit_rows.append(
+            {"id": str(i), "units": units[i % len(units)], "durations": [1] * len(units[i % len(units)])}
+        )
+    for name, table in (("manifest", rows), ("units", unit_rows), ("dialogues", dialogues)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    return documents.read_tables(folder, 10)
+
+
+def test_a_question_is_found_by_another_spelling_but_its_own_comes_first(tmp_path):
+    rows = [{"text": text} for text in ("who  is there", "Who is there?", "It is me", "Where?")]
+    dialogues = [
+        {"question": "Who is there?", "answer": "It is me!"},
+        {"question": "who is THERE", "answer": "Nobody."},
+        {"question": "Why?", "answer": "?!"},
+    ]
+    found = documents.exchanges(with_tables(tmp_path, rows, dialogues, [[1], [2], [3], [4]]), "train")
+    assert [e.question_units for e in found] == [[[2]], [[1], [2]], []]
+    assert [e.answer_units for e in found] == [[[3]], [], []]
+    assert found[0].question == "Who is there?"  # as the dialogue writes it
+
+
+def test_every_text_reaches_the_tokenizer_once(tmp_path):
+    rows = [
+        {"text": "A question of no dialogue.", "kind": "question"},
+        {"text": "Who is there?", "kind": "question"},
+        {"text": "It is me.", "kind": "answer"},
+        {"text": "No kind."},
+        {"text": "No kind.", "speaker": 3},
+        {"text": "My own kind.", "kind": "poem"},
+        {"text": ""},
+        {"text": "Another split.", "split": "heldout", "kind": "poem"},
+    ]
+    dialogues = [{"question": "Who is there?", "answer": "It is me."}]
+    tables = with_tables(tmp_path, rows, dialogues, [[1]])
+    found = documents.sentences(tables, "train")
+    assert sorted(found) == [
+        "A question of no dialogue.",
+        "My own kind.",
+        "No kind.",
+        "Who is there? It is me.",
+        "[tq] Who is there?; [ta] It is me.; [ua]",
+    ]
+    assert documents.sentences(tables, "heldout") == ["Another split."]
+
+
+def test_a_recording_without_text_is_speech_and_nothing_else(tmp_path):
+    tables = with_tables(tmp_path, [{"text": ""}, {"text": "Hello."}], [], [[1], [2]])
+    found = documents.sources_of(tables, "train", dict.fromkeys(("speech", "asr", "tts", "text"), 1.0))
+    assert {kind: len(sources) for kind, sources in found.items()} == {
+        "speech": 2,
+        "asr": 1,
+        "tts": 1,
+        "text": 1,
+    }
+    tables = with_tables(tmp_path, [{"text": None}], [], [[1]])
+    assert len(documents.examples(tables, "train", {"speech": 1.0})) == 1
+    for kind, words in (
+        ("asr", "their text"),
+        ("tts", "corpus.voice"),
+        ("s2t", "dialogues.jsonl"),
+        ("text", "mix"),
+    ):
+        with pytest.raises(ValueError, match=f"nothing of kind '{kind}' .*{words}") as error:
+            documents.examples(tables, "train", {kind: 1.0})
+        assert "\n" not in str(error.value)
+
+
+def test_documents_are_counted_before_there_are_units(corpus):
+    before, after = documents.read_tables(corpus, None), tables(corpus)
+    mix = dict.fromkeys(documents.KINDS, 1.0)
+    for split in ("train", "heldout", "rendition"):
+        counts = [
+            {kind: len(found) for kind, found in documents.sources_of(these, split, mix).items()}
+            for these in (before, after)
+        ]
+        assert counts[0] == counts[1] and sum(counts[0].values()) > 3
+
+
+def test_no_rendering_is_longer_than_the_longest(corpus, tok):
+    for kind in documents.KINDS:
+        for example in documents.examples(tables(corpus), "train", {kind: 1.0}):
+            lengths = {
+                len(documents.render(tok, example, random.Random(i), noise)[0])
+                for i in range(60)
+                for noise in (0.0, 0.1)
+            }
+            assert max(lengths) == documents.longest(tok, example), kind
+
+
+def test_long_documents_are_left_out_whole_and_said(tmp_path, tok):
+    rows = [{"text": f"Sentence {i}."} for i in range(4)]
+    tables = with_tables(tmp_path, rows, [], [[1, 2, 3], [4, 5, 6], [7, 8] * 40, [1, 2] * 60])
+    said = []
+    shorten = partial(documents.short_enough, tok, 80, lambda *line: said.append(line))
+    found = documents.examples(tables, "train", {"asr": 1.0, "speech": 0.5}, shorten)
+    assert {len(e.source.units) for e in found} == {3}
+    assert {e.kind: sum(f.kind == e.kind for f in found) for e in found} == {"asr": 4, "speech": 2}
+    pair = documents.pairs(tables, "train")[3]
+    longest = [documents.longest(tok, documents.Example(kind, pair)) for kind in ("asr", "speech")]
+    assert said == [
+        (f"2 of 4 documents of kind 'asr', of up to {longest[0]} tokens", 2),
+        (f"2 of 4 documents of kind 'speech', of up to {longest[1]} tokens", 2),
+    ]
+    said.clear()
+    assert (
+        documents.examples(tables, "train", {"asr": 1.0}, partial(shorten.func, tok, 9, shorten.args[2]))
+        == []
+    )
+    assert said[0][1] == 0
+
+
+def test_the_exact_length_decides(tmp_path, tok):
+    tables = with_tables(tmp_path, [{"text": "Hello."}], [], [[1, 2, 3] * 9])
+    (pair,) = documents.pairs(tables, "train")
+    for kind in ("asr", "tts", "speech"):
+        exact = documents.longest(tok, documents.Example(kind, pair))
+        for max_len, kept in ((exact - 1, []), (exact, [pair]), (exact + 1, [pair])):
+            assert documents.short_enough(tok, max_len, lambda *line: None, kind, [pair]) == kept
+
+
 # ---- python -m data.documents --show -----------------------------------------------------------------------
 
 

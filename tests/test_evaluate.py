@@ -463,3 +463,17 @@ def test_a_wrong_flag_is_one_line(flags, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *flags])
     with pytest.raises(ValueError, match="see python evaluate.py --help"):
         evaluate.main()
+
+
+def test_a_recording_without_text_is_not_compared_with_nothing(tmp_path):
+    audio.save(tmp_path / "a.wav", np.full(16000, 0.1))
+    row = {"path": tmp_path / "a.wav", "split": "heldout", "kind": "statement", "text": ""}
+    rows = [
+        row,
+        row | {"answer": "Me."},
+        row | {"text": "Who?", "answer": ""},
+        row | {"text": "Who?", "answer": "Me."},
+    ]
+    problems: list[str] = []
+    drawn = evaluate.draw(rows, 9, 0, problems)
+    assert [len(drawn.speech["heldout"]), len(drawn.questions["heldout"]), problems] == [2, 1, []]

@@ -97,7 +97,7 @@ def test_a_corpus_without_units_says_which_stage_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="run the stage"):
         units.read_units(tmp_path, tmp_path / "units.jsonl", 3)
     (tmp_path / "units.jsonl").write_text("")
-    with pytest.raises(ValueError, match="lacks 1 recordings .*'x'.* make the units anew"):
+    with pytest.raises(ValueError, match="lacks 1 of 1 recordings .*'x'.* delete .*state/units and run"):
         units.read_units(tmp_path, tmp_path / "units.jsonl", 3)
 
 
@@ -112,7 +112,9 @@ def test_a_corpus_without_units_says_which_stage_to_run(tmp_path):
         ("12", [1], '"units" must be'),
         ([], [], '"units" must be'),
         ([0, 1], [1], "2 units have 1 durations"),
-        ([0], [0], "a duration is 0"),
+        ([0], [0], "the durations make 0 frames, from 0 a unit"),
+        ([0], [-3], "the durations make -3 frames"),
+        ([0], [10**9], "the durations make 1000000000 frames"),
         ([0], [None], '"durations" must be'),
     ],
 )
@@ -141,3 +143,43 @@ def test_cooccurrence_counts_frames_that_belong_together(tmp_path):
     prior = torch.tensor([3, 1, 2]) / 6 / 2  # half a frame, spread as all frames are
     expected = torch.stack([torch.tensor([2.0, 1, 0]) + prior, torch.tensor([1.0, 0, 2]) + prior, prior])
     torch.testing.assert_close(table, expected / expected.sum(1, keepdim=True))
+
+
+numbers = st.lists(st.integers(-1, 4) | st.just(10**20) | st.floats() | st.none() | st.booleans(), max_size=4)
+unit_rows = st.fixed_dictionaries(
+    {
+        "id": st.sampled_from(["a", "b", "c", 7, None]),
+        "units": numbers | st.text(max_size=3),
+        "durations": numbers,
+    },
+    optional={"rate": st.floats() | st.just("fast"), "pitch": st.just(1.1)},
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(unit_rows, max_size=4),
+    st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=3)), max_size=3),
+)
+def test_any_table_of_units_is_read_or_refused_in_one_line(tmp_path_factory, rows, edits):
+    folder = tmp_path_factory.getbasetemp() / "fuzz units"
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.jsonl").write_text('{"wav": "a.wav", "text": "x"}\n{"wav": "b.wav", "text": "y"}\n')
+    rows = [{"id": name, "units": [1, 0, 2], "durations": [1, 2, 1]} for name in "ab"] + rows
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for place, new in edits:
+        place %= len(content) + 1
+        content = content[:place] + new + content[place + 1 :]
+    for name in ("units", "perturbed"):
+        (folder / f"{name}.jsonl").write_bytes(content)
+    for read in (units.read_units, units.read_perturbed):
+        try:
+            found = read(folder, folder / "units.jsonl", 3)
+        except ValueError as error:
+            message = str(error)
+            assert message.isprintable() and len(message) < len(str(folder)) + 300, message
+            continue
+        for row in found:
+            assert row["id"] in ("a", "b") and len(row["units"]) == len(row["durations"]) > 0
+            assert all(type(unit) is int and 0 <= unit < 3 for unit in row["units"])
+            assert all(type(n) is int and n >= 1 for n in row["durations"])
