@@ -554,6 +554,8 @@ def run_all(run: Run, config: Config):
     """Every stage. HuBERT and its units need no text, and the vocoder needs nothing of the language model."""
     run_some(("corpus",), run, config)
     check_mixes(run, config)
+    train_hubert.training_rows(run.manifest, config.hubert.speaker)
+    train_vocoder.check_speakers(config.vocoder_model, corpus.read_manifest(run.manifest))
     with in_background(("hubert", "units"), run, config):
         run_some(("text",), run, config)
     with in_background(("vocoder",), run, config) as check:

@@ -397,11 +397,11 @@ def evaluate(generator: UnitVocoder, held_out: CodeDataset, sample: Path) -> dic
 def check(model: VocoderConfig, stage: VocoderStage, dataset: CodeDataset, held_out: CodeDataset):
     """ValueError, one line, for a config that does not fit the corpus."""
     rows = dataset.rows + held_out.rows
-    unit = max(max(row["units"]) for row in rows)
-    if unit >= model.num_embeddings:
-        raise ValueError(
-            f"the corpus has unit {unit}; set vocoder_model.num_embeddings to at least {unit + 1}"
-        )
+    need_embeddings(model, 1 + max(max(row["units"]) for row in rows))
+    check_speakers(model, rows)
+
+
+def check_speakers(model: VocoderConfig, rows: list[dict]):
     speaker = max(row["speaker"] for row in rows)
     if speaker >= (model.num_speakers if model.speakers else 1):
         raise ValueError(

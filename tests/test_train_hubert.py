@@ -14,10 +14,11 @@ from checkpoint import read_tensors
 from data import audio, corpus, units
 from data.corpus import TARGET_SPEAKER
 from data.tiny import prepare
+from files import write_json, write_jsonl
 from hubert import KMeans, UnitExtractor
 from llama import Llama
 from tokenizer import Tokenizer
-from train_hubert import load_labels, save_labels
+from train_hubert import load_labels, save_labels, training_rows
 from vocoder import UnitVocoder
 
 pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
@@ -200,12 +201,29 @@ def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
         assert done.returncode == 1 and "different models" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_speaker_is_chosen_by_number_or_name(tmp_path):
+    rows = [{"wav": f"{n}.wav", "text": "Hi.", "speaker": n, "split": "train"} for n in (0, 1)]
+    rows.append({"wav": "2.wav", "text": "Hi.", "speaker": 2, "split": "heldout"})
+    manifest = tmp_path / "manifest.jsonl"
+    write_jsonl(manifest, rows)
+    assert len(training_rows(manifest)) == 2
+    with pytest.raises(ValueError, match="speaker is 'Bob', who .* choose one of 0, 1, or take the key out"):
+        training_rows(manifest, "Bob")
+    write_json(tmp_path / "corpus.json", {"speakers": {"Anna": 0, "Bob": 1, "Eve": 2}})
+    assert [row["id"] for speaker in ("Bob", 0) for row in training_rows(manifest, speaker)] == ["1", "0"]
+    for speaker in ("Eve", 2, 9, "anna"):
+        with pytest.raises(ValueError, match="no training recording; choose one of 'Anna', 'Bob', or take"):
+            training_rows(manifest, speaker)
+    write_jsonl(manifest, rows[2:])
+    with pytest.raises(ValueError, match="no recording is to be trained on; give some the split 'train'"):
+        training_rows(manifest)
+
+
 def test_hubert_learns_from_the_speaker_it_is_told_to(out):
     shutil.rmtree(out / "state/hubert")
     done = train("configs/ci.toml", "--out", out, "--stage", "hubert", "--hubert.speaker", 9)
-    assert done.returncode == 1 and "speaker 9 has no training recording" in done.stderr
-    assert "Traceback" not in done.stderr
-    shutil.rmtree(out / "state/hubert")
+    said = "hubert.speaker is 9, who has no training recording; choose one of "
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
     stages(out, "hubert", flags=["--hubert.speaker", 0, "--hubert.perturb", 0.2])
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     theirs = [row for row in rows if row["split"] == "train" and row["speaker"] == 0]
