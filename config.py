@@ -172,15 +172,17 @@ def toml_value(text: str):
 
 
 def folder(text: str) -> Path:
-    """The type of a flag that names a folder or file: `~` is the home folder, also in --out=~/x."""
+    """The type of a flag that names a folder or file: ~ is the home folder, also in --out=~/x."""
     return Path(text).expanduser()
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags, spelled out; a mistake in them is a ValueError, hence one line (`command_line`)."""
+    """Flags, spelled out; a mistake in them is a ValueError, hence one line (`command_line`). In a Path, ~ is
+    the home folder."""
 
     def __init__(self, description: str, **options):
         super().__init__(description=description, allow_abbrev=False, **options)
+        self.register("type", Path, folder)
 
     def error(self, message: str):
         raise ValueError(f"{message}; see {self.prog} --help")

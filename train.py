@@ -175,6 +175,8 @@ class Config:
             raise ValueError("out and corpus.name must not be empty")
         if not self.pretrained and self.llama is None:
             raise ValueError("[llama] is missing; give it dim, n_layers, n_heads and hidden_dim")
+        if set(self.text.mix) != {"text"}:
+            raise ValueError("stage text comes before all units: its mix can only be { text = 1 }")
         layers = {"units.layer": self.units.layer}
         if len(self.hubert.clusters) > 1:  # otherwise it teaches no further round
             layers["hubert.layer"] = self.hubert.layer

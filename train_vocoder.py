@@ -23,6 +23,11 @@ A step whose losses or gradients are not finite changes nothing; if these are th
 discriminators have learned from it.
 """
 
+from config import command_line, starting
+
+if __name__ == "__main__":
+    starting()  # a Ctrl-C during the imports below is one line, too
+
 import math
 import sys
 from collections.abc import Callable
@@ -452,4 +457,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.command_line(main)
+    command_line(main)

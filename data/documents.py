@@ -24,6 +24,11 @@ renditions drawn anew in every epoch. To see some, with their targets, and how t
     python -m data.documents --show 5 --run out/tiny --mix '{ asr = 0.5, "t2t/minus" = 0.5 }'
 """
 
+from config import command_line, starting
+
+if __name__ == "__main__":
+    starting()  # a Ctrl-C during the imports below is one line, too
+
 import os
 import random
 import sys
@@ -450,10 +455,12 @@ def main() -> None:
     )
     parser.add_argument("--show", type=int, default=3, help="number of documents")
     parser.add_argument(
-        "--run", help="folder of a run, with manifest.jsonl and units.jsonl (default: out/tiny)"
+        "--run", type=Path, help="folder of a run, with manifest.jsonl and units.jsonl (default: out/tiny)"
     )
     parser.add_argument(
-        "--tokenizer", help="folder with tokenizer.model (default: that of --run, or weights/tiny/llama)"
+        "--tokenizer",
+        type=Path,
+        help="folder with tokenizer.model (default: that of --run, or weights/tiny/llama)",
     )
     parser.add_argument(
         "--mix", default="{ asr = 1, tts = 1, chain = 1 }", help="kinds and shares, as in configs/*.toml"
@@ -508,4 +515,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.command_line(main)
+    command_line(main)

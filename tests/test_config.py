@@ -205,7 +205,9 @@ def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
     flags = ["--out", "~/x", "--corpus.name=~/y", "--pretrained", "~/z"]
     c = config.read(ROOT / "configs/ci.toml", train.Config, flags)
     assert [c.out, c.corpus.name, c.pretrained] == [str(tmp_path / name) for name in "xyz"]
-    assert config.folder("~/x") == tmp_path / "x"
+    parser = config.Parser("")
+    parser.add_argument("--out", type=Path, default="~/x")
+    assert parser.parse_args([]).out == parser.parse_args(["--out=~/x"]).out == tmp_path / "x"
 
 
 # ---- How a program ends ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What is shipped: the wheel, the lock file, and files that are text to a stranger too."""
 
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,24 @@ def test_the_built_wheel_holds_every_module(tmp_path):
     packed = set(zipfile.ZipFile(wheel).namelist())
     modules = {name for name in tracked("*.py", "data/*.json") if not name.startswith(("tests/", "docs/"))}
     assert len(modules) > 20 and modules <= packed, modules - packed
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    elsewhere = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / "installed")}}
+    said = subprocess.check_output([sys.executable, "-c", "import train; print(train.__file__)"], **elsewhere)
+    assert said.decode().strip() == str(tmp_path / "installed/train.py")
+
+
+def test_modules_of_the_same_name_as_ours_are_no_trap(tmp_path):
+    """A program takes the modules beside it; who imports beside another `config` is told of that one."""
+    for name in ("config", "run", "files", "data"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger')")
+    command = [sys.executable, str(ROOT / "train.py"), "--stages"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("corpus\n"), done.stderr
+    (tmp_path / "config.py").write_text("")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import train"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert f"from 'config' ({tmp_path / 'config.py'})" in done.stderr.splitlines()[-1]
 
 
 def test_the_lock_file_pins_all_that_the_project_asks_for():

@@ -1,6 +1,7 @@
 """train.py as its user meets it: processes that are started, killed and started again."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,10 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import ENVIRONMENT, ROOT, metrics, stages, train
 
 import config
-from train import Config
+from files import locked
+from kmeans import KMeans
+from llama import Llama
+from run import Run
+from tokenizer import Tokenizer
+from train import STAGES, Config
+from training.before import check_before
 
 pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
 
@@ -195,6 +203,7 @@ def in_parallel(tmp_path: Path, out: Path, seconds: float, *flags) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=ENVIRONMENT | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     )
 
 
@@ -210,10 +219,86 @@ def test_the_vocoder_learns_in_parallel_with_the_language_model_on_half_of_the_c
 
 
 def test_what_goes_wrong_in_parallel_is_one_line_too(out, tmp_path):
-    process = in_parallel(tmp_path, out, 0, "--vocoder_model.num_embeddings", 2)
+    (out / "units.jsonl").write_text("{")
+    process = in_parallel(tmp_path, out, 0)
     said, complaint = process.communicate()
     assert process.returncode == 1 and "after" not in said and "Traceback" not in complaint
-    assert "set vocoder_model.num_embeddings" in complaint.strip().splitlines()[-1]
+    assert "units.jsonl, line 1" in complaint.splitlines()[-1] and len(complaint.splitlines()[-1]) <= 300
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_and_its_second_process_with_one_line(out, tmp_path, number, code):
+    process = in_parallel(tmp_path, out, 600, "--vocoder.steps", 10_000)
+    child = next(int(line.split()[-1]) for line in process.stdout if line.startswith("within"))
+    began = time.time()
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
+        number
+    )  # as Ctrl-C does
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == code and time.time() - began < 20
+    end = config.INTERRUPTED if number == signal.SIGINT else config.TERMINATED
+    assert complaint.splitlines() == [end] and "Traceback" not in (out / "state/vocoder/log.txt").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_two_runs_on_one_folder_are_one_too_many(tmp_path):
+    with locked(tmp_path / "ci"):
+        done = train("configs/ci.toml", "--out", tmp_path / "ci", "--stage", "corpus")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"another run is at work here (process {os.getpid()} on " in done.stderr
+
+
+def test_a_mistake_is_told_before_the_first_stage(out):
+    for flags, said in [
+        (["--stage2.mix", "{ foo = 1 }"], "mix: foo = 1.0"),
+        (
+            ["--text.mix", "{ tts = 1 }"],
+            "stage text comes before all units: its mix can only be { text = 1 }",
+        ),
+        (["--stage2.max_len", 600], "stage2.max_len is 600, but the LLaMA's own is 512"),
+        (["--lora.targets", '["q"]'], "no linear layer is called 'q'"),
+        (["--vocoder.msd_layers", "[[8, 15, 1, 3]]"], "[vocoder]"),
+        (["--pretrained", "/no/such/folder"], "pretrained: /no/such/folder: no such folder"),
+        (["--pretrained", "weights/tiny/llama"], "knows 1000 units, units.clusters is 20"),
+        (["--pretrained", str(out)], "no LLaMA: no config.json"),
+        (["--text.batch_size", 1, "--text.accumulate", 2], "text.batch_size is 1"),
+        (["--seed", 5], "stage corpus was begun with seed = 0, now it is 5"),
+        (["--hubert.lr", 1], "stage hubert was begun with [hubert] lr = 0.0002, now it is 1.0"),
+    ]:
+        with pytest.raises((ValueError, OSError)) as problem:
+            c = config.read(ROOT / "configs/ci.toml", Config, [*map(str, ("--out", out, *flags))])
+            run = Run(out, out / "corpus", c.seed, torch.device("cpu"))
+            check_before(STAGES, tuple(STAGES), run, c)
+        message = str(problem.value)
+        assert said in message and "\n" not in message and len(message) <= 300
+
+
+def test_a_mix_that_was_refused_can_be_corrected(grown):
+    for mix, said in (("{ tts = 1, 't2t/nobody' = 1 }", "'t2t/nobody'"), ("{ tts = 1 }", "")):
+        done = train("configs/ci.toml", "--out", grown, "--stage", "2", "--stage2.mix", mix)
+        assert done.returncode == bool(said) and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_advice_for_another_vocabulary_helps(grown):
+    """Followed to the letter, until the run has what was asked for."""
+    flags = ["--vocab_size", 610, "--units.clusters", 24, "--vocoder_model.num_embeddings", 24]
+    advice = r"delete (\S+) to begin anew(?:, and (.*) beside it)?"
+    for _ in range(5):
+        done = train("configs/ci.toml", "--out", grown, "--stage", "1", *flags)
+        if done.returncode == 0:
+            break
+        assert done.stderr.count("\n") == 1, done.stderr
+        if missing := re.search(r"run --stage (\w+) first", done.stderr):
+            stages(grown, missing[1], flags=flags)
+            continue
+        folder, later = re.search(advice, done.stderr).groups()
+        for name in [Path(folder).name, *(later.split(", ") if later else [])]:
+            shutil.rmtree(grown / "state" / name)
+    tok = Tokenizer.from_pretrained(grown / "stage1")
+    assert (tok.n_text, tok.n_units) == (610, 24)
+    assert len(KMeans.from_pretrained(grown / "model/hubert").centers) == 24
+    assert Llama.from_pretrained(grown / "stage1").config.vocab_size == len(tok)
 
 
 def test_a_killed_run_takes_the_vocoder_in_its_second_process_along(out, tmp_path):

@@ -48,7 +48,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a script: let it find `data`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from config import Limits, Parser, command_line, deaf_to_ctrl_c, folder, load
+from config import Limits, Parser, command_line, deaf_to_ctrl_c, load
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest, write_manifest
 from data.recipe import end_with_parent
@@ -337,7 +337,7 @@ def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) ->
 def main() -> None:
     parser = Parser("Makes the corpus of the tiny spoken world.")
     add = parser.add_argument
-    add("out", type=folder, help="folder to make, or to complete")
+    add("out", type=Path, help="folder to make, or to complete")
     add("--sentences", type=int, default=3000, help="about how many different sentences to record")
     add("--renditions", type=int, default=2, help="how often each is recorded, at least")
     add("--readings", type=int, default=0, help="further sentences that only the target speaker reads, once")
