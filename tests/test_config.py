@@ -217,12 +217,12 @@ import sys, time, config
 config.starting()
 if "imports" in sys.argv:
     print("ready", flush=True)
-    time.sleep(20)
+    for _ in range(400): time.sleep(0.05)
 def main():
     {action}
 config.command_line(main)
 """
-WAITING = "print('ready', flush=True); time.sleep(20)"
+WAITING = "print('ready', flush=True)\n    for _ in range(400): time.sleep(0.05)"
 WITH_BAR = "from tqdm import tqdm; bar = tqdm(total=9); bar.update(); "
 
 
@@ -262,7 +262,7 @@ def test_signals_end_it_with_a_line(when, number, code, said):
     process = program(WITH_BAR + WAITING, when)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(getattr(signal, number))
-    _, complaint = process.communicate(timeout=5)
+    _, complaint = process.communicate(timeout=15)
     assert process.returncode == code and "Traceback" not in complaint
     assert complaint.splitlines()[-1].startswith(said) and complaint.count(said) == 1
 

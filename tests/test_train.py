@@ -185,7 +185,8 @@ def main():
     with train.in_background(("vocoder",), run, c):
         pids = [child.pid for child in multiprocessing.active_children()]
         print("within", torch.get_num_threads(), *pids, flush=True)
-        time.sleep(float(sys.argv[1]))
+        for _ in range(int(20 * float(sys.argv[1]))):
+            time.sleep(0.05)
     print("after", torch.get_num_threads())
 
 if __name__ == "__main__":
