@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from config import Parser
 from data import archives
-from data.recipe import OURS, check_ours, counts_of
+from data.recipe import check_ours, counts_of, is_ours
 from data.recordings import Skipped, chance, clean, foreign_letter
 from files import write_jsonl
 
@@ -58,7 +58,9 @@ def find_files(options: dict, endings: tuple[str, ...]) -> list[Path]:
             archives.unpack(path, options["out"] / "source", endings)
             path = options["out"] / "source"
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.name.endswith(endings) and p.name not in OURS)
+            found += sorted(
+                p for p in path.rglob("*") if p.name.endswith(endings) and not is_ours(p, options["out"])
+            )
         elif path.is_file():
             found.append(path)
         else:

@@ -46,7 +46,14 @@ from data.corpus import write_manifest
 from data.recordings import Job, Settings, Skipped, finish, number
 from files import locked, show, write_jsonl
 
-OURS = ("manifest.jsonl", "left_out.jsonl", "skipped.jsonl", "units.jsonl", "dialogues.jsonl")
+OURS = (
+    "manifest.jsonl",
+    "dialogues_left_out.jsonl",
+    "left_out.jsonl",
+    "skipped.jsonl",
+    "units.jsonl",
+    "dialogues.jsonl",
+)
 JOURNAL = ".prepare.jsonl"
 BATCH = 32  # utterances that are sent to a worker at once, about
 
@@ -225,6 +232,12 @@ def work_off(
             bar.set_postfix_str(found.line(), refresh=False)
         bar.update(max(0, total - bar.n))
     return found
+
+
+def is_ours(path: Path, out: Path) -> bool:
+    """Was it written by a recipe: into OUT, which may be the source, too, or earlier?"""
+    beside = any((path.parent / name).is_file() for name in ("left_out.jsonl", "dialogues_left_out.jsonl"))
+    return path.name in OURS and (beside or path.parent.resolve() == out.resolve())
 
 
 def check_ours(out: Path, product: str, *signs: str) -> None:

@@ -39,7 +39,7 @@ class Row(NamedTuple):
 def rows(path: Path, separator: str, header: bool, encoding: str = "") -> Iterator[Row]:
     """The rows of a table, one at a time; separator JSON reads objects, one a line or in a list."""
     if separator == JSON:
-        yield from (_json_list if path.suffix.lower() == ".json" else _json_lines)(path, encoding)
+        yield from (_json_lines if _has_object_lines(path, encoding) else _json_list)(path, encoding)
         return
     names: list[str] = []
     for where, fields, problem, position in _split(path, separator, encoding):
@@ -166,6 +166,18 @@ def _quoted(lines: Iterator[tuple[int, str, str, int]]) -> Iterator[tuple[int, s
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------
+
+
+def _has_object_lines(path: Path, encoding: str) -> bool:
+    """Many a .json holds JSON lines: its first line is a whole object, and no list."""
+    if path.suffix.lower() != ".json":
+        return True
+    for _, line, _, _ in _lines(path, encoding):
+        try:
+            return isinstance(json.loads(line), dict)
+        except (ValueError, RecursionError):
+            break
+    return False
 
 
 def _json_lines(path: Path, encoding: str) -> Iterator[Row]:

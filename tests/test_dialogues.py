@@ -118,7 +118,8 @@ def test_nothing_is_lost(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no dialogue was found"):
         run(alpaca, monkeypatch, tmp_path / "a.json", tmp_path / "new")
     assert "By hand" in mine.read_text() and not (tmp_path / "new/dialogues.jsonl").exists()
-    for source, words in (("gone.json", "no such file"), ("out", "there is no file that ends in")):
+    (tmp_path / "empty").mkdir()
+    for source, words in (("gone.json", "no such file"), ("empty", "there is no file that ends in")):
         with pytest.raises((ValueError, OSError), match=words):
             run(alpaca, monkeypatch, tmp_path / source, tmp_path / "x")
     with pytest.raises(ValueError, match="--heldout"):

@@ -391,6 +391,15 @@ def test_texts_beside_the_recordings(tmp_path, mine, monkeypatch, capsys, ending
     assert "no table" in capsys.readouterr().out
 
 
+def test_a_manifest_of_others_is_a_table_too(tmp_path, mine, monkeypatch, capsys):
+    lines = [json.dumps({"audio_filepath": path, "text": TEXTS[name]}) for name, path in PATHS.items()]
+    (mine / "manifest.jsonl").write_text("\n".join(lines))
+    (mine / "a/103-1240.trans.txt").write_text("x Y\n")
+    run(folder, monkeypatch, mine, tmp_path / "out")
+    assert {row["id"]: row["text"] for row in rows(tmp_path / "out")} == TEXTS
+    assert "data/librispeech/prepare.py knows more" in capsys.readouterr().out
+
+
 def test_columns_for_speaker_split_and_id(tmp_path, mine, monkeypatch):
     (mine / "list.tsv").write_text(
         "id\tpath\tquote\tclient_id\tsplit\tsentence\nx1\ta/one.wav\tno\tAnn\ttrain\tOne.\n"

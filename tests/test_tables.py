@@ -91,6 +91,13 @@ def test_json_lines_cut_in_half(tmp_path):
     ]
 
 
+def test_json_lines_that_are_called_json(tmp_path):
+    rows = [{"wav": "a.wav"}, {"wav": "b.wav"}]
+    for text in ("\n".join(map(json.dumps, rows)), json.dumps(rows), json.dumps({"rows": rows}, indent=1)):
+        (tmp_path / "a.json").write_text(text)
+        assert fields(tmp_path / "a.json", tables.JSON) == rows
+
+
 # ---- long JSON ---------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,6 @@ if __package__ in (None, ""):  # run as a script: let it find `data`
 
 from config import command_line
 from data import recipe, tables
-from data.recipe import OURS
 from data.recordings import AUDIO, UNREADABLE, Job, Settings, Skipped, Utterance, reason
 from files import show
 
@@ -56,6 +55,7 @@ SPLITS = {
     "rendition": "rendition",
     "heldout": "heldout",
 } | dict.fromkeys(("dev", "valid", "validation", "val", "test", "testing", "eval"), "heldout")
+KNOWN = {".trans.txt": "librispeech", "GigaSpeech.json": "gigaspeech", "validated.tsv": "commonvoice"}
 LOOK = 20  # rows of a table that are tried
 MANY = 50  # text files in one folder: these are no tables
 
@@ -69,8 +69,12 @@ class Finder:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.total = 0  # recordings in the source
+        self.known = ""  # the recipe that knows this layout better
         endings = set()
         for _, files in recipe.walk(settings):
+            self.known = self.known or next(
+                (KNOWN[end] for name in files for end in KNOWN if name.endswith(end)), ""
+            )
             recordings = [name for name in files if is_audio(name)]
             self.total += len(recordings)
             endings |= {os.path.splitext(name)[1] for name in recordings}
@@ -195,13 +199,10 @@ def candidates(settings: Settings) -> Iterator[Path]:
         if folder.count("/") > 1:
             continue
         recordings = {recipe.stem(name) for name in files if is_audio(name)}
-        found = [
-            name
-            for name in files
-            if name.lower().endswith(TABLES) and recipe.stem(name) not in recordings and name not in OURS
-        ]
-        if len(found) <= MANY:
-            yield from (Path(settings.source, folder, name) for name in found)
+        texts = [n for n in files if n.lower().endswith(TABLES) and recipe.stem(n) not in recordings]
+        if len(texts) <= MANY:
+            found = (Path(settings.source, folder, name) for name in texts)
+            yield from (path for path in found if not recipe.is_ours(path, Path(settings.out)))
 
 
 def look(settings: Settings, finder: Finder, path: Path, options: dict) -> Table | None:
@@ -332,6 +333,8 @@ def main() -> None:
     found = find_tables(settings, finder, options)
     for table in found:
         print(f"transcripts: {table.describe()}")
+    if finder.known:
+        print(f"this looks like another layout: data/{finder.known}/prepare.py knows more of it")
     if not found:
         print(
             "transcripts: no table names these recordings (if there is one elsewhere: --table FILE); "
