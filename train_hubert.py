@@ -74,8 +74,6 @@ class UnitsSection:
     layer: Count = 11
     smooth: Count = 1  # frames averaged before clustering (odd)
     cluster_frames: Count = 200_000
-    # if non-zero, add the target speaker's recordings at perturbed speed and pitch (data/units.py)
-    perturb: tuple[Share, Share] = (0.0, 0.0)
     # initialize unit embeddings from the k-means centers (PCA, scaled to this std); 0: random (the paper)
     embed_centers: Annotated[float, Limits(0, 100)] = 0.0
 
@@ -267,7 +265,7 @@ def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalize
         normalize_speech(run, normalizer, extractor, targets)
     if rank() == 0:
         rows = read_manifest(run.manifest)
-        unit_files.extract(run.corpus, rows, run.units, extractor, run.device, folder, section.perturb)
+        unit_files.extract(run.corpus, rows, run.units, extractor, run.device, folder)
         extractor.save_pretrained(run.model / "hubert")
     barrier()
 

@@ -40,8 +40,8 @@ import config
 import tokenizer
 from data import batches
 from data.batches import Document
-from data.corpus import SPLITS, TARGET_SPEAKER, UNKNOWN_SPEAKER, read_dialogues, read_manifest, text_key
-from data.units import read_perturbed, read_units
+from data.corpus import SPLITS, TARGET_SPEAKER, read_dialogues, read_manifest, text_key
+from data.units import read_units
 from files import read_jsonl
 
 READING = "reading"  # the family of sentences to read aloud
@@ -83,7 +83,6 @@ class Tables(NamedTuple):
 
     folder: Path  # of the run, for messages
     rows: list[dict]  # of the manifest, with their units
-    copies: list[dict]  # augmented copies of some (`units.read_perturbed`)
     dialogues: list[dict]
     # Text -> its units by the text-to-unit generator (§3.2); None: answers are as they were recorded.
     spoken: dict[str, list[int]] | None = None
@@ -96,10 +95,9 @@ def read_tables(folder: str | Path, n_units: int | None) -> Tables:
     dialogues = read_dialogues(folder)
     if n_units is None:
         rows = [row | {"units": []} for row in read_manifest(folder)]
-        return Tables(folder, rows, [], dialogues)
-    where = folder / "manifest.jsonl", folder / "units.jsonl", n_units
-    copies = [row | {"speaker": UNKNOWN_SPEAKER} for row in read_perturbed(*where)]
-    return Tables(folder, read_units(*where), copies, dialogues)
+        return Tables(folder, rows, dialogues)
+    rows = read_units(folder / "manifest.jsonl", folder / "units.jsonl", n_units)
+    return Tables(folder, rows, dialogues)
 
 
 def read_spoken(path: str | Path, n_units: int) -> dict[str, list[int]]:
@@ -133,9 +131,9 @@ def sentences(tables: Tables, split: str) -> list[str]:
 
 
 def pairs(tables: Tables, split: str) -> list[Pair]:
-    """All recordings of a split; in train also the augmented copies."""
-    rows = tables.rows + tables.copies
-    return [Pair(row["units"], row["text"], row["speaker"]) for row in rows if row["split"] == split]
+    """All recordings of a split."""
+    rows = [row for row in tables.rows if row["split"] == split]
+    return [Pair(row["units"], row["text"], row["speaker"]) for row in rows]
 
 
 def exchanges(tables: Tables, split: str) -> list[Exchange]:
@@ -144,7 +142,7 @@ def exchanges(tables: Tables, split: str) -> list[Exchange]:
     Where the text-to-unit generator has spoken, all answers are its, and questions without a recording."""
     questions: dict[str, list[list[int]]] = {}  # text -> units of each recording
     answers: dict[str, list[list[int]]] = {}
-    for row in tables.rows + tables.copies:
+    for row in tables.rows:
         if row["split"] == split:
             questions.setdefault(row["text"], []).append(row["units"])
         if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER:

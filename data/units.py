@@ -15,7 +15,6 @@ References: HuBERT units, Lakhotia et al. 2021 (https://arxiv.org/abs/2102.01192
 """
 
 import json
-import math
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ import torch
 
 import run
 from data import audio
-from data.corpus import TARGET_SPEAKER, read_manifest
+from data.corpus import read_manifest
 from files import show, stream_jsonl, write_atomic
 
 MOST_FRAMES = audio.MAX_SECONDS * audio.RATE // audio.HOP  # of a recording
@@ -55,21 +54,18 @@ def join_units(rows: list[dict], path: str | Path, n_units: int) -> list[dict]:
     return rows
 
 
-def read_table(path: str | Path, n_units: int, more: tuple[str, ...] = ()) -> Iterator[dict]:
-    """The rows of a table of units: `id`, `units`, `durations`, and the positive numbers `more`."""
-    for number, row in enumerate(stream_jsonl(path, ("id", "units", "durations", *more)), 1):
-        if problem := _problem(row, n_units, more):
+def read_table(path: str | Path, n_units: int) -> Iterator[dict]:
+    """The rows of a table of units: `id`, `units`, `durations`."""
+    for number, row in enumerate(stream_jsonl(path, ("id", "units", "durations")), 1):
+        if problem := _problem(row, n_units):
             raise ValueError(f"{path}, row {number}: {problem}")
-        yield {key: row[key] for key in ("id", "units", "durations", *more)}
+        yield {key: row[key] for key in ("id", "units", "durations")}
 
 
-def _problem(row: dict, n_units: int, more: tuple[str, ...]) -> str:
+def _problem(row: dict, n_units: int) -> str:
     """What is wrong with a row of units; "" if nothing is."""
     if not isinstance(row["id"], str):
         return f'"id" is {show(row["id"])}; it must be a string'
-    for name in more:
-        if type(row[name]) is not float or not 0.1 <= row[name] <= 10:
-            return f'"{name}" is {show(row[name])}; it must be a number of 0.1 to 10'
     units, durations = row["units"], row["durations"]
     for name, numbers in (("units", units), ("durations", durations)):
         if not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
@@ -95,7 +91,7 @@ def map_speech(
     """[function(wav (N,)) for each row's recording], with a progress bar, without gradients."""
 
     def one(row: dict):
-        wav = perturbed(audio.load(Path(corpus) / row["wav"]), row)
+        wav = audio.load(Path(corpus) / row["wav"])
         with torch.inference_mode():
             return function(torch.from_numpy(wav).to(device))
 
@@ -121,37 +117,13 @@ def extract(
     extractor: Callable,
     device: torch.device,
     work: Path,
-    perturb: tuple[float, float] = (0.0, 0.0),
     portion: int = 500,
 ) -> None:
     """Writes the file `out`, units.jsonl, for the `rows` of a manifest whose recordings are in the folder
-    `corpus`; and perturbed.jsonl beside it, see below, if `perturb` is not 0.
+    `corpus`.
 
     Until everything is written, finished portions are kept in folder `work`: a killed run goes on there."""
-    tables = {"units": rows}
-    if any(perturb):
-        tables["perturbed"] = draw_perturbations(rows, perturb)
-    parts = {}
-    for name, table in tables.items():
-        parts[name] = _extract(Path(corpus), table, name, extractor, device, work, portion)
-    out.with_name("perturbed.jsonl").unlink(missing_ok=True)  # of other units
-    for name, part in parts.items():
-        write_atomic(out.with_name(f"{name}.jsonl"), part.read_bytes())
-    for part in parts.values():
-        part.unlink()
-
-
-def _extract(
-    corpus: Path,
-    rows: list[dict],
-    name: str,
-    extractor: Callable,
-    device: torch.device,
-    work: Path,
-    portion: int,
-) -> Path:
-    """work/NAME.jsonl.part with the units of all rows, some of which may be there already."""
-    part = work / f"{name}.jsonl.part"
+    part = work / "units.jsonl.part"
     part.touch()
     lines = []
     for line in part.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -162,12 +134,13 @@ def _extract(
     rows = [row for row in rows if row["id"] not in finished]
     for first in range(0, len(rows), portion):
         chosen = rows[first : first + portion]
-        found = map_speech(corpus, chosen, extractor, device, f"{name} from {first + len(finished)}")
+        found = map_speech(corpus, chosen, extractor, device, f"units from {first + len(finished)}")
         with part.open("a", encoding="utf-8") as file:
             for row, (units, durations) in zip(chosen, found):
-                line = {"id": row["id"], "units": units, "durations": durations} | perturbation(row)
+                line = {"id": row["id"], "units": units, "durations": durations}
                 file.write(json.dumps(line) + "\n")
-    return part
+    write_atomic(out, part.read_bytes())  # perhaps on another disk: no rename
+    part.unlink()
 
 
 # ---- Which units belong together ---------------------------------------------------------------------------
@@ -220,46 +193,3 @@ def cooccurrence(
         counts.index_put_((new[:n], old[:n]), torch.ones(n), accumulate=True)
     counts += 0.5 * counts.sum(0) / counts.sum()
     return counts / counts.sum(1, keepdim=True)
-
-
-# ---- The target speaker at other paces and pitches: perturbed.jsonl ----------------------------------------
-
-
-# {"id": "q0001-a", "units": [...], "durations": [...], "rate": 1.08, "pitch": 0.9}: units of training
-# recordings of the target speaker, changed by audio.change_pace_and_pitch. It augments ASR data for sentences
-# that only the target speaker has recorded.
-
-
-def draw_perturbations(rows: list[dict], perturb: tuple[float, float]) -> list[dict]:
-    """The training rows of the target speaker, each with a `rate` and a `pitch` of its own: log-uniform,
-    between minus and plus the two numbers of `perturb`."""
-    chosen = []
-    for row in rows:
-        if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER:
-            draw = random.Random(row["id"])
-            rate, pitch = (math.exp(draw.uniform(-most, most)) for most in perturb)
-            chosen.append(row | {"rate": rate, "pitch": pitch})
-    return chosen
-
-
-def perturbation(row: dict) -> dict:
-    return {key: row[key] for key in ("rate", "pitch") if key in row}
-
-
-def perturbed(wav: np.ndarray, row: dict) -> np.ndarray:
-    """wav at the row's `rate` and `pitch`, if it has them; never shorter than a frame."""
-    if "pitch" not in row:
-        return wav
-    wav = audio.change_pace_and_pitch(wav, row["rate"], row["pitch"])
-    return np.pad(wav, (0, max(0, audio.WINDOW - len(wav))))
-
-
-def read_perturbed(manifest: str | Path, units: str | Path, n_units: int) -> list[dict]:
-    """The rows of perturbed.jsonl (beside `units`) with those of the manifest; without that file there are
-    none."""
-    path = Path(units).with_name("perturbed.jsonl")
-    if not path.exists():
-        return []
-    rows = {row["id"]: row for row in read_manifest(manifest)}
-    found = read_table(path, n_units, ("rate", "pitch"))
-    return [rows[row["id"]] | row for row in found if row["id"] in rows]

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(tempfile.gettempdir()) / "speechgpt-compare"
 TIMES = {"tokens_per_s", "seconds", "finished"}  # keys of metrics and tables that no two runs share
 TIMED_ROWS = {"first", "first.factor"}  # of the report
-FILES_RENAMED = {r"^ci/corpus/(units|perturbed)\.jsonl$": r"ci/\1.jsonl"}  # a path under out/ then: path now
+FILES_RENAMED = {r"^ci/corpus/units\.jsonl$": "ci/units.jsonl"}  # a path under out/ then: path now
 FILES_ADDED = {"ci/manifest.jsonl", "ci/dialogues.jsonl", "ci/skipped.jsonl"}  # that were not there then
 KEYS_RENAMED: dict[str, str] = {}  # of metrics and of items
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data import documents, units
+from data import documents
 from data.corpus import TARGET_SPEAKER
 from tokenizer import Tokenizer, units_to_text
 
@@ -111,7 +111,7 @@ def test_the_text_to_unit_generator_speaks_answers_and_unrecorded_questions(corp
 
 
 def test_dialogues_without_a_single_recording_can_be_trained_on(corpus):
-    text_only = tables(corpus)._replace(rows=[], copies=[])
+    text_only = tables(corpus)._replace(rows=[])
     with pytest.raises(ValueError, match="nothing of kind 's2s'"):
         documents.examples(text_only, "train", {"s2s": 1.0})
     spoken = {"One plus one is two.": [5, 6], "Add one and one.": [8]}
@@ -141,32 +141,6 @@ def test_only_the_target_speaker_is_a_tts_target(corpus, tok):
         answer = [i for i, m in zip(ids, mask) if m]
         assert (tok.sosp in answer) == (example.kind == "tts")
         assert tok.parse(answer).ta == example.source.text or tok.parse(answer).ua == example.source.units
-
-
-def test_augmented_copies_are_input_only(corpus, tmp_path):
-    for name in ("manifest", "units", "dialogues"):
-        (tmp_path / f"{name}.jsonl").write_text((corpus / f"{name}.jsonl").read_text())
-    assert units.read_perturbed(tmp_path, tmp_path / "units.jsonl", 10) == []
-    rows = [
-        row | {"units": [9, 8], "durations": [3, 3], "rate": 1.1, "pitch": 0.9}
-        for row in units.read_units(corpus, corpus / "units.jsonl", 10)
-        if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER
-    ]
-    keys = ("id", "units", "durations", "rate", "pitch")
-    (tmp_path / "perturbed.jsonl").write_text(
-        "".join(json.dumps({k: row[k] for k in keys}) + "\n" for row in rows)
-    )
-    assert units.read_perturbed(tmp_path, tmp_path / "units.jsonl", 10) == rows and len(rows) == 2
-    perturbed = [documents.Pair([9, 8], row["text"], documents.UNKNOWN_SPEAKER) for row in rows]
-    for kind, times in (("asr", 1), ("tts", 0)):
-        found = [e.source for e in documents.examples(tables(tmp_path), "train", {kind: 1.0})]
-        assert all(found.count(pair) == times for pair in perturbed)
-    e, _ = documents.exchanges(tables(tmp_path), "train")
-    before, _ = documents.exchanges(tables(corpus), "train")
-    assert e.question_units == [*before.question_units, [9, 8]] and e.answer_units == before.answer_units
-    for split in ("rendition", "heldout"):
-        assert documents.exchanges(tables(tmp_path), split) == documents.exchanges(tables(corpus), split)
-        assert documents.pairs(tables(tmp_path), split) == documents.pairs(tables(corpus), split)
 
 
 def test_sentences_to_read_aloud_are_not_answered_in_text(corpus, tmp_path):

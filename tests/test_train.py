@@ -91,7 +91,7 @@ def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
         ("normalizer.others", 1.5, "must be 0 to 1, found 1.5"),
         ("normalizer.perturb", "[2, 0]", "must be 0 to 1, found 2"),
         ("normalizer.temperature", 0, "must be 0.001 to 1000, found 0"),
-        ("units.perturb", "[0.1]", "expected 2 values, found"),
+        ("normalizer.perturb", "[0.1]", "expected 2 values, found"),
         ("units.embed_centers", -1, "must be 0 to 100, found -1"),
         ("units.smooth", 2, "must be odd"),
         ("units.layer", 0, "must be at least 1, found 0"),

@@ -12,18 +12,6 @@ from data import audio, documents, units
 from data.corpus import TARGET_SPEAKER, read_manifest
 
 
-def test_a_recording_of_one_frame_keeps_it_at_every_pace(tmp_path):
-    audio.save(tmp_path / "a.wav", np.full(400, 0.1))
-    lengths = units.map_speech(
-        tmp_path,
-        [{"wav": "a.wav", "rate": rate, "pitch": 1.0} for rate in (0.5, 1.0, 2.0)],
-        len,
-        torch.device("cpu"),
-        "",
-    )
-    assert lengths == [800, 400, 400]
-
-
 def test_a_killed_extraction_does_nothing_twice(tmp_path):
     corpus, work, out = tmp_path / "corpus", tmp_path / "work", tmp_path / "out/units.jsonl"
     work.mkdir()
@@ -34,7 +22,6 @@ def test_a_killed_extraction_does_nothing_twice(tmp_path):
     for row in rows:
         audio.save(corpus / row["wav"], np.full(4000, 0.1))
     (corpus / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out.with_name("perturbed.jsonl").write_text("of other units")
     before = sorted(corpus.iterdir())
     calls = []
 
@@ -44,35 +31,23 @@ def test_a_killed_extraction_does_nothing_twice(tmp_path):
         calls.append(len(wav))
         return [len(calls)], [1]
 
-    def extract(*perturb, last=10**6):
+    def extract(last=10**6):
         cpu = torch.device("cpu")
         units.extract(
-            corpus,
-            read_manifest(corpus),
-            out,
-            lambda wav: extractor(wav, last),
-            cpu,
-            work,
-            perturb,
-            portion=1,
+            corpus, read_manifest(corpus), out, lambda wav: extractor(wav, last), cpu, work, portion=1
         )
 
-    for last in (3, 8):  # in the middle of the one, then of the other
-        with pytest.raises(KeyboardInterrupt):
-            extract(0.2, 0.1, last=last)
-        assert len(calls) == last
-    extract(0.2, 0.1)
-    assert len(calls) == 9 and calls[:6] == [4000] * 6 and 4000 not in calls[6:]
-    assert [row["id"] for row in units.read_units(corpus, out, 20)] == [row["id"] for row in rows]
-    assert [row["id"] for row in units.read_perturbed(corpus, out, 20)] == ["0", "2", "4"] and not any(
-        work.iterdir()
-    )
-    extract(0.0, 0.0)
-    assert not out.with_name("perturbed.jsonl").exists() and not any(work.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        extract(last=3)
+    assert len(calls) == 3 and not out.exists()
+    extract()
+    assert calls == [4000] * 6
+    found = units.read_units(corpus, out, 20)
+    assert [row["id"] for row in found] == [row["id"] for row in rows] and not any(work.iterdir())
     others = [json.dumps(row) + "\n" for row in rows if row["speaker"] != TARGET_SPEAKER]
     (corpus / "manifest.jsonl").write_text("".join(others))
-    extract(0.2, 0.1)
-    assert len(units.read_units(corpus, out, 40)) == 3 and units.read_perturbed(corpus, out, 40) == []
+    extract()
+    assert len(units.read_units(corpus, out, 40)) == 3
     assert sorted(corpus.iterdir()) == before  # it is only read
 
 
@@ -152,7 +127,6 @@ unit_rows = st.fixed_dictionaries(
         "units": numbers | st.text(max_size=3),
         "durations": numbers,
     },
-    optional={"rate": st.floats() | st.just("fast"), "pitch": st.just(1.1)},
 )
 
 
@@ -170,16 +144,14 @@ def test_any_table_of_units_is_read_or_refused_in_one_line(tmp_path_factory, row
     for place, new in edits:
         place %= len(content) + 1
         content = content[:place] + new + content[place + 1 :]
-    for name in ("units", "perturbed"):
-        (folder / f"{name}.jsonl").write_bytes(content)
-    for read in (units.read_units, units.read_perturbed):
-        try:
-            found = read(folder, folder / "units.jsonl", 3)
-        except ValueError as error:
-            message = str(error)
-            assert message.isprintable() and len(message) < len(str(folder)) + 300, message
-            continue
-        for row in found:
-            assert row["id"] in ("a", "b") and len(row["units"]) == len(row["durations"]) > 0
-            assert all(type(unit) is int and 0 <= unit < 3 for unit in row["units"])
-            assert all(type(n) is int and n >= 1 for n in row["durations"])
+    (folder / "units.jsonl").write_bytes(content)
+    try:
+        found = units.read_units(folder, folder / "units.jsonl", 3)
+    except ValueError as error:
+        message = str(error)
+        assert message.isprintable() and len(message) < len(str(folder)) + 300, message
+        return
+    for row in found:
+        assert row["id"] in ("a", "b") and len(row["units"]) == len(row["durations"]) > 0
+        assert all(type(unit) is int and 0 <= unit < 3 for unit in row["units"])
+        assert all(type(n) is int and n >= 1 for n in row["durations"])
