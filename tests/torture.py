@@ -86,6 +86,7 @@ class Start:
 def start(out: Path, flags: list[str], scratch: Path) -> Start:
     mark = f"TORTURE={time.time_ns()}"
     environment = os.environ | {"TMPDIR": str(scratch), "PYTHONFAULTHANDLER": "1", "TORTURE": mark[8:]}
+    environment["OMP_NUM_THREADS"] = "2"  # with one, no stage runs in a second process
     command = [sys.executable, "train.py", "configs/ci.toml", "--out", str(out), *flags]
     process = subprocess.Popen(
         command,
