@@ -302,7 +302,7 @@ class Torture:
                     return
             if code == 0:
                 break
-            if flipped is None and rng.random() < 0.5:
+            if flipped is None and rng.random() < 0.9:
                 flipped = flip(out, rng)
 
         self.compare(base, number, flipped, killed)
