@@ -17,6 +17,7 @@ import shutil
 import stat
 import sys
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -91,18 +92,20 @@ def name_problem(name: str) -> str:
         return "an absolute path"
     if ".." in parts:
         return "a path that climbs out"
-    if any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name):
+    if has_harmful(name):
         return "a name with control characters"
-    try:
-        if any(len(os.fsencode(part)) > 240 for part in parts):
-            return "a name too long"
-    except UnicodeEncodeError:  # half of a character, from JSON
-        return "a name that is no text"
+    if any(len(part.encode()) > 240 for part in parts):
+        return "a name too long"
     if os.name == "nt":
         for part in parts:
             if re.search(r'[<>:"|?*]|[. ]$', part) or part.split(".")[0].lower() in WINDOWS:
                 return "a name that Windows does not allow"
     return ""
+
+
+def has_harmful(text: str) -> bool:
+    """Has it control characters, separators of lines, or bytes and halves of characters that are no text?"""
+    return not text.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
 def _write(member: Member, out: Path, name: str) -> str:

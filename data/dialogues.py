@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from config import Parser
 from data import archives
+from data.corpus import MARKER
 from data.recipe import check_ours, counts_of, is_ours
 from data.recordings import Skipped, chance, clean, foreign_letter
 from files import write_jsonl
@@ -73,10 +74,12 @@ def find_files(options: dict, endings: tuple[str, ...]) -> list[Path]:
 
 def dialogue(question: str, answer: str, family: str, limits: Limits, where: str) -> dict | Skipped:
     """A row of dialogues.jsonl, or why these two cannot be one."""
-    question, answer = clean(question), clean(answer)
+    question, answer, family = clean(question), clean(answer), clean(family)[:200]
     words = len(answer.split())
     if not question or not answer:
         return Skipped("", "question or answer empty", where)
+    if MARKER.search(question) or MARKER.search(answer):
+        return Skipped("", "text with a marker that means something to the model", where)
     if limits.max_words and words >= limits.max_words:
         return Skipped("", f"answer too long: {words} words", where)
     if len(question) > 5000 or len(answer) > 20_000:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import archives, audio
+from data.corpus import MARKER
 from files import stream_atomic
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf", ".sph")
@@ -93,7 +94,7 @@ def _finish_one(settings: Settings, job: Job | Skipped) -> tuple[list[dict], lis
     rows, skipped, good = [], [], []
     refused = archives.name_problem(job.audio)
     for utterance in job.utterances:
-        utterance = utterance._replace(text=clean(utterance.text))
+        utterance = utterance._replace(text=clean(utterance.text), speaker=clean(utterance.speaker))
         if problem := f"refused: {refused}" if refused else utterance_problem(utterance, settings):
             skipped.append(_left_out(job.audio, problem, utterance.where))
         else:
@@ -137,15 +138,12 @@ def number(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-HARMFUL = ("Cc", "Cs")  # control characters, and halves of a character, which no text may have
-
-
 def clean(text: str) -> str:
     """One line, composed letters (NFC), no control characters: what a terminal shows without harm."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     text = " ".join(text.split())
-    return text if text.isprintable() else "".join(c for c in text if unicodedata.category(c) not in HARMFUL)
+    return "".join(c for c in text if not archives.has_harmful(c)) if archives.has_harmful(text) else text
 
 
 def utterance_problem(utterance: Utterance, settings: Settings) -> str:
@@ -159,8 +157,12 @@ def utterance_problem(utterance: Utterance, settings: Settings) -> str:
         return f"text too long: {len(text)} letters"
     if settings.english and (letter := foreign_letter(text)):
         return f"text not English: it has the letter {letter!a}"
-    if any(unicodedata.category(letter) in HARMFUL for letter in utterance.id):
+    if MARKER.search(text):
+        return f"text with a marker that means something to the model: {MARKER.search(text)[0]}"
+    if archives.has_harmful(utterance.id):
         return "a name with control characters"
+    if len(utterance.id) > 200 or len(utterance.speaker) > 200:
+        return "name too long: of the recording or its speaker, more than 200 characters"
     if utterance.begin is None:
         return ""
     if not 0 <= utterance.begin < math.inf or not utterance.end < math.inf:

@@ -505,8 +505,9 @@ def test_bad_input_is_counted_and_the_rest_processed(tmp_path, mine, monkeypatch
         "format cannot be read": ("phone.m4a", "Phone."),
         "no recording is named": ("", "Nothing."),
         "more columns than the header": ("a.wav\tx", "y"),
+        "text with a marker that means something to the model": ("marker.wav", "Yes <eoa> no."),
     }
-    for name in ("empty_text.wav", "russian.wav"):
+    for name in ("empty_text.wav", "russian.wav", "marker.wav"):
         audio.save(mine / name, wav)
     (mine / "zero.wav").write_bytes(b"")
     (mine / "noise.wav").write_bytes(b"What is this?" * 100)
@@ -532,7 +533,7 @@ def test_bad_input_is_counted_and_the_rest_processed(tmp_path, mine, monkeypatch
         "list.tsv, line "
     )
     said = capsys.readouterr().out
-    assert "\x1b" not in said and "left out        16:" in said and "1 cut short" in said
+    assert "\x1b" not in said and "left out        17:" in said and "1 cut short" in said
 
 
 def test_quick_reads_headers_only(tmp_path, mine, monkeypatch):
@@ -774,3 +775,11 @@ def test_the_readers_of_a_corpus_take_what_a_recipe_makes(tmp_path, mine, monkey
     (mine / "list.tsv").write_text(table_of("\t", ("path", "text")))
     run(folder, monkeypatch, mine, tmp_path / "out")
     assert [row["id"] for row in corpus.read_manifest(tmp_path / "out")] == list(TEXTS)
+    odd = ["x" * 201, "half\ud800", "line\u2028", "escape\x1b[2J"]  # as ids; and as speakers
+    lines = [{"wav": "a/one.wav", "text": "One.", "id": name, "speaker": "Ann"} for name in odd]
+    lines += [{"wav": path, "text": "Two.", "speaker": odd[n]} for n, path in enumerate(PATHS.values())]
+    (mine / "list.tsv").unlink()
+    (mine / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run(folder, monkeypatch, mine, tmp_path / "odd")
+    found = corpus.read_manifest(tmp_path / "odd")
+    assert [(row["id"], row["speaker"]) for row in found] == [("a/two", "half"), ("b/three", "line")]
