@@ -64,11 +64,13 @@ class HuBERTConfig:
             raise ValueError(f'extractor_norm must be "group" or "layer", not {self.extractor_norm!r:.50}')
         if self.dim % self.n_heads or self.dim % self.pos_groups:
             raise ValueError(f"{self.n_heads} heads, {self.pos_groups} pos_groups must divide dim {self.dim}")
+        lengths = {len(self.conv_dim), len(self.conv_kernel), len(self.conv_stride)}
+        if len(lengths) > 1 or max(lengths) > 16:
+            raise ValueError("convolutions need a size, a kernel and a stride each, and are at most 16")
         width = hop = 1
         for kernel, stride in zip(self.conv_kernel, self.conv_stride):
             width, hop = width + (kernel - 1) * hop, hop * stride
-        lengths = {len(self.conv_dim), len(self.conv_kernel), len(self.conv_stride)}
-        if len(lengths) > 1 or (width, hop) != (WINDOW, HOP):
+        if (width, hop) != (WINDOW, HOP):
             raise ValueError(f"convolutions see {width} samples every {hop}; it must be {WINDOW} every {HOP}")
 
 

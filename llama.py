@@ -37,7 +37,7 @@ class LlamaConfig:
     n_kv_heads: Size | None = None  # fewer than n_heads: grouped-query attention; None: as many
     norm_eps: Annotated[float, Limits(1e-12, 1)] = 1e-6
     rope_theta: Annotated[float, Limits(1, 1e12)] = 1e4
-    max_len: Annotated[int, Limits(1, 2**24)] = 2048  # longest row trained on; longer ones run less well
+    max_len: Annotated[int, Limits(1, 2**22)] = 2048  # longest row trained on; longer ones run less well
     tie_embeddings: bool = False  # lm_head shares the matrix of embed_tokens
 
     def __post_init__(self):

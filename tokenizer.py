@@ -508,7 +508,7 @@ def open_model(model: bytes, source: str) -> sentencepiece.SentencePieceProcesso
     except (RuntimeError, OSError, IndexError) as error:
         raise ValueError(f"{source} is not a sentencepiece model; fetch it again") from error
     if first != ["<unk>", "<s>", "</s>"]:
-        raise ValueError(f"{source} starts with {first}, not <unk> <s> </s> as LLaMA's does")
+        raise ValueError(f"{source} starts with {first!r:.100}, not <unk> <s> </s> as LLaMA's does")
     return sp
 
 

@@ -96,10 +96,13 @@ class VocoderConfig:
                 setattr(self, name, load(kind, table, name) if table else None)
         rates = self.upsample_rates
         kernels = self.upsample_kernel_sizes
+        blocks = self.resblock_kernel_sizes
+        lists = (rates, kernels, blocks, self.unit_dilations, self.context_dilations)
+        require(
+            max(map(len, (*lists, *self.resblock_dilation_sizes))) <= 16, "a list of more than 16 numbers"
+        )
         even = all(kernel >= rate and (kernel - rate) % 2 == 0 for rate, kernel in zip(rates, kernels))
         hop = math.prod(rates)
-        blocks = self.resblock_kernel_sizes
-        lists = (rates, blocks, *self.resblock_dilation_sizes, self.unit_dilations, self.context_dilations)
         inputs = self.embedding_dim * (2 if self.speakers else 1)
         predictor = self.dur_predictor_params or DurationConfig(self.embedding_dim, 1)
         require(not self.f0, "f0 is true, but this vocoder reads units (and a speaker) only")
@@ -111,7 +114,6 @@ class VocoderConfig:
         require(self.resblock in ("1", "2"), f'resblock is {self.resblock!r:.50}; it must be "1" or "2"')
         require(blocks and all(size % 2 for size in blocks), f"resblock_kernel_sizes {blocks} must be odd")
         require(len(self.resblock_dilation_sizes) == len(blocks), "resblock_dilation_sizes: one list a block")
-        require(max(map(len, lists)) <= 16, "a list of more than 16 numbers")
         require(self.model_in_dim == inputs, f"model_in_dim is {self.model_in_dim}; embeddings make {inputs}")
         require(predictor.encoder_embed_dim == self.embedding_dim, "encoder_embed_dim must be embedding_dim")
 

@@ -618,7 +618,8 @@ def test_files_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
         ('"num_hidden_layers": 3', '"num_hidden_layers": 1000000000', "num_hidden_layers: must be 1 to 1000"),
         ('"hidden_size": 32', '"hidden_size": 0', "hidden_size: must be"),
         ('"conv_stride": [', '"conv_stride": ["x", ', "config.json"),
-        ('"conv_stride": [', '"conv_stride": [5, ', "samples every"),
+        ('"conv_stride": [', '"conv_stride": [5, ', "a size, a kernel and a stride each"),
+        ('"conv_stride": [\n    5', '"conv_stride": [\n    4', "samples every"),
         ('"group"', '"batch"', "extractor_norm must be"),
         ('"num_attention_heads": 4', '"num_attention_heads": 5', "heads"),
     ):

@@ -415,7 +415,7 @@ def test_a_cache_that_grows_is_the_cache_that_was_reserved_at_once(pad, model, i
 
 
 def test_a_context_of_millions_costs_nothing_until_it_is_used():
-    small = make(max_len=2**24)
+    small = make(max_len=2**22)
     cache = small.new_cache(1, small.config.max_len)
     assert cache.layers[0].k.shape[2] == cache.cos.shape[1] == cache.ROOM
     with torch.no_grad():
@@ -597,6 +597,7 @@ def rewrite(folder, tmp_path, **changes):
         ({"num_hidden_layers": 4}, "layers.3.*missing"),
         ({"rope_scaling": {"rope_theta": 9.0}}, "rope_scaling.rope_theta is 9.0, which contradicts 5000.0"),
         ({"rope_parameters": {"rope_type": "default", "factor": 4}}, "unknown key 'rope_parameters.factor'"),
+        ({"max_position_embeddings": 2**24}, "max_position_embeddings: must be 1 to"),
         ({"sliding_window": 4096}, "unknown key 'sliding_window'"),
         ({"quantization_config": {"bits": 4}}, "unknown key 'quantization_config'"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "unknown key 'auto_map'"),
