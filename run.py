@@ -136,6 +136,8 @@ BEAT = 2.0  # seconds between two additions
 PATIENCE = 120.0  # seconds after which a process whose counter stands still is given up
 LOST = "the others end, and the same command continues from the last saved state"
 
+KEPT_BY_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
 _board: dist.Store | None = None
 _barriers = 0
 _left = Event()  # this process has left the others
@@ -143,19 +145,27 @@ _left = Event()  # this process has left the others
 
 def init_distributed(where: torch.device):
     """Joins the other ranks, if there are any."""
-    global _board
     if world_size() > 1 and not dist.is_initialized():
         if where.type == "mps":
             raise ValueError("several processes cannot share an Apple GPU; use --device cpu")
         if where.type == "cuda":
             torch.cuda.set_device(where)
         backend = "nccl" if where.type == "cuda" else "gloo"
+        if KEPT_BY_TORCHRUN:
+            _open_board()  # first, because another may have failed already and would be waited for
         dist.init_process_group(backend, timeout=timedelta(days=20))
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # A connection of its own: others wait on that of the process group, for as long as it takes.
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
-        _board = dist.PrefixStore(f"board{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        Thread(target=_watch, args=(_board,), daemon=True).start()
+        if _board is None:
+            _open_board()  # rank 0 keeps it now
+
+
+def _open_board():
+    global _board
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A connection of its own: others wait on that of the process group, for as long as it takes.
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
+    _board = dist.PrefixStore(f"board{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    _board.add(f"beat {rank()}", 1)
+    Thread(target=_watch, args=(_board,), daemon=True).start()
 
 
 def barrier():
@@ -204,8 +214,9 @@ def together() -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # told to end, perhaps because of what another has told already
-        if _board is not None and _board.add("told", 0):
-            _end_in_silence()
+        with suppress(dist.DistError):
+            if _board is not None and _board.add("told", 0):
+                _end_in_silence()
         raise
     destroy()
 
@@ -220,9 +231,11 @@ def _end_in_silence():
 
 def _is_first() -> bool:
     """Whether no other process has told yet what has gone wrong."""
-    if _board is None:  # they are about to read the same config, with the same mistake in it
-        return rank() == 0
     try:
+        if _board is None and KEPT_BY_TORCHRUN:
+            _open_board()
+        if _board is None:  # all read the same config, with the same mistake in it
+            return rank() == 0
         return _board.add("told", 1) == 1
     except dist.DistError:  # rank 0 kept the board, and is gone
         return rank() == 1
@@ -242,7 +255,7 @@ def _watch(board: dist.Store):
                 now = board.add(f"beat {other}", 0)
                 if now != beats:
                     watched[other] = (now, time.monotonic())
-                elif time.monotonic() - since > PATIENCE and not board.add(f"left {other}", 0):
+                elif beats and time.monotonic() - since > PATIENCE and not board.add(f"left {other}", 0):
                     if board.add("told", 1) == 1:
                         stuck = f"process {other} of {world_size()} has not moved for {PATIENCE:.0f} seconds"
                         print(f"\nerror: {stuck}; {LOST}", file=sys.stderr, flush=True)
