@@ -122,12 +122,14 @@ def settings_of(options: dict, endings: tuple[str, ...], **fixed) -> tuple[Setti
 # ---- Reading a tree ----------------------------------------------------------------------------------------
 
 
-def walk(settings: Settings, leave: tuple[str, ...] = ("__MACOSX",)) -> Iterator[tuple[str, list[str]]]:
-    """(folder below the source, "" for itself; its files), sorted; without hidden folders, those named in
-    `leave`, OUT if it is inside, and folders that are links."""
+def walk(
+    settings: Settings, leave: tuple[str, ...] = ("__MACOSX",), below: str = ""
+) -> Iterator[tuple[str, list[str]]]:
+    """(folder below the source, "" for itself; its files), sorted, from folder `below` on; without hidden
+    folders, those named in `leave`, OUT if it is inside, and folders that are links."""
     root = Path(settings.source)
     out = os.path.realpath(settings.out)
-    for folder, subfolders, files in os.walk(root, onerror=_unreadable_folder):
+    for folder, subfolders, files in os.walk(root / below, onerror=_unreadable_folder):
         subfolders[:] = sorted(
             name
             for name in subfolders
@@ -227,7 +229,7 @@ def work_off(
                 entry = {"job": key(job), "work": job.work, "rows": rows, "skipped": skipped}
                 journal.write(json.dumps(entry).encode() + b"\n")
                 found.add(rows, skipped)
-                bar.update(job.work)
+                bar.update(min(job.work, total - bar.n))  # more than all of it has no percentage
             journal.flush()
             bar.set_postfix_str(found.line(), refresh=False)
         bar.update(max(0, total - bar.n))
@@ -293,7 +295,7 @@ def continue_from(
             jobs = chain([job], jobs) if job else jobs
             break
         found.add(entry["rows"], entry["skipped"])
-        bar.update(entry["work"])
+        bar.update(min(entry["work"], bar.total - bar.n))
         whole += len(line)
     file.seek(whole)
     file.truncate()

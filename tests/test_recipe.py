@@ -383,7 +383,7 @@ def test_texts_beside_the_recordings(tmp_path, mine, monkeypatch, capsys, ending
         (mine / f"{name}{ending}").write_text(text.replace(" ", "\n", 1) + "\n", encoding="utf-8-sig")
     write(mine / "b/four.wav")
     (mine / "b/five.txt").write_text("No recording.")
-    run(folder, monkeypatch, mine, tmp_path / "out", "--speaker-folder")
+    run(folder, monkeypatch, mine, tmp_path / "out", "--speaker-folder", "inner")
     found = check_corpus(tmp_path / "out")
     assert {row["id"]: row["text"] for row in found} == TEXTS
     assert {row["id"]: row["speaker"] for row in found} == {"a/one": "a", "a/two": "a", "b/three": "b"}
@@ -459,6 +459,41 @@ def test_names_alone_are_found_in_any_number_of_folders(tmp_path, mine, monkeypa
         run(folder, monkeypatch, mine, tmp_path / "out")
         found = {row["id"]: row["text"] for row in rows(tmp_path / "out")}
         assert found == {"a/one": "One.", "s07/deep/u07": "Seven."}, form
+
+
+def test_a_table_speaks_of_what_is_below_it(tmp_path, mine, monkeypatch):
+    for who, names in (("ann", ["1", "2"]), ("bob", ["1", "2", "3"])):
+        for name in names:
+            write(mine / who / f"takes/{name}.wav")
+        (mine / who / "list.txt").write_text("".join(f"{n}: {who} says {n}.\n" for n in (1, 2, 3)))
+    run(folder, monkeypatch, mine, tmp_path / "out")
+    found = {row["id"]: row["text"] for row in rows(tmp_path / "out")}
+    said = [
+        ("ann", 1),
+        ("ann", 2),
+        ("bob", 1),
+        ("bob", 2),
+        ("bob", 3),
+    ]  # not: bob's third take with ann's text
+    assert found == {f"{who}/takes/{n}": f"{who} says {n}." for who, n in said}
+    assert left_out(tmp_path / "out")["3"] == "no such file"
+    (mine / "texts").mkdir()
+    for who in ("ann", "bob"):
+        (mine / who / "list.txt").unlink()
+    (mine / "texts/list.txt").write_text("3: Three.\none: One.\n1: Which?\n")  # nothing is below it
+    run(folder, monkeypatch, mine, tmp_path / "apart")
+    found = {row["id"]: row["text"] for row in rows(tmp_path / "apart")}
+    assert found == {"bob/takes/3": "Three.", "a/one": "One."}
+    assert left_out(tmp_path / "apart")["1"] == "ambiguous: several recordings have this name"
+
+
+def test_a_speaker_is_the_inner_or_the_outer_folder(tmp_path, mine, monkeypatch):
+    write(mine / "a/day 1/four.wav")
+    write(mine / "five.wav")
+    for which, name in (("inner", "day 1"), ("outer", "a")):
+        run(folder, monkeypatch, mine, tmp_path / which, "--unlabelled", "--speaker-folder", which)
+        speakers = {row["id"]: row.get("speaker") for row in rows(tmp_path / which)}
+        assert speakers == {"a/one": "a", "a/two": "a", "b/three": "b", "a/day 1/four": name, "five": None}
 
 
 def test_tables_called_train_and_test_make_the_split(tmp_path, mine, monkeypatch):

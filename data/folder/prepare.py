@@ -12,12 +12,12 @@ What is there is found by looking, and said: of the tables in SOURCE and the fol
 tried, with and without header, and that one taken with which the most rows find their recording. --table,
 --audio-column, --text-column, --speaker-column overrule it; without a header, columns are called 1, 2, 3.
 
-A recording is named by its path from the table's folder, or from SOURCE, or by its name alone, with or
-without ending, if no other folder has a recording of that name. Paths of Windows and of another machine are
-understood, if their last parts are here; a path that climbs out of SOURCE is refused. A speaker is a column
-of the table, or with --speaker-folder the name of the folder that a recording is in; otherwise all are one.
-A table called train, dev or test, or a column called split, makes the split; otherwise a share of the texts
-is held out.
+A recording is named by its path from the table's folder or from SOURCE; or by its last parts, with or without
+ending, if there is one such recording below the table's folder (or in all of SOURCE, if none is below it).
+Paths of Windows and of another machine are understood by their last parts, too; a path that climbs out of
+SOURCE is refused. A speaker is a column of the table, or with --speaker-folder inner the folder that a
+recording is in, with outer the first one below SOURCE; otherwise all are one. A table called train, dev or
+test, or a column called split, makes the split; otherwise a share of the texts is held out.
 """
 
 import os
@@ -79,8 +79,7 @@ class Finder:
             self.total += len(recordings)
             endings |= {os.path.splitext(name)[1] for name in recordings}
         self.endings = sorted(endings, key=lambda ending: (ending.lower() in UNREADABLE, ending))
-        self.folders: list[str] = []
-        self.indexes: dict[int, dict[int, int]] = {}
+        self.indexes: dict[tuple[str, int], tuple[list[str], dict[int, int]]] = {}
 
     def find(self, name: str, folder: str) -> tuple[str, str]:
         """(path below the source, "") or ("", reason); `folder` is the table's."""
@@ -100,36 +99,38 @@ class Finder:
         for path in exact:
             if path.split("/")[0] != ".." and (found := self.with_ending(path)):
                 return found, ""
-        return self.anywhere(exact[-1])
+        return self.below(exact[-1], folder)
 
-    def anywhere(self, name: str) -> tuple[str, str]:
-        """`find` in all folders at once, for a table that has only the last parts of paths."""
+    def below(self, name: str, folder: str) -> tuple[str, str]:
+        """`find` in all folders below the table's, for a table that has only the last parts of paths; where
+        no recording is below it, in all of the source."""
         parts = name.split("/")
         above = len(parts) - 1
-        if above not in self.indexes:
-            self.indexes[above] = self.index(above)
-        number = self.indexes[above].get(last_parts(name, above))
+        if (folder, above) not in self.indexes:
+            found = self.index(folder, above)
+            self.indexes[folder, above] = found if found[1] or not folder else self.index("", above)
+        folders, index = self.indexes[folder, above]
+        number = index.get(last_parts(name, above))
         if number is None:
             return "", "no such file"
         if number < 0:
             return "", "ambiguous: several recordings have this name"
-        folder = self.folders[number].split("/")
-        found = self.with_ending("/".join([*folder[: len(folder) - above], *parts]).lstrip("/"))
-        return (found, "") if found else ("", "no such file")
+        place = folders[number].split("/")
+        path = self.with_ending("/".join([*place[: len(place) - above], *parts]).lstrip("/"))
+        return (path, "") if path else ("", "no such file")
 
-    def index(self, above: int) -> dict[int, int]:
-        """What stands for the last parts of a path, `above` folders and the name -> number of the folder, or
-        -1 if several have such a recording. For a million recordings it takes 100 MB."""
-        found: dict[int, int] = {}
-        self.folders = []
-        for number, (folder, files) in enumerate(recipe.walk(self.settings)):
-            self.folders.append(folder)
-            if above and folder.count("/") + 1 < above:
-                continue
-            for name in filter(is_audio, files):
-                key = last_parts(recipe.join(folder, name), above)
-                found[key] = number if found.get(key, number) == number else -1
-        return found
+    def index(self, below: str, above: int) -> tuple[list[str], dict[int, int]]:
+        """(folders, index): what stands for the last parts of a path, `above` folders and the name -> number
+        of the folder, or -1 if several have such a recording. For a million recordings it takes 100 MB."""
+        index: dict[int, int] = {}
+        folders = []
+        for number, (folder, files) in enumerate(recipe.walk(self.settings, below=below)):
+            folders.append(folder)
+            if not above or folder.count("/") + 1 >= above:
+                for name in filter(is_audio, files):
+                    key = last_parts(recipe.join(folder, name), above)
+                    index[key] = number if index.get(key, number) == number else -1
+        return folders, index
 
     def with_ending(self, path: str) -> str:
         """The path as it is, composed in either way (macOS takes letters apart), or with an ending."""
@@ -288,7 +289,7 @@ def table_jobs(finder: Finder, table: Table, options: dict) -> Iterator[Job | Sk
         if problem:
             yield Skipped(fields["audio"][:300], problem, where)
             continue
-        speaker = folder_name(found) if options["speaker_folder"] else fields.get("speaker", "")
+        speaker = folder_name(found, options["speaker_folder"]) or fields.get("speaker", "")
         own = SPLITS.get(fields.get("split", "").lower(), split)
         id = fields.get("id") or recipe.stem(found)
         yield Job(found, [Utterance(id, fields["text"], speaker, own, where=where)])
@@ -303,13 +304,14 @@ def beside_job(settings: Settings, path: str, texts: list[str], options: dict) -
             text = tables.read_text(Path(settings.source, where), options["encoding"])
         except (OSError, ValueError) as error:
             return Skipped(path, reason(error, Path(settings.source, where)), where, work=1)
-    speaker = folder_name(path) if options["speaker_folder"] else ""
+    speaker = folder_name(path, options["speaker_folder"])
     return Job(path, [Utterance(recipe.stem(path), text, speaker, where=where)])
 
 
-def folder_name(path: str) -> str:
-    """a/ann/1.wav -> ann."""
-    return recipe.parent(path).rpartition("/")[2]
+def folder_name(path: str, which: str | None) -> str:
+    """ann/day 1/1.wav -> ann (outer) or day 1 (inner)."""
+    folders = path.split("/")[:-1]
+    return folders[0 if which == "outer" else -1] if which and folders else ""
 
 
 def main() -> None:
@@ -319,7 +321,11 @@ def main() -> None:
     add("--audio-column", help="its column with the recording's path or name")
     add("--text-column", help="its column with the transcript")
     add("--speaker-column", help="its column with the speaker")
-    add("--speaker-folder", action="store_true", help="the speaker is the folder that a recording is in")
+    add(
+        "--speaker-folder",
+        choices=("inner", "outer"),
+        help="the speaker is the innermost or outermost folder",
+    )
     add("--encoding", default="", help="of tables and texts (default: UTF-8 or UTF-16, found by looking)")
     add("--unlabelled", action="store_true", help="keep recordings without transcript, with an empty text")
     options = vars(parser.parse_args())
