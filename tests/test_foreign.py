@@ -25,9 +25,12 @@ from sklearn.cluster import KMeans as SklearnKMeans
 
 import checkpoint
 import foreign
+import hubert_formats
+import llama
 import lora
+import vocoder
 from config import Limits
-from hubert import HuBERT, UnitExtractor
+from hubert import HuBERT, HuBERTConfig, UnitExtractor
 from kmeans import KMeans
 from llama import Llama
 from tokenizer import Tokenizer
@@ -404,6 +407,89 @@ def test_int8_and_half_precision_refuse_them_too(tmp_path):
     for options in ({"int8": True}, {"dtype": torch.float16}):
         with pytest.raises(ValueError, match=f"{name}.* holds NaN"):
             Llama.from_pretrained(tmp_path, **options)
+
+
+# ---- Real configs are read ---------------------------------------------------------------------------------
+
+
+def test_the_released_configs_are_read(tmp_path):
+    """Word for word as released, as far as is known: SpeechGPT-7B-cm, its adapter (peft 0.3), its vocoder."""
+    path = tmp_path / "config.json"
+    llama_table = {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    llama_table |= {
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "model_type": "llama",
+    }
+    llama_table |= {"intermediate_size": 11008, "max_position_embeddings": 2048, "num_attention_heads": 32}
+    llama_table |= {"num_hidden_layers": 32, "rms_norm_eps": 1e-06, "tie_word_embeddings": False}
+    llama_table |= {"torch_dtype": "float16", "transformers_version": "4.29.0.dev0", "use_cache": True}
+    path.write_text(json.dumps(llama_table | {"vocab_size": 33006}))
+    assert llama.read_config(path) == llama.LlamaConfig(33006, 4096, 32, 32, 11008, max_len=2048)
+
+    adapter = {"base_model_name_or_path": "/cache/cm", "bias": "none", "fan_in_fan_out": False, "r": 8}
+    adapter |= {"inference_mode": True, "init_lora_weights": True, "lora_alpha": 16, "lora_dropout": 0.05}
+    adapter |= {"modules_to_save": None, "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    adapter |= {"target_modules": ["q_proj", "v_proj"]}
+    found = foreign.settings(lora.AdapterConfig, lora.KEYS, adapter, path)
+    assert found == lora.AdapterConfig(8, 16, ("q_proj", "v_proj"), 0.05)
+
+    table = {
+        "input_training_file": "/x/train.txt",
+        "input_validation_file": "/x/val.txt",
+        "input_wavs_dir": None,
+    }
+    table |= {"resblock": "1", "num_gpus": 0, "batch_size": 16, "learning_rate": 0.0002, "adam_b1": 0.8}
+    table |= {"adam_b2": 0.99, "lr_decay": 0.999, "seed": 1234, "upsample_rates": [5, 4, 4, 2, 2]}
+    table |= {
+        "upsample_kernel_sizes": [11, 8, 8, 4, 4],
+        "upsample_initial_channel": 512,
+        "num_embeddings": 1000,
+    }
+    table |= {"resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [[1, 3, 5]] * 3}
+    table |= {
+        "embedding_dim": 128,
+        "model_in_dim": 128,
+        "segment_size": 8960,
+        "code_hop_size": 320,
+        "f0": False,
+    }
+    table |= {"num_mels": 80, "num_freq": 1025, "n_fft": 1024, "hop_size": 256, "win_size": 1024}
+    table |= {"dur_prediction_weight": 1.0, "sampling_rate": 16000, "fmin": 0, "fmax": 8000}
+    table |= {"fmax_for_loss": None, "num_workers": 4}
+    table |= {"dist_config": {"dist_backend": "nccl", "dist_url": "env://"}}
+    table |= {
+        "dur_predictor_params": {
+            "encoder_embed_dim": 128,
+            "var_pred_hidden_dim": 128,
+            "var_pred_kernel_size": 3,
+            "var_pred_dropout": 0.5,
+        }
+    }
+    path.write_text(json.dumps(table))
+    assert vocoder.read_config(path) == vocoder.VocoderConfig()
+
+
+def test_every_key_that_transformers_writes_is_known(tmp_path):
+    from transformers import HubertConfig, LlamaConfig, Wav2Vec2FeatureExtractor
+
+    LlamaConfig().to_json_file(tmp_path / "llama.json", use_diff=False)
+    assert llama.read_config(tmp_path / "llama.json") == llama.LlamaConfig(32000, 4096, 32, 32, 11008)
+    HubertConfig().to_json_file(tmp_path / "hubert.json", use_diff=False)
+    table = foreign.read_table(tmp_path / "hubert.json")
+    found = foreign.settings(HuBERTConfig, hubert_formats.KEYS, table, tmp_path / "hubert.json")
+    assert found == HuBERTConfig() and len(table) > 40
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path)
+    table = foreign.read_table(tmp_path / "preprocessor_config.json")
+    assert not foreign.settings(
+        hubert_formats.Preprocessor, hubert_formats.PREPROCESSOR_KEYS, table, tmp_path
+    ).do_normalize
 
 
 # ---- Keys that change the function: honored, or refused by name --------------------------------------------

@@ -705,3 +705,51 @@ def test_the_style_of_templates_is_noted_for_whoever_prompts_the_model(tmp_path)
     assert Tokenizer.from_pretrained(tmp_path / "trained").trained_style is None
     (tmp_path / "trained/tokenizer_config.json").unlink()
     assert Tokenizer.from_pretrained(tmp_path / "trained").trained_style is None
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({}, None),
+        (
+            {"legacy": None, "add_prefix_space": True, "chat_template": "{{ x }}", "tokenizer_file": None},
+            None,
+        ),
+        ({"bos_token": "<s>", "additional_special_tokens": []}, None),
+        ({"add_bos_token": False}, "add_bos_token is False; only True"),
+        ({"add_eos_token": True}, "add_eos_token is True"),
+        ({"legacy": False}, "legacy is False"),
+        ({"add_prefix_space": False}, "add_prefix_space is False"),
+        ({"sp_model_kwargs": {"enable_sampling": True}}, "unknown key 'sp_model_kwargs'"),
+        ({"tokenizer_class": "GPT2Tokenizer"}, "tokenizer_class is 'GPT2Tokenizer'"),
+        ({"eos_token": "<eos>"}, "eos_token is '<eos>'; only '</s>'"),
+        ({"bos_token": {"content": "<s>", "lstrip": True}}, "bos_token is"),
+        ({"additional_special_tokens": ["<x>"]}, "additional_special_tokens is"),
+        ({"added_tokens_decoder": {"0": {"content": "<unk>"}}}, "unknown key 'added_tokens_decoder'"),
+    ],
+)
+def test_settings_that_make_other_ids_are_refused(tmp_path, changes, why):
+    """From the table that transformers 4.29 wrote for the released model."""
+    folder = released_folder(tmp_path, "<eos>")
+    flags = {
+        "__type": "AddedToken",
+        "lstrip": False,
+        "normalized": True,
+        "rstrip": False,
+        "single_word": False,
+    }
+    table = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    table |= {"model_max_length": 512, "pad_token": None, "padding_side": "right", "sp_model_kwargs": {}}
+    table |= {
+        "tokenizer_class": "LlamaTokenizer",
+        "use_fast": False,
+        "bos_token": {"content": "<s>", **flags},
+    }
+    table |= {"eos_token": {"content": "</s>", **flags}, "unk_token": {"content": "<unk>", **flags}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(table | changes))
+    if why is None:
+        assert Tokenizer.from_pretrained(folder).trained_style is None
+        return
+    with pytest.raises(ValueError, match=why) as error:
+        Tokenizer.from_pretrained(folder)
+    assert "\n" not in str(error.value) and "tokenizer_config.json" in str(error.value)
