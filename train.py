@@ -3,6 +3,7 @@
     python train.py configs/tiny.toml                        all stages; finished ones are skipped
     python train.py configs/tiny.toml --stage stage2         one of them (2 is understood, too)
     python train.py configs/tiny.toml --stage2.steps 100     any key of the config file as a flag
+    python train.py configs/tiny.toml --check                what the corpus has for each stage
     python train.py --stages                                 the table of stages, below
     torchrun --nproc_per_node 8 train.py configs/tiny.toml   the same on eight GPUs
 
@@ -52,7 +53,7 @@ from data.tiny import prepare
 from data.units import read_units
 from evaluation.judge import need_extra
 from evaluation.measures import check_targets
-from files import locked, one_line
+from files import locked
 from generate import Decoding, generate
 from hubert import KMeans
 from llama import Llama, LlamaConfig
@@ -60,7 +61,7 @@ from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
 from training import foreign_units
-from training.before import check_before
+from training.before import check_before, check_corpus, check_lengths, fitting_examples
 from training.loop import Loss, Optimization, optimize
 from training.stages import Stage, begun, finished, in_parallel, run_stage, sound_alone
 from vocoder import VocoderConfig
@@ -100,7 +101,7 @@ class Stage2(Language):
 
 @dataclass
 class Stage3(Language):
-    steps: Whole = 4200
+    steps: Whole = 4200  # 0: the stage is left out, for a corpus without dialogues
     batch_size: BatchSize = 128
     mix: Mix = field(default_factory=lambda: {"chain": 1.0})
 
@@ -210,7 +211,7 @@ def train_language(name: str, run: Run, config: Config):
     torch.manual_seed(run.seed)
     model = LANGUAGE[name].model(run, config, tok).to(run.device)
     tables = documents.read_tables(run.out, None if name == "text" else tok.n_units)
-    examples = fitting_examples(tables, "train", name, section, tok, model.config.max_len)
+    examples = fitting_examples(tables, "train", name, section, tok)
     render = partial(documents.render, tok, noise=section.noise)
     batch_at = batches.documents(
         render,
@@ -229,31 +230,12 @@ def train_language(name: str, run: Run, config: Config):
         total, weights = llama.next_token_losses(model, ids, mask, positions, docs, weight)  # eq. 3 and 4
         return Loss(total, weights, (docs >= 0).sum(), {})
 
-    held_out = fitting_examples(tables, "heldout", name, section, tok, model.config.max_len)
+    held_out = fitting_examples(tables, "heldout", name, section, tok)
     probe = held_out_probe(run, section, tok, model, loss, held_out)
     optimize(run, name, run.state(name), model, loss, batch_at, section, probe)
     if rank() == 0:
         LANGUAGE[name].save(run, config, model, tok)
     barrier()
-
-
-def fitting_examples(
-    tables: documents.Tables, split: str, name: str, section: Language, tok: Tokenizer, context: int
-) -> list[documents.Example]:
-    """The documents of a stage that are not longer than its max_len, nor than `context`. How many are longer
-    is said, before the first step; it is an error if nothing is left to train on."""
-    key, limit = min(
-        (f"{name}.max_len", section.max_len), ("llama.max_len", context), key=lambda pair: pair[1]
-    )
-
-    def report(longer: str, n_left: int):
-        line = f"{name}, {split}: {longer}, are longer than {key} = {limit}"
-        if split == "train" and not n_left:
-            raise ValueError(f"{line}, and nothing is left of it: raise {key}, or cut long recordings")
-        if rank() == 0:
-            print(f"{line}: they are left out; raise {key} to use them", flush=True)
-
-    return documents.examples(tables, split, section.mix, partial(documents.short_enough, tok, limit, report))
 
 
 def token_weights(model: Llama, tok: Tokenizer, unit_weight: float) -> torch.Tensor:
@@ -371,19 +353,6 @@ def make_corpus(run: Run, config: Config):
     barrier()
 
 
-def check_mixes(run: Run, config: Config):
-    """Says, before hours of other stages, how many documents each of the language model's will read;
-    ValueError if a mix asks for what the corpus does not have."""
-    tables = documents.read_tables(run.out, None)
-    for name in LANGUAGE:
-        if STAGES[name].skip(config):
-            continue
-        with one_line(f"{name}.mix"):
-            found = documents.sources_of(tables, "train", getattr(config, name).mix)
-        if rank() == 0:
-            print(f"{name}: {', '.join(f'{len(sources)} {kind}' for kind, sources in found.items())}")
-
-
 def train_hubert_stage(run: Run, config: Config):
     train_hubert.pretrain(run, config.hubert)
 
@@ -434,6 +403,10 @@ def evaluate_stage(run: Run, config: Config):
 
 def has_pretrained(config: Config) -> bool:
     return bool(config.pretrained)
+
+
+def no_stage3(config: Config) -> bool:
+    return config.stage3.steps == 0
 
 
 STAGES = {
@@ -509,6 +482,7 @@ STAGES = {
         work=partial(train_language, "stage3"),
         after=("stage2",),
         sections=("stage3", "lora"),
+        skip=no_stage3,
     ),
     "vocoder": Stage(
         starts_from="random weights",
@@ -555,11 +529,11 @@ def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextli
 def run_all(run: Run, config: Config):
     """Every stage. HuBERT and its units need no text, and the vocoder needs nothing of the language model."""
     run_some(("corpus",), run, config)
-    check_mixes(run, config)
-    train_hubert.training_rows(run.manifest, config.hubert.speaker)
-    train_vocoder.check_speakers(config.vocoder_model, corpus.read_manifest(run.manifest))
+    check_corpus(STAGES, run, config)
     with in_background(("hubert", "units"), run, config):
         run_some(("text",), run, config)
+    if finished(STAGES, "stage3", run, config) is None:
+        check_lengths(run, config, make_tokenizer("stage1", run, config))
     with in_background(("vocoder",), run, config) as check:
         for name in ("stage1", "stage2", "stage3"):
             run_some((name,), run, config)
@@ -581,6 +555,9 @@ def main():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("config", nargs="?", help="a file of configs/, for example configs/tiny.toml")
     parser.add_argument("--stage", help=f"only this one of: {', '.join(STAGES)}")
+    parser.add_argument(
+        "--check", action="store_true", help="look at the corpus, say what is there, and exit"
+    )
     parser.add_argument("--stages", action="store_true", help="print the table of stages and exit")
     known, flags = parser.parse_known_args()
     if known.stages:
@@ -599,11 +576,14 @@ def main():
     run = Run(out, corpus, config.seed, find_device(config.device), config.workers)
     names = (stage,) if stage else tuple(STAGES)
     with locked(out) if rank() == 0 else contextlib.nullcontext():
-        if "evaluate" in names:
+        if "evaluate" in names and not known.check:
             need_extra()
         check_before(STAGES, names, run, config)
         init_distributed(run.device)
-        if stage:
+        if known.check:
+            run_some(("corpus",), run, config)
+            check_corpus(STAGES, run, config)
+        elif stage:
             run_some(names, run, config)
         else:
             run_all(run, config)

@@ -363,7 +363,7 @@ def normalizer_targets(run: Run, rows: list[dict], extractor: UnitExtractor) -> 
             f"{TARGET_SPEAKER}; set it to 0"
         )
     others = [row for row in rows if row["speaker"] != TARGET_SPEAKER]
-    needed = {row["text"] for row in others}
+    needed = {row["text"] for row in others} - {""}
     targets = []
     renditions = defaultdict(list)  # of a sentence by the target speaker: (features, units)
     for row, (x, units) in features_and_units(run, own, extractor, "target speaker"):

@@ -54,6 +54,7 @@ from data.codes import Batch, CodeDataset, datasets, rows_of_rank
 from data.corpus import resolve
 from data.units import join_units
 from hubert import KMeans
+from training.before import check_speakers
 from training.loop import SkippedSteps, told_of_memory
 from training.precision import choose_bf16
 from training.stages import first_change, to_json
@@ -404,15 +405,6 @@ def check(model: VocoderConfig, stage: VocoderStage, dataset: CodeDataset, held_
     rows = dataset.rows + held_out.rows
     need_embeddings(model, 1 + max(max(row["units"]) for row in rows))
     check_speakers(model, rows)
-
-
-def check_speakers(model: VocoderConfig, rows: list[dict]):
-    speaker = max(row["speaker"] for row in rows)
-    if speaker >= (model.num_speakers if model.speakers else 1):
-        raise ValueError(
-            f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "
-            f"vocoder_model.num_speakers to at least {speaker + 1}"
-        )
 
 
 def resume(path: Path, modules: dict, optimizers: dict, settings: dict, steps: int) -> dict:

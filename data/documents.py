@@ -42,7 +42,7 @@ from data import batches
 from data.batches import Document
 from data.corpus import SPLITS, TARGET_SPEAKER, read_dialogues, read_manifest, text_key
 from data.units import read_units
-from files import read_jsonl
+from files import read_jsonl, show
 
 READING = "reading"  # the family of sentences to read aloud
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
@@ -163,6 +163,20 @@ def exchanges(tables: Tables, split: str) -> list[Exchange]:
     return found
 
 
+def describe_dialogues(tables: Tables) -> list[str]:
+    """How many of the training dialogues are spoken, for people to read."""
+    found = exchanges(tables, "train")
+    if not found:
+        return []
+    mute = [exchange.question for exchange in found if not exchange.question_units]
+    answered = sum(bool(exchange.answer_units) for exchange in found)
+    line = (
+        f"dialogues: {len(found)} to train on; recordings speak {len(found) - len(mute)} of their questions"
+    )
+    line += f" and, in the model's voice, {answered} of their answers"
+    return [f"{line} (not the question {show(mute[0])})" if mute else line]
+
+
 def by_key(recordings: dict[str, list]) -> dict[str, list]:
     """Text -> recordings, with texts that differ in case, spaces or punctuation together."""
     together: dict[str, list] = {}
@@ -226,7 +240,7 @@ def sources_of(tables: Tables, split: str, mix: dict[str, float]) -> dict[str, l
             f"{tables.folder}: there is nothing of kind '{kinds}' to train on; take it out of the mix"
             f"{NEEDS.get(empty[0].split('/')[0], '')}"
         )
-    return sources
+    return {name: sources[name] for name in mix}
 
 
 def check_mix(mix: dict[str, float]) -> None:

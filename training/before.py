@@ -1,23 +1,27 @@
 """All that can be known before the first stage begins: a mistake is told now, and not hours later.
 
 What the config says by itself is checked as it is read (`Config` in train.py). Here it is compared with what
-the stages before were begun with, with the model that the run starts from, and with what torch can build.
+the stages before were begun with, with the model that the run starts from, and with what torch can build;
+and, as soon as there is a corpus, with the corpus.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
 import lora
+from data import documents
 from data.tiny import prepare
 from files import one_line
 from hubert import HuBERT
 from llama import Llama
-from run import Run, world_size
+from run import Run, rank, world_size
+from tokenizer import Tokenizer
 from training import foreign_units
 from training.loop import Optimization, check_ranks
 from training.stages import Stage, check_unchanged, finished, followers
-from vocoder import MultiPeriodDiscriminator, MultiScaleDiscriminator, UnitVocoder
+from vocoder import MultiPeriodDiscriminator, MultiScaleDiscriminator, UnitVocoder, VocoderConfig
 
 
 def check_before(stages: dict[str, Stage], names: tuple[str, ...], run: Run, config):
@@ -61,3 +65,65 @@ def check_divisions(stages: dict[str, Stage], names: Iterable[str], config, rank
             section = getattr(config, key)
             if isinstance(section, Optimization) and not stages[name].skip(config):
                 check_ranks(key, section, ranks)
+
+
+# ---- When the corpus is there: what each stage will read of it ---------------------------------------------
+
+LANGUAGE = ("text", "stage1", "stage2", "stage3")
+
+
+def check_corpus(stages: dict[str, Stage], run: Run, config):
+    """Says how many documents each stage of the language model will read; ValueError if one of them, HuBERT
+    or the vocoder asks for what the corpus does not have."""
+    tables = documents.read_tables(run.out, None)
+    train = [row for row in tables.rows if row["split"] == "train"]
+    if not any(config.hubert.speaker in (None, row["speaker"]) for row in train):
+        raise ValueError(
+            f"{run.corpus}: speaker {config.hubert.speaker} has no training recording; correct hubert.speaker"
+        )
+    check_speakers(config.vocoder_model, tables.rows)
+    lines = documents.describe_dialogues(tables)
+    for name in LANGUAGE:
+        if not stages[name].skip(config):
+            with one_line(f"{name}.mix"):
+                found = documents.sources_of(tables, "train", getattr(config, name).mix)
+            counts = ", ".join(f"{len(sources)} {kind}" for kind, sources in found.items())
+            lines.append(f"{name}: documents to train on: {counts}")
+    if rank() == 0:
+        print("\n".join(lines), flush=True)
+
+
+def check_speakers(model: VocoderConfig, rows: list[dict]):
+    """ValueError if the vocoder has too few voices for the speakers of a manifest."""
+    speaker = max((row["speaker"] for row in rows if row["split"] != "rendition"), default=0)
+    if speaker >= (model.num_speakers if model.speakers else 1):
+        raise ValueError(
+            f"the corpus has speaker {speaker}; set vocoder_model.multispkr = true and "
+            f"vocoder_model.num_speakers to at least {speaker + 1}"
+        )
+
+
+def check_lengths(run: Run, config, tok: Tokenizer):
+    """ValueError, before stage 1 and when there are units, if a later stage has no document that is short
+    enough."""
+    tables = documents.read_tables(run.out, tok.n_units)
+    for name in LANGUAGE[1:]:
+        if name != "stage3" or config.stage3.steps:
+            fitting_examples(tables, "train", name, getattr(config, name), tok, quiet=True)
+
+
+def fitting_examples(
+    tables: documents.Tables, split: str, name: str, section, tok: Tokenizer, quiet: bool = False
+) -> list[documents.Example]:
+    """The documents of a stage that are not longer than its max_len. How many are longer is said, before the
+    first step; it is an error if nothing of a kind is left to train on."""
+
+    def report(longer: str, n_left: int):
+        line = f"{name}, {split}: {longer}, are longer than {name}.max_len = {section.max_len}"
+        if split == "train" and not n_left:
+            raise ValueError(f"{line}, and nothing is left of them: raise it, or cut long recordings")
+        if rank() == 0 and not quiet:
+            print(f"{line}: they are left out; raise it to use them", flush=True)
+
+    fits = partial(documents.short_enough, tok, section.max_len, report)
+    return documents.examples(tables, split, section.mix, fits)
