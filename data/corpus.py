@@ -189,12 +189,15 @@ def check(corpus: str | Path, out: str | Path, voice: int | str = "") -> list[di
     corpus, out = Path(corpus), Path(out)
     if corpus.is_dir() and out.is_dir() and out.samefile(corpus):
         raise ValueError(f"{out} is the corpus, whose manifest a run would replace: choose another --out")
+    for table in (out / "manifest.jsonl", out / "dialogues.jsonl"):
+        if table.exists() and not (out / "corpus.json").exists():
+            raise ValueError(f"{table} is there and no run has made it: choose another --out")
     dialogues = read_dialogues(corpus)
     rows = usable(corpus, out / "skipped.jsonl", decode=True)
     speakers = number_speakers(rows, voice)
     rows = with_numbers(rows, speakers)
+    write_json(out / "corpus.json", {"made_from": _made_from(corpus), "speakers": speakers})  # first: a mark
     write_jsonl(out / "dialogues.jsonl", dialogues)
-    write_json(out / "corpus.json", {"made_from": _made_from(corpus), "speakers": speakers})
     write_manifest(out, rows)  # last: a folder with a manifest is complete
     print("\n".join(describe(rows, speakers)), flush=True)
     return rows

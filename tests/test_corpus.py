@@ -156,6 +156,21 @@ def test_a_run_does_not_replace_the_manifest_of_its_corpus(tmp_path):
     assert (tmp_path / "manifest.jsonl").read_bytes() == before
 
 
+def test_nor_that_of_another_folder(tmp_path):
+    folder, out = tmp_path / "corpus", tmp_path / "out"
+    write_manifest(folder, *recordings(folder, 3))
+    out.mkdir()
+    write_manifest(out, {"wav": "mine.wav", "text": "My own."})
+    before = (out / "manifest.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError, match="manifest.jsonl is there and no run has made it: choose another --out"
+    ):
+        corpus.check(folder, out)
+    assert list(out.iterdir()) == [out / "manifest.jsonl"] and (out / "manifest.jsonl").read_bytes() == before
+    (out / "manifest.jsonl").unlink()
+    assert corpus.check(folder, out) == corpus.check(folder, out), "but that of an earlier run"
+
+
 def test_a_few_unusable_recordings_are_told_listed_and_left_out(tmp_path, capsys):
     out = tmp_path / "out"
     write_manifest(tmp_path, *recordings(tmp_path, 40))
