@@ -462,10 +462,13 @@ def test_names_alone_are_found_in_any_number_of_folders(tmp_path, mine, monkeypa
 
 
 def test_a_table_speaks_of_what_is_below_it(tmp_path, mine, monkeypatch):
-    for who, names in (("ann", ["1", "2"]), ("bob", ["1", "2", "3"])):
+    for who, names in (("ann", [1, 2]), ("bob", [1, 2, 3])):
         for name in names:
             write(mine / who / f"takes/{name}.wav")
-        (mine / who / "list.txt").write_text("".join(f"{n}: {who} says {n}.\n" for n in (1, 2, 3)))
+        lines = [f"{n}: {who} says {n}.\n" for n in (1, 2, 3)]
+        (mine / who / "list.txt").write_text("".join(lines) + f"/old/{who}/4.wav: {who} says 4.\n")
+    write(mine / "3.wav")
+    write(mine / "4.wav")
     run(folder, monkeypatch, mine, tmp_path / "out")
     found = {row["id"]: row["text"] for row in rows(tmp_path / "out")}
     said = [
@@ -476,10 +479,13 @@ def test_a_table_speaks_of_what_is_below_it(tmp_path, mine, monkeypatch):
         ("bob", 3),
     ]  # not: bob's third take with ann's text
     assert found == {f"{who}/takes/{n}": f"{who} says {n}." for who, n in said}
-    assert left_out(tmp_path / "out")["3"] == "no such file"
+    found = left_out(tmp_path / "out")
+    assert found["3"] == found["/old/ann/4.wav"] == found["/old/bob/4.wav"] == "no such file"
+    assert found["3.wav"] == found["4.wav"] == "no transcript"
+
     (mine / "texts").mkdir()
-    for who in ("ann", "bob"):
-        (mine / who / "list.txt").unlink()
+    for path in (mine / "ann/list.txt", mine / "bob/list.txt", mine / "3.wav"):
+        path.unlink()
     (mine / "texts/list.txt").write_text("3: Three.\none: One.\n1: Which?\n")  # nothing is below it
     run(folder, monkeypatch, mine, tmp_path / "apart")
     found = {row["id"]: row["text"] for row in rows(tmp_path / "apart")}

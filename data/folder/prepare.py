@@ -91,15 +91,18 @@ class Finder:
             parts = [part for part in name[2 * drive :].split("/") if part]
             if ".." in parts:
                 return "", "refused: a path that climbs out"
-            exact = ["/".join(parts[n:]) for n in range(len(parts))]
+            exact = ["/".join(parts[n:]) for n in range(len(parts) - 1)]
+            name = parts[-1]
         else:
-            exact = [os.path.normpath(recipe.join(base, name)).replace("\\", "/") for base in (folder, "")]
+            bases = (folder, "") if "/" in name else (folder,)
+            exact = [os.path.normpath(recipe.join(base, name)).replace("\\", "/") for base in bases]
+            name = os.path.normpath(name).replace("\\", "/")
             if all(path.split("/")[0] == ".." for path in exact):
                 return "", "refused: a path that climbs out"
         for path in exact:
             if path.split("/")[0] != ".." and (found := self.with_ending(path)):
                 return found, ""
-        return self.below(exact[-1], folder)
+        return self.below(name, folder) if name.split("/")[0] != ".." else ("", "no such file")
 
     def below(self, name: str, folder: str) -> tuple[str, str]:
         """`find` in all folders below the table's, for a table that has only the last parts of paths; where
