@@ -43,7 +43,9 @@ HUBERT_TRAINING = (
     "mask_time_length mask_time_min_masks mask_time_min_space mask_time_other mask_time_prob "
     "mask_time_selection mask_channel_length mask_channel_min_space mask_channel_other mask_channel_prob "
     "mask_channel_selection mask_feature_length mask_feature_min_masks mask_feature_prob "
-    "ctc_loss_reduction ctc_zero_infinity use_weighted_layer_sum classifier_proj_size "
+    "no_mask_time_overlap no_mask_channel_overlap freeze_feat_extract_train codevector_dim num_negatives "
+    "contrastive_logits_temperature diversity_loss_weight num_codevector_groups num_codevectors_per_group "
+    "proj_codevector_dim ctc_loss_reduction ctc_zero_infinity use_weighted_layer_sum classifier_proj_size "
 )
 VOCODER_TRAINING = (
     "num_gpus batch_size learning_rate adam_b1 adam_b2 lr_decay seed segment_size num_mels num_freq n_fft "
