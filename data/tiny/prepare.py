@@ -65,9 +65,9 @@ PAUSE = 0.12  # seconds of silence on either side of a full stop inside an utter
 class Options:
     """Of `prepare`, and of [corpus] in a config."""
 
-    sentences: Annotated[int, Limits(1, 1_000_000)] = 3000  # about so many different ones recorded for train
-    renditions: Annotated[int, Limits(1, 1000)] = 2  # how often each is recorded, at least
-    readings: Annotated[int, Limits(0, 1_000_000)] = 0  # further ones that only the target speaker reads
+    sentences: Annotated[int, Limits(1, 100_000)] = 3000  # about so many different ones recorded for train
+    renditions: Annotated[int, Limits(1, 100)] = 2  # how often each is recorded, at least
+    readings: Annotated[int, Limits(0, 100_000)] = 0  # further ones that only the target speaker reads
     workers: Annotated[int, Limits(1, 61)] = 2  # processes; more Windows cannot
 
 
