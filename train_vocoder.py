@@ -438,12 +438,12 @@ def main():
     options = config.read(sys.argv[1], Config, sys.argv[2:])
     device = run.device(options.device)
     run.init_distributed(device)
-    kmeans = KMeans.from_pretrained(options.kmeans) if options.kmeans else None
-    corpus = Path(options.corpus)
-    units = Path(options.units or corpus / "units.jsonl")
+    kmeans = KMeans.from_pretrained(config.folder(options.kmeans)) if options.kmeans else None
+    corpus = config.folder(options.corpus)
+    units = config.folder(options.units) if options.units else corpus / "units.jsonl"
     rows = join_units(resolve(corpus, units.parent), units, options.vocoder_model.num_embeddings)
     data = datasets(corpus, rows)
-    out = Path(options.out)
+    out = config.folder(options.out)
     work = Path(f"{out}.training")
     train(options.vocoder, options.vocoder_model, data, out, work, work / "metrics.jsonl", device, kmeans)
 

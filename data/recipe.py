@@ -33,6 +33,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -329,10 +330,7 @@ def ordered(function: Callable, settings: Settings, items: Iterator, workers: in
         for item in items:
             yield item, function(settings, item)
         return
-    before = multiprocessing.active_children()
-    # spawn is the one way that works on Linux, macOS and Windows
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
-    try:
+    with worker_processes(workers, end_with_parent) as pool:
         waiting = deque()
         for item in items:
             with deaf_to_ctrl_c():
@@ -342,13 +340,22 @@ def ordered(function: Callable, settings: Settings, items: Iterator, workers: in
                 yield item, future.result()
         for item, future in waiting:
             yield item, future.result()
+
+
+@contextmanager
+def worker_processes(workers: int, initializer: Callable) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes. When this one is interrupted, what they have begun (an hour to cut, perhaps) is
+    not waited for."""
+    before = multiprocessing.active_children()
+    # spawn is the one way that works on Linux, macOS and Windows, and together with the threads of torch
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=initializer)
+    try:
+        yield pool
     except BrokenProcessPool:
         raise OSError(
             "a worker died (out of memory?); what is done is kept: try again with --workers 1"
         ) from None
-    except (
-        BaseException
-    ):  # interrupted: what the workers have begun, an hour to cut perhaps, is not waited for
+    except BaseException:
         for child in multiprocessing.active_children():
             if child not in before:
                 child.terminate()

