@@ -31,10 +31,11 @@ from config import Amount, BatchSize, Count, Limits, Positive, Share, Whole
 from data import batches
 from data import units as unit_files
 from data.corpus import TARGET_SPEAKER, read_manifest
-from files import one_line, read_json, show
+from files import one_line
 from hubert import HuBERT, HuBERTConfig, UnitExtractor, span_mask, without_layers_above
 from kmeans import KMeans, mfcc, smooth
 from run import Run, barrier, rank, world_size
+from training.before import training_rows
 from training.loop import Loss, Optimization, optimize
 
 Clusters = Annotated[int, Limits(1, 32_767)]  # their numbers are kept in 16 bits
@@ -193,27 +194,6 @@ def mask_spans(section: HubertSection, seed: int, draws: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} mask {draw}".encode()))
         masks.append(span_mask(1, section.frames, section.mask_prob, section.mask_span, generator))
     return torch.cat(masks)
-
-
-def training_rows(manifest: Path, speaker: int | str | None = None) -> list[dict]:
-    """Rows of the manifest to train on: of all, or of one speaker (a name, or a number, 0 the target
-    speaker's)."""
-    rows = [row for row in read_manifest(manifest) if row["split"] == "train"]
-    if not rows:
-        raise ValueError(f"{manifest}: no recording is to be trained on; give some the split 'train'")
-    if speaker is None:
-        return rows
-    record = manifest.with_name("corpus.json")
-    names = read_json(record)["speakers"] if record.exists() else {}  # name: number
-    theirs = [row for row in rows if row["speaker"] == names.get(speaker, speaker)]
-    if not theirs:
-        recorded = {row["speaker"] for row in rows}
-        known = [show(name) for name in names if names[name] in recorded] or map(str, sorted(recorded))
-        raise ValueError(
-            f"hubert.speaker is {show(speaker)}, who has no training recording; choose one of "
-            f"{', '.join([*known][:9])}, or take the key out to train on all"
-        )
-    return theirs
 
 
 def fit_kmeans(run: Run, rows: list[dict], features: Callable, k: int, n_frames: int) -> KMeans:

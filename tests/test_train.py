@@ -281,6 +281,19 @@ def test_a_mix_that_was_refused_can_be_corrected(grown):
         assert done.returncode == bool(said) and said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_changed_text_is_told_by_each_stage_that_reads_it(grown):
+    """Also by one that is not begun itself, if what it begins from was made of the old text."""
+    manifest = grown / "manifest.jsonl"
+    before = manifest.read_text()
+    manifest.write_text(before.replace('"text": "', '"text": "Well, ', 1))
+    for stage in ("text", "1", "2"):
+        done = train("configs/ci.toml", "--out", grown, "--stage", stage)
+        assert "stage text was begun with other recordings or texts than" in done.stderr
+        assert f"delete {grown / 'state/text'} to begin anew, and stage1 beside it" in done.stderr
+    manifest.write_text(before)
+    assert "finished before" in train("configs/ci.toml", "--out", grown, "--stage", "1").stdout
+
+
 def test_the_advice_for_another_vocabulary_helps(grown):
     """Followed to the letter, until the run has what was asked for."""
     flags = ["--vocab_size", 610, "--units.clusters", 24, "--vocoder_model.num_embeddings", 24]

@@ -7,13 +7,15 @@ and, as soon as there is a corpus, with the corpus.
 
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 import torch
 
 import lora
 from data import documents
+from data.corpus import read_manifest
 from data.tiny import prepare
-from files import one_line
+from files import one_line, read_json, show
 from hubert import HuBERT
 from llama import Llama
 from run import Run, rank, world_size
@@ -28,7 +30,7 @@ def check_before(stages: dict[str, Stage], names: tuple[str, ...], run: Run, con
     """ValueError or OSError, one line, for what can be known before the first of the stages `names`."""
     for name in stages:
         if {name, *followers(stages, name)} & {*names}:
-            check_unchanged(stages, name, run, config, settings_alone=True)
+            check_unchanged(stages, name, run, config, settings_alone="corpus" in names)
     check_divisions(stages, names, config, world_size())
     check_shapes(config)
     if "corpus" in names and config.corpus.name == "tiny" and finished(stages, "corpus", run, config) is None:
@@ -76,11 +78,9 @@ def check_corpus(stages: dict[str, Stage], run: Run, config):
     """Says how many documents each stage of the language model will read; ValueError if one of them, HuBERT
     or the vocoder asks for what the corpus does not have."""
     tables = documents.read_tables(run.out, None)
-    train = [row for row in tables.rows if row["split"] == "train"]
-    if not any(config.hubert.speaker in (None, row["speaker"]) for row in train):
-        raise ValueError(
-            f"{run.corpus}: speaker {config.hubert.speaker} has no training recording; correct hubert.speaker"
-        )
+    for name in stages:
+        check_unchanged(stages, name, run, config)
+    training_rows(run.manifest, config.hubert.speaker)
     check_speakers(config.vocoder_model, tables.rows)
     lines = documents.describe_dialogues(tables)
     for name in LANGUAGE:
@@ -91,6 +91,27 @@ def check_corpus(stages: dict[str, Stage], run: Run, config):
             lines.append(f"{name}: documents to train on: {counts}")
     if rank() == 0:
         print("\n".join(lines), flush=True)
+
+
+def training_rows(manifest: Path, speaker: int | str | None = None) -> list[dict]:
+    """Rows of the manifest to train on: of all, or of one speaker (a name, or a number, 0 the target
+    speaker's)."""
+    rows = [row for row in read_manifest(manifest) if row["split"] == "train"]
+    if not rows:
+        raise ValueError(f"{manifest}: no recording is to be trained on; give some the split 'train'")
+    if speaker is None:
+        return rows
+    record = manifest.with_name("corpus.json")
+    names = read_json(record)["speakers"] if record.exists() else {}  # name: number
+    theirs = [row for row in rows if row["speaker"] == names.get(speaker, speaker)]
+    if not theirs:
+        recorded = {row["speaker"] for row in rows}
+        known = [show(name) for name in names if names[name] in recorded] or map(str, sorted(recorded))
+        raise ValueError(
+            f"hubert.speaker is {show(speaker)}, who has no training recording; choose one of "
+            f"{', '.join([*known][:9])}, or take the key out to train on all"
+        )
+    return theirs
 
 
 def check_speakers(model: VocoderConfig, rows: list[dict]):
