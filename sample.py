@@ -508,8 +508,6 @@ def speed(stats: dict, weight: Tensor) -> str:
 
 def converse(model: SpeechGPT, out: Path, request: Request) -> None:
     """Reads prompts from the terminal, or from a pipe, until there are no more. A mistake does not end it."""
-    if sys.stdin is None:
-        raise ValueError("there is no input to read questions from: give a sound file or a text")
     print(HELP, flush=True)
     sys.stdin.reconfigure(errors="replace")
     while True:
@@ -537,6 +535,8 @@ def main() -> None:
         raise ValueError(f"--out {a.out}: replies are wav files; name one, or a folder")
     if a.batch < 1:
         raise ValueError("--batch must be at least 1")
+    if not a.prompts and sys.stdin is None:
+        raise ValueError("there is no input to read questions from: give a sound file or a text")
     request = to_request(a)
     paths = reply_paths(a.prompts, a.out)
     missing = [prompt for prompt in a.prompts if is_missing(prompt) and a.source != "text"]
