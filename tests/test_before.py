@@ -9,9 +9,11 @@ import torch
 import config
 import train
 from data import documents
+from files import write_json
 from run import Run
 from tokenizer import Tokenizer
 from training import before
+from training.stages import record
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_DIALOGUES = ["--stage2.mix", "{ asr = 1, tts = 1, text = 1 }", "--stage3.mix", "{ asr = 1 }"]
@@ -73,7 +75,7 @@ def test_how_many_dialogues_are_spoken_is_said(run, capsys):
     [
         ([], "stage2.mix: .* nothing of kind 's2t' .* dialogues.jsonl"),
         (["--stage2.mix", "{ asr = 1 }"], "stage3.mix: .* nothing of kind 'chain' or 'standard'"),
-        ([*NO_DIALOGUES, "--hubert.speaker", "9"], "speaker 9 has no training recording"),
+        ([*NO_DIALOGUES, "--hubert.speaker", "9"], "hubert.speaker is 9, who has no training recording"),
         ([*NO_DIALOGUES, "--vocoder_model.num_speakers", "1"], "vocoder_model.num_speakers to at least 2"),
     ],
 )
@@ -81,6 +83,20 @@ def test_what_the_corpus_lacks_is_one_line_before_any_step(run, flags, words):
     with pytest.raises(ValueError, match=words) as error:
         before.check_corpus(train.STAGES, run, settings(*flags))
     assert "\n" not in str(error.value)
+
+
+def test_a_changed_corpus_is_told_for_every_stage_before_any_of_them_works(run):
+    c = settings(*NO_DIALOGUES)
+    folder = run.state("text")
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", record(train.STAGES, "text", run, c))
+    (folder / "state.safetensors").write_bytes(b"of some steps")
+    before.check_corpus(train.STAGES, run, c)
+    more = {"id": "new", "wav": "new.wav", "text": "A row more.", "speaker": 0, "split": "train"}
+    with (run.out / "manifest.jsonl").open("a") as file:
+        file.write(json.dumps(more) + "\n")
+    with pytest.raises(ValueError, match="stage text was begun with other recordings or texts .* delete"):
+        before.check_corpus(train.STAGES, run, c)
 
 
 def test_long_recordings_are_counted_and_left_out_before_the_first_step(run, tok, capsys):

@@ -77,6 +77,8 @@ LANGUAGE = ("text", "stage1", "stage2", "stage3")
 def check_corpus(stages: dict[str, Stage], run: Run, config):
     """Says how many documents each stage of the language model will read; ValueError if one of them, HuBERT
     or the vocoder asks for what the corpus does not have."""
+    for name in stages:  # all of them: a later stage need not wait to tell that the corpus has changed
+        check_unchanged(stages, name, run, config)
     tables = documents.read_tables(run.out, None)
     for name in stages:
         check_unchanged(stages, name, run, config)
