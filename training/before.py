@@ -80,8 +80,6 @@ def check_corpus(stages: dict[str, Stage], run: Run, config):
     for name in stages:  # all of them: a later stage need not wait to tell that the corpus has changed
         check_unchanged(stages, name, run, config)
     tables = documents.read_tables(run.out, None)
-    for name in stages:
-        check_unchanged(stages, name, run, config)
     training_rows(run.manifest, config.hubert.speaker)
     check_speakers(config.vocoder_model, tables.rows)
     lines = documents.describe_dialogues(tables)
