@@ -77,6 +77,9 @@ Mix = dict[str, Annotated[float, Limits(0.001, 1000)]]  # kinds of documents (da
 class Language(Optimization):
     max_len: Annotated[int, Limits(2, 2**20)] = 1024  # tokens in a packed row
     mix: Mix = field(default_factory=lambda: {"text": 1.0})
+    tokens: Mix = field(
+        default_factory=dict
+    )  # folders of SpeechInstruct as ids (data/tokens.py), instead of mix
     unit_weight: Positive = 1.0  # loss weight of a unit (a piece of text: 1)
     # augmentation: fraction of input units dropped, and the same fraction replaced at random
     noise: Share = 0.0

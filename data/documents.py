@@ -48,6 +48,7 @@ READING = "reading"  # the family of sentences to read aloud
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
 DIALOGUE_KINDS = (*MODES, "chain", "standard")
 KINDS = ("text", "speech", "asr", "tts", *DIALOGUE_KINDS)
+IDS = "ids"  # the kind of what has been rendered before (data/tokens.py)
 
 
 # ---- What documents are made from --------------------------------------------------------------------------
@@ -74,8 +75,8 @@ class Exchange(NamedTuple):
 class Example(NamedTuple):
     """A document to be rendered."""
 
-    kind: str  # of KINDS
-    source: str | Pair | Exchange
+    kind: str  # of KINDS, or IDS
+    source: str | Pair | Exchange | Document
 
 
 class Tables(NamedTuple):
@@ -275,6 +276,8 @@ def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, nois
     """(ids, which of them are targets). `noise`: fraction of input speech units dropped, and the same
     fraction replaced at random; without this augmentation a small corpus is memorized."""
     kind, source = example
+    if kind == IDS:
+        return source
 
     def input_speech(units: list[int]) -> str:
         if noise:

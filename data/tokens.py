@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from config import Parser, command_line
 from data.batches import Document
-from data.recipe import start_worker
+from data.documents import IDS, Example
+from data.recipe import end_with_parent
 from files import MAX_JSON, one_line, read_json, show, write_atomic, write_json
 from tokenizer import Tokenizer, text_to_units
 
@@ -187,12 +188,12 @@ class Mixture(Sequence):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, i: int) -> Document:
+    def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
         which = int(np.searchsorted(self.starts, i, side="right")) - 1
         table, numbers = self.chosen[which]
-        return table[int(numbers[(i - int(self.starts[which])) % len(numbers)])]
+        return Example(IDS, table[int(numbers[(i - int(self.starts[which])) % len(numbers)])])
 
 
 def dtype_of(vocab_size: int) -> type:
@@ -353,7 +354,7 @@ def work(jobs: list[Job], processes: int) -> Iterator[int]:
     if processes == 1 or len(jobs) < 2:
         yield from map(make_part, jobs)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=end_with_parent)
     try:
         for done in as_completed([pool.submit(make_part, job) for job in jobs]):
             yield done.result()

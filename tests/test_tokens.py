@@ -205,7 +205,7 @@ def test_a_mixture_has_each_map_whole_and_by_its_share(tmp_path):
     limit = int(np.sort(a.lengths())[-3]) - 1
     long = set(np.flatnonzero(a.lengths() > limit).tolist()) - set(range(297, 300))
     mixture = Mixture(maps, limit)
-    found = [mixture[i] for i in range(len(mixture))]
+    found = [mixture[i].source for i in range(len(mixture))]
     trained = [a[i] for i in range(297) if i not in long]  # three are held out
     assert found[: len(trained)] == trained and mixture.too_long >= len(long) > 0
     short = [b[i] for i in range(20) if len(b[i][0]) <= limit]
@@ -213,7 +213,7 @@ def test_a_mixture_has_each_map_whole_and_by_its_share(tmp_path):
     assert all(document in found for document in short)
     assert len(found) - len(trained) == round(len(trained) / 3)
     held_out = Mixture(maps, 1 << 20, held_out=True)
-    assert [held_out[i] for i in range(len(held_out))] == [a[297], a[298], a[299]]
+    assert [held_out[i].source for i in range(len(held_out))] == [a[297], a[298], a[299]]
     with pytest.raises(ValueError, match="no document of at most 3 tokens"):
         Mixture(maps, 3)
     with pytest.raises(IndexError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import lora
-from data import documents
+from data import documents, tokens
 from data.corpus import read_manifest
 from data.tiny import prepare
 from files import one_line, read_json, show
@@ -84,9 +84,14 @@ def check_corpus(stages: dict[str, Stage], run: Run, config):
     check_speakers(config.vocoder_model, tables.rows)
     lines = documents.describe_dialogues(tables)
     for name in LANGUAGE:
-        if not stages[name].skip(config):
+        section = getattr(config, name)
+        if section.tokens:
+            counts = {folder: len(tokens.TokenMap(folder)) for folder in section.tokens}
+            read = ", ".join(f"{n:,} of {folder}" for folder, n in counts.items())
+            lines.append(f"{name}: documents to train on: {read}")
+        elif not stages[name].skip(config):
             with one_line(f"{name}.mix"):
-                found = documents.sources_of(tables, "train", getattr(config, name).mix)
+                found = documents.sources_of(tables, "train", section.mix)
             counts = ", ".join(f"{len(sources)} {kind}" for kind, sources in found.items())
             lines.append(f"{name}: documents to train on: {counts}")
     if rank() == 0:
@@ -139,6 +144,9 @@ def fitting_examples(
     """The documents of a stage that are not longer than its max_len. How many are longer is said, before the
     first step; it is an error if nothing of a kind is left to train on."""
 
+    if section.tokens:
+        return mixture(section, name, len(tok), split, quiet)
+
     def report(longer: str, n_left: int):
         line = f"{name}, {split}: {longer}, are longer than {name}.max_len = {section.max_len}"
         if split == "train" and not n_left:
@@ -148,3 +156,16 @@ def fitting_examples(
 
     fits = partial(documents.short_enough, tok, section.max_len, report)
     return documents.examples(tables, split, section.mix, fits)
+
+
+def mixture(section, name: str, vocab_size: int, split: str, quiet: bool) -> tokens.Mixture:
+    """fitting_examples of documents that are ids already."""
+    maps = {tokens.TokenMap(folder, vocab_size): share for folder, share in section.tokens.items()}
+    found = tokens.Mixture(maps, section.max_len, held_out=split != "train")
+    if found.too_long and rank() == 0 and not quiet:
+        print(
+            f"{name}, {split}: {found.too_long:,} documents are longer than {name}.max_len = "
+            f"{section.max_len}: they are left out; raise it to use them",
+            flush=True,
+        )
+    return found
