@@ -4,6 +4,7 @@
     python train.py configs/tiny.toml --stage stage2         one of them (2 is understood, too)
     python train.py configs/tiny.toml --stage2.steps 100     any key of the config file as a flag
     python train.py configs/tiny.toml --check                what the corpus has for each stage
+    python train.py configs/paper-7b.toml --plan --gpus 96   what that would need (training/plan.py)
     python train.py --stages                                 the table of stages, below
     torchrun --nproc_per_node 8 train.py configs/tiny.toml   the same on eight GPUs
 
@@ -60,7 +61,7 @@ from llama import Llama, LlamaConfig
 from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
-from training import foreign_units
+from training import foreign_units, plan
 from training.before import check_before, check_corpus, check_lengths, fitting_examples
 from training.loop import Loss, Optimization, optimize
 from training.stages import Stage, begun, finished, in_parallel, run_stage, sound_alone
@@ -562,6 +563,7 @@ def main():
         "--check", action="store_true", help="look at the corpus, say what is there, and exit"
     )
     parser.add_argument("--stages", action="store_true", help="print the table of stages and exit")
+    plan.add_flags(parser)
     known, flags = parser.parse_known_args()
     if known.stages:
         print(table_of_stages())
@@ -574,6 +576,9 @@ def main():
     # --beside was the name of --parallel_stages until November 2026.
     flags = [re.sub(r"^--beside(?==|$)", "--parallel_stages", flag) for flag in flags]
     config = read(known.config, Config, flags)
+    if known.plan:
+        print(plan.describe(known.config, config, known.gpus, known.gpu, known.mfu))
+        return
     out = Path(config.out)
     corpus = out / "corpus" if config.corpus.name == "tiny" else Path(config.corpus.name)
     run = Run(out, corpus, config.seed, find_device(config.device), config.workers)

@@ -92,7 +92,8 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
         for command in re.split(r"&&|\n", block):
             words = command.split("  #")[0].split()
             if words[:1] == ["torchrun"]:
-                words = ["python", *words[3:]]  # torchrun --nproc_per_node 8 train.py ...
+                program = next(i for i, word in enumerate(words) if word.endswith(".py"))
+                words = ["python", *words[program:]]  # torchrun --nproc_per_node 8 train.py ...
             if words[:2] == ["python", "-m"]:
                 words = ["python", words[2].replace(".", "/") + ".py", *words[3:]]
             if words[:1] == ["python"] and words[1] not in ("-c", "pytest.py"):
