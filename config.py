@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -232,6 +233,18 @@ def deaf_to_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def end_with_parent() -> None:
+    """In a process started by this one: leaves Ctrl-C to its parent, and ends when that does, in whatever
+    way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()  # returns however it ended, by SIGKILL, too
+    os._exit(1)
 
 
 def end_at_once(number: int, frame):

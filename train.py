@@ -56,7 +56,7 @@ from evaluation.judge import need_extra
 from evaluation.measures import check_targets
 from files import locked
 from generate import Decoding, generate
-from hubert import KMeans
+from kmeans import KMeans
 from llama import Llama, LlamaConfig
 from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device

@@ -47,9 +47,8 @@ class HubertSection(Optimization):
     """Rounds of masked prediction: on clusters of MFCCs, then on clusters of the previous round's `layer`."""
 
     speaker: int | str | None = None  # train on this speaker's recordings alone; None: on everybody's
-    perturb: Share = (
-        0.0  # speed perturbation: resample each crop by a factor in [e^-p, e^p], to imitate other speakers
-    )
+    # speed perturbation: each crop is resampled by a factor in [e^-p, e^p], to imitate other speakers
+    perturb: Share = 0.0
     clusters: tuple[Clusters, ...] = (100, 500)  # of each round; as many rounds as there are numbers
     layer: Count = 6  # whose clusters are the next round's targets
     frames: Frames = 99
@@ -87,10 +86,7 @@ class NormalizerSection(Optimization):
     batch_size: BatchSize = 8
     frames: Frames = 99
     others: Share = 0.6  # fraction of crops from other speakers
-    perturb: tuple[Share, Share] = (
-        0.18,
-        0.22,
-    )  # speed and pitch perturbation of the target speaker (log-uniform)
+    perturb: tuple[Share, Share] = (0.18, 0.22)  # of the target speaker's speed and pitch (log-uniform)
     perturb_others: tuple[Share, Share] = (0.05, 0.05)  # and of the others, who differ by themselves
     temperature: Positive = 8.0  # of squared distances to the cluster centers
 
@@ -327,9 +323,8 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
         n = there.sum()
         return Loss(total, n, n, {"same": (same, n)})
 
-    extractor.model.masked_spec_embed.requires_grad_(
-        False
-    )  # nothing is masked: data parallelism would wait for it
+    # Nothing is masked: data parallelism would wait for the gradient of the mask's embedding.
+    extractor.model.masked_spec_embed.requires_grad_(False)
     optimize(run, "normalize", run.state("units") / "normalize", extractor.model, loss, batch_at, section)
 
 

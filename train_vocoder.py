@@ -53,7 +53,7 @@ from data.audio import HOP
 from data.codes import Batch, CodeDataset, datasets, rows_of_rank
 from data.corpus import resolve
 from data.units import join_units
-from hubert import KMeans
+from kmeans import KMeans
 from training.before import check_speakers
 from training.loop import SkippedSteps, told_of_memory
 from training.precision import choose_bf16
@@ -124,7 +124,7 @@ def train(
     the units from its centers (LOG.md has what it is worth); `initial` is a generator to start from."""
     dataset = recordings["train"]
     held_out = recordings["heldout"]
-    check(model, stage, dataset, held_out)
+    check(model, dataset, held_out)
     torch.manual_seed(stage.seed)
     generator = (initial or UnitVocoder(model)).to(device).train()
     if kmeans and not initial:
@@ -400,7 +400,7 @@ def evaluate(generator: UnitVocoder, held_out: CodeDataset, sample: Path) -> dic
 # ---- Training state, checks, command line ------------------------------------------------------------------
 
 
-def check(model: VocoderConfig, stage: VocoderStage, dataset: CodeDataset, held_out: CodeDataset):
+def check(model: VocoderConfig, dataset: CodeDataset, held_out: CodeDataset):
     """ValueError, one line, for a config that does not fit the corpus."""
     rows = dataset.rows + held_out.rows
     need_embeddings(model, 1 + max(max(row["units"]) for row in rows))

@@ -31,9 +31,7 @@ from files import one_line, read_jsonl, show, stream_atomic, write_jsonl
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 MAX_FILE = 16 << 30  # bytes of one unpacked file
-MAX_HEADER = (
-    1 << 20
-)  # bytes of a long name or of other additions to a tar header, which tarfile holds in memory
+MAX_HEADER = 1 << 20  # bytes of a long name or of others in a tar header, which tarfile holds in memory
 MAX_REFUSED = 100_000
 CUT_SHORT = "the archive is cut short or damaged: copy it again; what is unpacked is kept"
 DAMAGE = (EOFError, OSError, RuntimeError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)

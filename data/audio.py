@@ -30,10 +30,8 @@ MAX_VALUES = MAX_SECONDS * 2 * 48_000  # samples of all channels that are decode
 SILENCE = 1e-3  # -60 dB of full scale
 CANCELED = 0.01  # a mean with less than this of the loudest channel's power (-20 dB) has lost the sound
 EVERY = 13  # how many samples apart their power is compared
-EXACT_SEEK = (
-    b"RIFF",
-    b"fLaC",
-)  # beginnings of files, and encodings, in which a sample is found by its number
+# Beginnings of files, and encodings, in which a sample is found by its number.
+EXACT_SEEK = (b"RIFF", b"fLaC")
 EXACT_CODES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 
 
@@ -111,12 +109,22 @@ def seconds(path: str | Path) -> float:
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the path of one sound file (wav, flac or ogg)")
+        raise IsADirectoryError(f"{path} is a folder: give the path of one sound file (wav, flac, ogg, mp3)")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes): record or copy it again")
     return path
+
+
+def reason(error: Exception, path: Path) -> str:
+    """Why a sound file cannot be used: an error of this file, without the path that it begins with."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be opened: {error.strerror}"
+    text = " ".join(str(error).split()).replace(str(path), "").lstrip(": ").removeprefix("is ")
+    return text[:200]
 
 
 def _check_length(path: Path, length: float) -> None:
@@ -228,10 +236,11 @@ def check_speech(wav: np.ndarray, name: str = "the recording") -> None:
 
 # ---- Names -------------------------------------------------------------------------------------------------
 
+# Of sound files, whether or not they can be read here.
 ENDINGS = set(
     "wav wave w64 rf64 flac ogg oga opus mp3 mp2 m4a mp4 aac aif aiff aifc alac amr ape au caf gsm mka mkv "
     "mov mpeg raw snd voc vox webm wma wv 3gp".split()
-)  # of sound files, whether or not they can be read here
+)
 
 
 def is_file_name(text: str) -> bool:

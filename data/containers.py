@@ -229,9 +229,8 @@ def _flac(content: bytes) -> list[Stream]:
     found = []
     for start, stop in zip(starts, [*starts[1:], len(content)]):
         stream = bytearray(content[start:stop])
-        numbers = int.from_bytes(
-            stream[18:26], "big"
-        )  # 20 bits rate, 3 channels, 5 bits per sample, 36 samples
+        # 20 bits are the rate, 3 the channels, 5 the bits of a sample, 36 the number of samples.
+        numbers = int.from_bytes(stream[18:26], "big")
         stream[18:26] = (numbers >> 36 << 36).to_bytes(8, "big")
         found.append(Stream(bytes(stream), numbers & (1 << 36) - 1))
     return found
@@ -406,9 +405,8 @@ def _mp3_stream(content: bytes, run: Run) -> bytes:
     much of the first and last frames is padding; else a new one."""
     if run.count == run.promised and content[run.start + 36 : run.start + 40] != b"VBRI":
         return content[run.start : run.stop]
-    header = bytes(
-        [0xFF, run.frame[1] | 1, 0x90 | run.frame[2] & 0x0C, run.frame[3]]
-    )  # no CRC, 80 or 128 kbit/s
+    # Without CRC, of 80 or 128 kbit/s.
+    header = bytes([0xFF, run.frame[1] | 1, 0x90 | run.frame[2] & 0x0C, run.frame[3]])
     frame = _mp3_frame(header)
     note = header.ljust(frame.note, b"\0") + struct.pack(">4sII", b"Xing", 1, run.count)
     return note.ljust(frame.length, b"\0") + content[run.sound : run.stop]

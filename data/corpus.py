@@ -17,7 +17,7 @@ sound files and a `manifest.jsonl` with one JSON object a line:
     kind      statement, question, answer or reading                                "statement"
     family    a group of sentences; the report and a mix of documents may name it   ""
     answer    of a question, for the report to compare with                         not asked by the report
-    seconds   its length, which `resolve` measures                                  measured
+    seconds   its length, which `usable` measures                                   measured
 
 For chain-of-modality training (§3.2) there may be a `dialogues.jsonl`, whose `split` and `family` may be left
 out, too. Questions and answers are spoken by the recordings that have the same text, but for case, spaces and
@@ -26,8 +26,8 @@ punctuation:
     {"question": "What is three plus four?", "answer": "Three plus four is seven.", "family": "plus"}
 
 `check` decodes every recording before anything is trained, and writes what the stages read into the folder of
-the run: manifest.jsonl with every field filled in and speakers as numbers, dialogues.jsonl, speakers.json
-with their names, and skipped.jsonl, the recordings that cannot be used, with reasons. The corpus folder is
+the run: manifest.jsonl with every field filled in and speakers as numbers, dialogues.jsonl, corpus.json with
+the speakers' names, and skipped.jsonl, the recordings that cannot be used, with reasons. The corpus folder is
 only read: somebody else may have made it.
 """
 
@@ -61,7 +61,8 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # a terminal would ob
 def read_manifest(path: str | Path) -> list[dict]:
     """The rows of a manifest, or of the manifest.jsonl in a folder, with defaults filled in (see the top).
 
-    ValueError, one line, names a row that is not as it should be. No recording is opened: `resolve`."""
+    ValueError, one line, names a row that is not as it should be. No recording is opened: `usable` does
+    that."""
     path = Path(path)
     if path.is_dir() or path.suffix != ".jsonl":
         path = path / "manifest.jsonl"
@@ -266,7 +267,7 @@ def _measure(corpus: Path, root: Path, decode: bool, row: dict) -> str:
             return "outside: a link leads out of the corpus; its files must be in its folder"
         row["seconds"] = audio.measure(path) if decode else audio.seconds(path)
     except (OSError, ValueError) as error:
-        return str(error).removeprefix(str(path)).lstrip(": ").removeprefix("is ")
+        return audio.reason(error, path)
     return ""
 
 

@@ -26,9 +26,7 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +39,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from config import Parser, deaf_to_ctrl_c
+from config import Parser, deaf_to_ctrl_c, end_with_parent
 from data import archives
 from data.corpus import write_manifest
 from data.recordings import Job, Settings, Skipped, finish, number
@@ -362,17 +360,6 @@ def worker_processes(workers: int, initializer: Callable) -> Iterator[ProcessPoo
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def end_with_parent() -> None:
-    """In a worker process: leaves Ctrl-C to its parent, and ends when its parent does, in whatever way."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns however it ended, by SIGKILL, too
-    os._exit(1)
 
 
 # ---- The report --------------------------------------------------------------------------------------------

@@ -22,20 +22,7 @@ from data.corpus import MARKER
 from files import stream_atomic
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf", ".sph")
-UNREADABLE = (
-    ".m4a",
-    ".mp4",
-    ".aac",
-    ".wma",
-    ".webm",
-    ".amr",
-    ".gsm",
-    ".g722",
-    ".sln",
-    ".ulaw",
-    ".alaw",
-    ".ra",
-)
+UNREADABLE = tuple(".m4a .mp4 .aac .wma .webm .amr .gsm .g722 .sln .ulaw .alaw .ra".split())
 
 
 class Utterance(NamedTuple):
@@ -187,7 +174,7 @@ def _whole(settings: Settings, job: Job, utterances: list[Utterance]) -> Iterato
         try:
             seconds = measure(path, settings)
         except (OSError, ValueError) as error:
-            yield reason(error, path)
+            yield audio.reason(error, path)
             continue
         yield place(path, job.audio, settings), seconds
 
@@ -215,16 +202,6 @@ def length_problem(seconds: float, settings: Settings) -> str:
     if seconds > settings.max_seconds:
         return f"too long: {seconds:.0f} s, --max-seconds is {settings.max_seconds:g}; split it"
     return ""
-
-
-def reason(error: Exception, path: Path) -> str:
-    """An error without the path that it begins with."""
-    text = " ".join(str(error).split()).replace(str(path), "").lstrip(": ").removeprefix("is ")
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be opened: {error.strerror}"
-    return text[:200]
 
 
 def place(path: Path, name: str, settings: Settings) -> str:
@@ -263,7 +240,7 @@ def _cuts(settings: Settings, job: Job, utterances: list[Utterance]) -> Iterator
         try:
             wav = None if damage else next(parts)
         except (OSError, ValueError) as error:
-            damage = f"recording damaged: {reason(error, path)}"
+            damage = f"recording damaged: {audio.reason(error, path)}"
         if damage:
             yield damage
         elif len(wav) < (utterance.end - utterance.begin - 0.1) * audio.RATE:

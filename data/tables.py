@@ -129,14 +129,10 @@ def _split(path: Path, separator: str, encoding: str) -> Iterator[tuple[str, lis
             yield where, [], problem, position
         elif separator in (",", ";"):
             try:
-                yield (
-                    where,
-                    next(csv.reader([line], delimiter=separator, skipinitialspace=True)),
-                    "",
-                    position,
-                )
+                fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
             except (csv.Error, StopIteration) as error:
-                yield where, [], f"damaged row: {error}", position
+                fields, problem = [], f"damaged row: {error}"
+            yield where, fields, problem, position
         else:
             yield where, line.split(separator, 1 if separator in FIRST_ONLY else -1), "", position
 

@@ -25,24 +25,22 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from config import Parser, command_line
+from config import Parser, command_line, deaf_to_ctrl_c, end_with_parent
 from data.batches import Document
 from data.documents import IDS, Example
-from data.recipe import end_with_parent
+from data.recipe import worker_processes
 from files import MAX_JSON, one_line, read_json, show, write_atomic, write_json
 from tokenizer import Tokenizer, text_to_units
 
 PART = 32 << 20  # bytes of the source in a part
-MARKER = "[SpeechGPT]: "  # what follows it is the answer
+ANSWER = "[SpeechGPT]: "  # what follows it is the answer
 
 
 # ---- The released lines as documents -----------------------------------------------------------------------
@@ -57,7 +55,7 @@ def to_document(row: object, tok: Tokenizer) -> Document:
     prefix, text = row.get("prefix"), row.get("plain_text")
     if not isinstance(prefix, str) or not isinstance(text, str):
         raise ValueError("needs the texts 'prefix' and 'plain_text'")
-    prompt, marker, answer = text.partition(MARKER)
+    prompt, marker, answer = text.partition(ANSWER)
     if not marker:
         raise ValueError("no '[SpeechGPT]: ' in 'plain_text'")
     if not answer.strip():
@@ -305,7 +303,7 @@ def tokenize(
     folder: str | Path,
     tokenizer: str | Path,
     max_len: int = 1024,
-    processes: int = 1,
+    workers: int = 1,
     part: int = PART,
 ) -> Totals:
     """Every line of the SpeechInstruct file `source` as ids, in `folder`; goes on where it was stopped."""
@@ -332,7 +330,7 @@ def tokenize(
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     with bar:
-        for done in work(missing, processes):
+        for done in work(missing, workers):
             bar.update(done)
 
     documents = tokens = 0
@@ -349,21 +347,16 @@ def tokenize(
     return totals
 
 
-def work(jobs: list[Job], processes: int) -> Iterator[int]:
+def work(jobs: list[Job], workers: int) -> Iterator[int]:
     """make_part of every job, as they finish."""
-    if processes == 1 or len(jobs) < 2:
+    if workers == 1 or len(jobs) < 2:
         yield from map(make_part, jobs)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=end_with_parent)
-    try:
-        for done in as_completed([pool.submit(make_part, job) for job in jobs]):
+    with worker_processes(workers, end_with_parent) as pool:
+        with deaf_to_ctrl_c():
+            parts = [pool.submit(make_part, job) for job in jobs]  # starts the processes
+        for done in as_completed(parts):
             yield done.result()
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker died (out of memory?); what is done is kept: try again with --processes 1"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def is_made(job: Job, vocab_size: int) -> bool:
@@ -390,11 +383,11 @@ def main() -> None:
         "--tokenizer", required=True, help="folder with tokenizer.model and added_tokens.json"
     )
     parser.add_argument("--max-len", type=int, default=1024, help="longer documents are left out")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     options = parser.parse_args()
-    if options.max_len < 2 or options.processes < 1:
-        raise ValueError("--max-len must be at least 2, and --processes at least 1")
-    totals = tokenize(options.source, options.out, options.tokenizer, options.max_len, options.processes)
+    if options.max_len < 2 or options.workers < 1:
+        raise ValueError("--max-len must be at least 2, and --workers at least 1")
+    totals = tokenize(options.source, options.out, options.tokenizer, options.max_len, options.workers)
     print(f"{options.out}: {totals.documents:,} documents, {totals.tokens:,} tokens")
     if totals.skipped:
         print(f"left out: {counts(totals.skipped)}")

@@ -3,6 +3,7 @@
 import os
 import struct
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,3 +329,15 @@ def test_save_refuses_what_is_not_sound(tmp_path):
     with pytest.raises(AssertionError, match="finite"):
         audio.save(tmp_path / "a.wav", np.array([0.0, np.nan]))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (FileNotFoundError("a/b.wav: no such file"), "no such file"),
+        (PermissionError(13, "Permission denied", "a/b.wav"), "cannot be opened: Permission denied"),
+        (ValueError("a/b.wav is cut short: 1.00 of 2.00 s are there"), "cut short: 1.00 of 2.00 s are there"),
+    ],
+)
+def test_why_a_sound_file_cannot_be_used_is_told_without_its_path(error, expected):
+    assert audio.reason(error, Path("a/b.wav")) == expected

@@ -144,7 +144,7 @@ def test_processes_make_the_same(tmp_path):
     source = tmp_path / "a.jsonl"
     write_jsonl(source, rows(30))
     tokenize(source, tmp_path / "one", TINY, part=1500)
-    tokenize(source, tmp_path / "two", TINY, processes=2, part=1500)
+    tokenize(source, tmp_path / "two", TINY, workers=2, part=1500)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 

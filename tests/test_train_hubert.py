@@ -11,6 +11,7 @@ from runs import metrics, stages, train
 
 import checkpoint
 from checkpoint import read_tensors
+from config import load
 from data import audio, corpus, units
 from data.corpus import TARGET_SPEAKER
 from data.tiny import prepare
@@ -18,7 +19,7 @@ from files import write_json, write_jsonl
 from hubert import KMeans, UnitExtractor
 from llama import Llama
 from tokenizer import Tokenizer
-from train_hubert import load_labels, save_labels, training_rows
+from train_hubert import HubertSection, load_labels, save_labels, training_rows
 from vocoder import UnitVocoder
 
 pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
@@ -238,3 +239,9 @@ def test_labels_come_back_and_damaged_ones_are_one_line(tmp_path):
         with pytest.raises(ValueError, match=why) as error:
             load_labels(path, 4)
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_more_clusters_than_labels_of_16_bits_can_name_are_refused():
+    assert load(HubertSection, {"clusters": [32_767]}, "[hubert]").clusters == (32_767,)
+    with pytest.raises(ValueError, match="must be 1 to 32767, found 32768"):
+        load(HubertSection, {"clusters": [100, 32_768]}, "[hubert]")

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import llama
 from data import units as unit_files
-from hubert import KMeans, UnitExtractor
+from hubert import UnitExtractor
+from kmeans import KMeans
 from llama import LlamaConfig
 from run import Run, rank
 from tokenizer import Tokenizer

@@ -266,12 +266,8 @@ def make_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     """AdamW, and with section.muon also Muon for the matrices of the layers. Each parameter belongs to
     one."""
-    tables = (
-        "embed_tokens.weight",
-        "lm_head.weight",
-        "output_projection.weight",
-        "label_embs",
-    )  # one row a symbol: no linear map, not for Muon
+    # One row a symbol: no linear map, not for Muon.
+    tables = ("embed_tokens.weight", "lm_head.weight", "output_projection.weight", "label_embs")
     matrices = [p for p in trained.values() if p.ndim >= 2]
     vectors = [p for p in trained.values() if p.ndim < 2]
     inner = []

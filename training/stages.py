@@ -20,20 +20,17 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple
 
 import torch
 
 import checkpoint
-from config import command_line, deaf_to_ctrl_c, load
+from config import command_line, deaf_to_ctrl_c, end_with_parent, load
 from files import fingerprint, one_line, read_json, read_jsonl, show, write_json
 from run import Run, barrier, rank, world_size
 from training.loop import MAY_CHANGE
@@ -290,9 +287,7 @@ def in_parallel(work: Callable[[], None], title: str, log: Path) -> Iterator[Cal
 
 def work_in_child(work: Callable[[], None], threads: int, log: Path):
     """The second process: output goes to `log`, and it exits when its parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows
-    parent = multiprocessing.parent_process()
-    Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+    end_with_parent()
     with (
         log.open("w", encoding="utf-8", errors="replace") as file,
         contextlib.redirect_stdout(file),

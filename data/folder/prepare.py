@@ -34,7 +34,8 @@ if __package__ in (None, ""):  # run as a script: let it find `data`
 
 from config import command_line
 from data import recipe, tables
-from data.recordings import AUDIO, UNREADABLE, Job, Settings, Skipped, Utterance, reason
+from data.audio import reason
+from data.recordings import AUDIO, UNREADABLE, Job, Settings, Skipped, Utterance
 from files import show
 
 TABLES = (".tsv", ".csv", ".jsonl", ".json", ".txt", ".lst", ".list")

@@ -298,9 +298,7 @@ def fetch(remote: Remote, url: str, out: Path) -> dict:
                 f"{path}: the disk is full; {kept} are kept, make room and run the command again"
             ) from None
     found = _size(part)
-    if found != total or not fits(
-        found, remote
-    ):  # two of these programs at once, or a part put there by hand
+    if found != total or not fits(found, remote):  # two programs at once, or a part put there by hand
         _forget(part)
         raise OSError(
             f"{path}: {found:,} bytes, expected {remote.size or f'{total:,}'}; removed, run the command again"

@@ -5,7 +5,7 @@
 CORPUS is a folder with manifest.jsonl (data/corpus.py) and, for the second half, dialogues.jsonl. The files
 are as the released ones, one object a line, and `python -m data.tokens` makes ids of them for training:
 
-    OUT/units.jsonl                          units of every recording (§3.1), beside the manifest read
+    OUT/manifest.jsonl, OUT/units.jsonl      the recordings and their units (§3.1); with --hubert alone
     OUT/cross_modal_instruction.jsonl        ASR and TTS instructions (§3.1)
     OUT/quadruplets.jsonl                    SpeechI, TextI, TextR, SpeechR of every dialogue (§3.2)
     OUT/chain_of_modality_instruction.jsonl  the four formats of Appendix C, and of Appendix E (--standard)
@@ -29,7 +29,6 @@ References: SpeechGPT, arXiv:2305.11000; the released files, https://huggingface
 
 import json
 import random
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ if __package__ in (None, ""):  # run as a script: let it find `data`
 import tokenizer
 from config import Parser, command_line
 from data import audio
-from data.corpus import TARGET_SPEAKER
+from data.corpus import MARKER, TARGET_SPEAKER
 from files import read_json, show, stream_atomic, stream_jsonl, write_jsonl
 from tokenizer import units_to_text
 
@@ -54,8 +53,6 @@ HERE = Path(__file__).parent
 MODES = ("s2s", "s2t", "t2s", "t2t")
 WORDS = 35  # "whose response length is shorter than 35 words" (§3.2)
 AT_ONCE = 64  # texts that the text-to-unit generator turns into units in one batch
-# What a text may not hold, since it would be read as something else than text.
-MARKERS = re.compile(r"<\d+>|</?s>|<unk>|<sosp>|<eosp>|<eo[has]>|\[(?:Human|SpeechGPT|tq|ta|ua)\]")
 
 
 def descriptions(task: str) -> list[str]:
@@ -112,7 +109,7 @@ def problem(text: object) -> str:
     """Why a text cannot be used; "" if it can."""
     if not isinstance(text, str) or not text.strip():
         return "no text"
-    if MARKERS.search(text):
+    if MARKER.search(text):  # it would be read as something else than text
         return "a marker in the text"
     return ""
 

@@ -46,10 +46,10 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a script: let it find `data`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from config import Limits, Parser, command_line, deaf_to_ctrl_c, load
+from config import Limits, Parser, command_line, deaf_to_ctrl_c, end_with_parent, load
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest, write_manifest
-from data.recipe import end_with_parent, worker_processes
+from data.recipe import worker_processes
 from data.tiny import world
 from data.tiny.world import chance
 from files import write_jsonl
