@@ -563,7 +563,9 @@ def main():
         "--check", action="store_true", help="look at the corpus, say what is there, and exit"
     )
     parser.add_argument("--stages", action="store_true", help="print the table of stages and exit")
-    plan.add_flags(parser)
+    parser.add_argument(
+        "--plan", action="store_true", help="print what --gpus 96 of --gpu A100-80GB would need, and exit"
+    )
     known, flags = parser.parse_known_args()
     if known.stages:
         print(table_of_stages())
@@ -575,10 +577,11 @@ def main():
         raise ValueError(f"unknown stage '{stage}'; the stages are {', '.join(STAGES)}")
     # --beside was the name of --parallel_stages until November 2026.
     flags = [re.sub(r"^--beside(?==|$)", "--parallel_stages", flag) for flag in flags]
-    config = read(known.config, Config, flags)
     if known.plan:
-        print(plan.describe(known.config, config, known.gpus, known.gpu, known.mfu))
+        gpus, flags = plan.parse_flags(flags)
+        print(plan.describe(known.config, read(known.config, Config, flags), **vars(gpus)))
         return
+    config = read(known.config, Config, flags)
     out = Path(config.out)
     corpus = out / "corpus" if config.corpus.name == "tiny" else Path(config.corpus.name)
     run = Run(out, corpus, config.seed, find_device(config.device), config.workers)

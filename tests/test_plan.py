@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ def read(name: str, *flags: str) -> train.Config:
 # ---- The configs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, ranks", [("small", 1), ("small", 8), ("paper-7b", 96), ("paper-13b", 96)])
+@pytest.mark.parametrize("name, ranks", [("small", 1), ("small", 16), ("paper-7b", 96), ("paper-13b", 96)])
 def test_the_configs_pass_what_is_checked_before_the_first_stage(name, ranks, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     c = read(name, "--pretrained", "", "--out", str(tmp_path))  # without weights the shape is [llama]
@@ -264,6 +265,24 @@ def test_mistakes_are_one_line(flags, words, monkeypatch, capsys):
         train.main()
     assert words in str(problem.value) and len(str(problem.value)) < 300 and "\n" not in str(problem.value)
     assert not capsys.readouterr().out
+
+
+def test_flags_of_a_plan_start_no_training(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", str(ROOT / "configs/ci.toml"), "--gpus", "8"])
+    with pytest.raises(ValueError, match="unknown key 'gpus'"):
+        train.main()
+
+
+def test_the_plans_in_the_docs_are_those_that_are_printed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    pasted = re.findall(
+        r"^```bash\npython train.py (\S+) --plan([^\n]*)\n```\n+```text\n(.*?)\n```", page, re.M | re.S
+    )
+    assert len(pasted) == 5
+    for file, words, text in pasted:
+        gpus, flags = plan.parse_flags(words.split())
+        assert plan.describe(file, config.read(file, train.Config, flags), **vars(gpus)) == text
 
 
 def test_a_pretrained_folder_has_its_own_shape(tmp_path):

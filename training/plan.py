@@ -11,19 +11,18 @@ weights. It is arithmetic about the language model; HuBERT and the vocoder are s
 Memory is counted for the worst moment of a step, on documents of full length, without dropout. The count is
 what training allocates on a CPU (tests/test_plan.py measures it); on GPUs it was not measured.
 
-References: Kaplan et al. 2020, arXiv:2001.08361 §2.1 (FLOPs); Chowdhery et al. 2022, arXiv:2204.02311 app. B
-(model FLOPs utilization); Rajbhandari et al. 2020, arXiv:1910.02054 (what sharding divides).
+References: Kaplan et al. 2020, arXiv:2001.08361 (FLOPs); Rajbhandari et al. 2020, arXiv:1910.02054 (shards).
 """
 
+from argparse import Namespace
 from collections import Counter
 from typing import NamedTuple
 
 import torch
 
-import llama
 import lora
 from config import Parser
-from llama import Llama, LlamaConfig
+from llama import Llama, LlamaConfig, read_config
 from training import foreign_units
 from training.before import LANGUAGE
 from training.loop import check_ranks
@@ -48,11 +47,13 @@ ROOM = 2 * GIB  # kept free for CUDA, NCCL and fragmentation: assumed, not measu
 MARKERS = 6  # <sosp> <eosp> [Human] [SpeechGPT] <eoh> <eoa>: the vocabulary has them beside pieces and units
 
 
-def add_flags(parser: Parser):
-    parser.add_argument("--plan", action="store_true", help="print what the run would need, and exit")
-    parser.add_argument("--gpus", type=int, default=1, help="for --plan: how many")
-    parser.add_argument("--gpu", default="A100-80GB", help=f"for --plan: which, of {', '.join(GPUS)}")
-    parser.add_argument("--mfu", type=float, default=0.4, help="for --plan: the share of peak FLOPs reached")
+def parse_flags(flags: list[str]) -> tuple[Namespace, list[str]]:
+    """(what a plan is for, the other flags)."""
+    parser = Parser("flags of --plan")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpu", default="A100-80GB")
+    parser.add_argument("--mfu", type=float, default=0.4)  # the share of peak FLOPs that training reaches
+    return parser.parse_known_args(flags)
 
 
 # ---- The model of each stage, as shapes --------------------------------------------------------------------
@@ -67,7 +68,7 @@ def shape_of(config, stage: str) -> LlamaConfig:
     path = foreign_units.llama_folder(config.pretrained) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is not there to plan with; add a section [llama] with the model's shape")
-    shape = llama.read_config(path)
+    shape = read_config(path)
     if not foreign_units.has_foreign_units(config.pretrained):  # else it has grown already
         shape.vocab_size += new
     return shape
@@ -77,8 +78,7 @@ def build(config, stage: str) -> Llama:
     with torch.device("meta"):
         model = Llama(shape_of(config, stage))
         if stage == "stage3":
-            section = config.lora
-            lora.apply(model, section.r, section.alpha, section.targets, section.dropout)
+            lora.apply(model, config.lora.r, config.lora.alpha, config.lora.targets)
     return model
 
 
