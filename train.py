@@ -454,7 +454,7 @@ STAGES = {
         paper="LLaMA-13B, as released",
         work=partial(train_language, "text"),
         after=("corpus",),
-        sections=("vocab_size", "llama", "text", "pretrained", "units"),
+        sections=("vocab_size", "llama", "text", "pretrained", "units.clusters"),
         skip=has_pretrained,
     ),
     "stage1": Stage(

@@ -184,6 +184,17 @@ def test_a_text_that_is_mended_does_not_concern_those_who_only_listen(run):
     assert follow(run, Config()) == 1
 
 
+def test_a_stage_may_depend_on_one_key_of_a_section(run):
+    table = TABLE | {"text": row(work("text"), ("corpus",), "text", "sound.lr")}
+    go(run, Config(), "corpus", "text")
+    shutil.rmtree(run.state("text"))
+    run_stage(table, "text", run, Config())
+    check_unchanged(table, "text", run, Config(sound=Part(mix={"b": 2.0})))
+    (run.state("text") / "state.safetensors").write_text("")
+    with pytest.raises(ValueError, match=r"begun with sound.lr = 0.1, now it is 0.2; put the old value back"):
+        check_unchanged(table, "text", run, Config(sound=Part(lr=0.2)))
+
+
 def test_a_record_of_an_older_version_goes_on(run):
     go(run, Config(), "corpus")
     with pytest.raises(Killed):

@@ -7,6 +7,7 @@ and, as soon as there is a corpus, with the corpus.
 
 from collections.abc import Iterable
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def check_divisions(stages: dict[str, Stage], names: Iterable[str], config, rank
     """ValueError if a step of these stages cannot be divided among so many processes."""
     for name in names:
         for key in stages[name].sections:
-            section = getattr(config, key)
+            section = attrgetter(key)(config)
             if isinstance(section, Optimization) and not stages[name].skip(config):
                 check_ranks(key, section, ranks)
 

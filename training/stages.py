@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,8 @@ class Stage(NamedTuple):
     paper: str
     work: Callable[[Run, object], None]  # (run, config)
     after: tuple[str, ...]  # stages whose results it uses
-    # keys of the config that its result depends on, besides `seed` and those of the stages before it
+    # keys of the config, such as "text" or "units.clusters", that its result depends on, besides `seed` and
+    # those of the stages before it
     sections: tuple[str, ...]
     skip: Callable[[object], bool] = never  # config -> is there nothing to do?
     # config -> fields of the manifest that its result depends on; None: all of it, and the dialogues
@@ -142,7 +144,7 @@ def record(stages: dict[str, Stage], name: str, run: Run, config) -> dict:
     """What config.json says."""
     stage = stages[name]
     return {
-        "sections": {key: to_json(getattr(config, key)) for key in ("seed", *stage.sections)},
+        "sections": {key: to_json(attrgetter(key)(config)) for key in ("seed", *stage.sections)},
         "after": {before: finished(stages, before, run, config) for before in stage.after},
         "corpus": read_of_corpus(stage, run, config),
     }
@@ -176,19 +178,22 @@ def check_unchanged(stages: dict[str, Stage], name: str, run: Run, config, setti
     with damaged(path):
         table = read_json(path)
         settings, after = dict(table["sections"]), dict(table["after"])
-        for key in stages[name].sections:
-            if key in settings and dataclasses.is_dataclass(getattr(config, key)):
-                settings[key] = as_it_was(getattr(config, key), settings[key])
+        for key in settings:
+            section = getattr(config, key, None)
+            if dataclasses.is_dataclass(section):
+                settings[key] = as_it_was(section, settings[key])
     later = [other for other in followers(stages, name) if begun(run.state(other))]
     anew = f"delete {folder} to begin anew" + (f", and {', '.join(later)} beside it" if later else "")
     for key, old in settings.items():
-        if not hasattr(config, key):  # known to another version alone
+        try:
+            setting = to_json(attrgetter(key)(config))
+        except AttributeError:  # known to another version alone
             continue
-        if change := first_change(old, to_json(getattr(config, key))):
+        if change := first_change(old, setting):
             where, was, value = change
-            setting = f"[{key}] {where}" if where else key
+            what = f"[{key}] {where}" if where else key
             raise ValueError(
-                f"stage {name} was begun with {setting} = {was}, now it is {value}; "
+                f"stage {name} was begun with {what} = {was}, now it is {value}; "
                 f"put the old value back, or {anew}"
             )
     if settings_alone:
