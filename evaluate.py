@@ -12,6 +12,7 @@ replaces the scores.
     answer, text, standard   answers to the spoken question (chain-of-modality), to the same as text, and to
                              the spoken one by standard prompting (Table 2)
     spoken                   the spoken reply against its own text, and against the right answer
+    t2u                      the text-to-unit generator and the vocoder (§3.2), if the model has a generator
     bits                     -log2 p of the next unit of held-out speech (eq. 3), after all stages and stage 1
     first                    seconds from typing `python sample.py question.wav` to the reply's waveform
 
@@ -51,6 +52,7 @@ from generate import one_thread
 from llama import Llama
 from request import Reply, Request
 from sample import SpeechGPT, default_model
+from text_to_unit import Search, TextToUnit
 
 # ---- What is asked of the model ----------------------------------------------------------------------------
 
@@ -72,6 +74,7 @@ class Session:
     background: ThreadPoolExecutor
     kept: Kept  # of an evaluation that was killed
     problems: list[str]  # what could not be measured, a line each
+    generator: TextToUnit | None = None
     asked: int = 0  # how often
     outputs: list[tuple[str, list[dict], list[str], Future]] = field(default_factory=list)  # see add
 
@@ -187,6 +190,16 @@ def read_aloud(session: Session, rows: list[dict]):
     session.add_speech("tts", rows, "text", [reply.wav for reply in replies])
 
 
+def generate_units(session: Session, rows: list[dict]):
+    """Text -> units of the text-to-unit generator -> speech."""
+    try:
+        found = session.generator.generate(values(rows, "text"), Search(max_len_b=MAX_NEW["s"]))
+    except ValueError as problem:  # a text that is too long, weights that are no numbers
+        session.problems.append(f"not generated: {problem}")
+        return
+    session.add_speech("t2u", rows, "text", [session.speak(units) for units in found])
+
+
 def answer_in_text(session: Session, rows: list[dict], half: int):
     """Questions -> answers in text: spoken questions, the same as text, and spoken ones without the chain."""
     replies = session.ask(values(rows, "path"), "s2t")
@@ -255,7 +268,7 @@ def is_readable(row: dict, problems: list[str]) -> bool:
 
 
 def ask_all(
-    models: tuple[SpeechGPT, SpeechGPT | None],
+    models: tuple[SpeechGPT, SpeechGPT | None, TextToUnit | None],
     drawn: Drawn,
     n: int,
     seed: int,
@@ -267,12 +280,13 @@ def ask_all(
 
     Of each split, n recordings are transcribed and n questions answered in text; half as many are
     resynthesized, read aloud, answered in speech and by standard prompting, since transcribing speech output
-    takes longest. models: the model; the same without its adapter, if it has one."""
-    model, before = models
+    takes longest. models: the model; the same without its adapter, and its text-to-unit generator, if it has
+    them."""
+    model, before, generator = models
     half = -(-n // 2)
     steps = 0
     for rows in drawn.speech.values():
-        steps += 2 * len(rows) + (5 if before else 4) * len(rows[:half])
+        steps += 2 * len(rows) + (4 + bool(before) + bool(generator)) * len(rows[:half])
     for rows in drawn.questions.values():
         steps += 2 * len(rows) + 3 * len(rows[:half])
     recognizer = Recognizer()
@@ -281,11 +295,13 @@ def ask_all(
     talks = []
     try:
         with run.progress(steps, title="evaluate", unit="item") as bar:
-            session = Session(model, recognizer, seed, takes, bar, background, kept, problems)
+            session = Session(model, recognizer, seed, takes, bar, background, kept, problems, generator)
             for split, rows in drawn.speech.items():
                 encoded[split] = transcribe(session, before, rows, half)
                 resynthesize(session, rows[:half], encoded[split][:half])
                 read_aloud(session, rows[:half])
+                if generator:
+                    generate_units(session, rows[:half])
             for rows in drawn.questions.values():
                 answer_in_text(session, rows, half)
                 talks.append((rows[:half], *answer_in_speech(session, rows[:half])))
@@ -352,6 +368,8 @@ def evaluate(
     if not drawn.paths():
         raise ValueError(f"{corpus} has no recording that can be measured; {report.summary(problems)}")
     model, before = load_models(folder, device)
+    generator = folder / "text_to_unit"
+    generator = TextToUnit.from_pretrained(generator, device) if generator.is_dir() else None
     measured = {"bits": model}
     if (folder.parent / "stage1").is_dir():
         measured["bits.1"] = SpeechGPT(Llama.from_pretrained(folder.parent / "stage1"), model.tok)
@@ -362,9 +380,8 @@ def evaluate(
 
     # ---- the numbers, written as soon as they are there
     with one_thread(model.llama):  # the recognizer has the other cores
-        scored, speech, spoken = ask_all(
-            (model, before), drawn, items or sys.maxsize, seed, takes, kept, problems
-        )
+        models = (model, before, generator)
+        scored, speech, spoken = ask_all(models, drawn, items or sys.maxsize, seed, takes, kept, problems)
     rows = measures.score_all(scored, lookup)
     rows += measures.bits_rows(measured, speech, train)
     rows = [row for row in rows if row.n]

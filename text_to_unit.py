@@ -250,11 +250,18 @@ class TextToUnit(nn.Module):
         """text (B, S); </s> and the units so far (B, T) -> logits (B, T, V) of what comes after each."""
         return self.decoder.output_projection(self.decode(previous, *self.encode(text)))
 
-    def losses(self, text: Tensor, target: Tensor, smoothing: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(
+        self, text: Tensor, target: Tensor, smoothing: float = 0.1, noise: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(sum of the label-smoothed losses, sum of -log p, number of targets) for target (B, T): units,
         </s>, padding. The wanted distribution has 1 - smoothing on the target and the rest on all others in
-        equal parts, as fairseq's (torch's own gives a part of the rest to the target, too)."""
+        equal parts, as fairseq's (torch's own gives a part of the rest to the target, too). `noise`: fraction
+        of the units before that are hidden (as <unk>), so that the text must be read to guess the next."""
         previous = F.pad(target[:, :-1], (1, 0), value=Vocabulary.eos)
+        if noise:
+            previous = previous.masked_fill(
+                torch.rand(previous.shape, device=text.device) < noise, Vocabulary.unk
+            )
         real = target.ne(Vocabulary.pad)
         states = self.decode(previous, *self.encode(text))[real]  # (n, C)
         log_p = self.decoder.output_projection(states).float().log_softmax(1)  # (n, V)

@@ -40,6 +40,7 @@ class TextToUnitSection(Optimization):
     betas: tuple[Share, Share] = (0.9, 0.98)
     weight_decay: Amount = 0.0
     smoothing: Share = 0.1  # label smoothing
+    noise: Share = 0.0  # fraction of the decoder's input units that are hidden in training
     beam: Count = 5  # hypotheses of the search; 1: greedy
     model: TextToUnitConfig = field(default_factory=TextToUnitConfig)
 
@@ -58,7 +59,7 @@ def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> 
     batch_at = batches_of_similar_length(ids, run.seed, section.batch_size, section.accumulate)
 
     def loss(model: TextToUnit, batch: tuple[Tensor, Tensor]) -> Loss:
-        smoothed, plain, n = model.losses(*batch, section.smoothing)
+        smoothed, plain, n = model.losses(*batch, section.smoothing, section.noise)
         read = n + batch[0].ne(Vocabulary.pad).sum()
         return Loss(smoothed, n, read, {"nll": (plain, n)})
 

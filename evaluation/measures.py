@@ -84,6 +84,12 @@ MEASURES = (
     Measure("asr.before", "ASR before stage 3 (no adapter)", baselines={"with adapter": "asr"}),
     Measure("transcript", "spoken question, transcript in the chain", baselines={"recognizer": "source"}),
     Measure("tts", "text to speech (TTS)", written=True, baselines={"source audio": "source"}),
+    Measure(
+        "t2u",
+        "text-to-unit generator and vocoder",
+        written=True,
+        baselines={"units of the recording": "resynthesis"},
+    ),
     Measure("answer", "spoken question, exact answer", wer=False, baselines={"text question": "text"}),
     Measure("text", "text question, exact answer", wer=False, written=True),
     Measure(
