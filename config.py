@@ -66,6 +66,10 @@ def coerce(value, hint, where: str):
             limits = f"at least {least:g}" if value < least and most >= 1e9 else f"{least:g} to {most:g}"
             raise ValueError(f"{where}: must be {limits}, found {show(value)}")
         return value
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: choose {' or '.join(map(repr, arguments))}, found {show(value)}")
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and types.NoneType in arguments:
             return None

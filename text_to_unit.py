@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from config import Limits, Share, load
+from config import Limits, Share, Size, load
 from files import one_line, read_json, show, write_atomic, write_json
 
-Size = Annotated[int, Limits(2, 65536)]
+Length = Annotated[int, Limits(2, 65536)]
 KeysValues = tuple[Tensor, Tensor]  # (B, heads, T, C / heads) each
 
 
@@ -65,8 +65,8 @@ class TextToUnitConfig:
     norm_embeddings: bool = False  # a norm after the positions are added
     activation: str = "relu"  # or "gelu"
     dropout: Share = 0.1  # of embeddings, and of each branch before it is added (§5.4)
-    max_source: Size = 1024  # pieces of a text, </s> included
-    max_target: Size = 1024  # units, </s> included
+    max_source: Length = 1024  # pieces of a text, </s> included
+    max_target: Length = 1024  # units, </s> included
 
     def __post_init__(self):
         if self.share_embeddings and self.encoder.dim != self.decoder.dim:

@@ -15,6 +15,7 @@
     text       here               out/text              a LLaMA on text
     stage1     here               out/stage1            the same with units in its vocabulary
     stage2     here               out/model/llama
+    t2u        train_text_to_..   out/model/text_to_unit; out/t2u.jsonl, the speech of dialogues
     stage3     here               out/model/lora
     vocoder    train_vocoder.py   out/model/vocoder
     evaluate   evaluate.py        out/report
@@ -38,7 +39,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 
@@ -46,6 +47,7 @@ import checkpoint
 import llama
 import lora
 import train_hubert
+import train_text_to_unit
 import train_vocoder
 from config import Amount, BatchSize, Count, Limits, Parser, Positive, Share, Whole, read
 from data import batches, corpus, documents
@@ -108,6 +110,7 @@ class Stage3(Language):
     steps: Whole = 4200  # 0: the stage is left out, for a corpus without dialogues
     batch_size: BatchSize = 128
     mix: Mix = field(default_factory=lambda: {"chain": 1.0})
+    speech: Literal["t2u", "recorded"] = "t2u"  # answers by the text-to-unit generator (§3.2), or recordings
 
 
 @dataclass
@@ -166,6 +169,7 @@ class Config:
     text: Language = field(default_factory=Language)
     stage1: Stage1 = field(default_factory=Stage1)
     stage2: Stage2 = field(default_factory=Stage2)
+    t2u: train_text_to_unit.TextToUnitSection = field(default_factory=train_text_to_unit.TextToUnitSection)
     stage3: Stage3 = field(default_factory=Stage3)
     lora: LoraSection = field(default_factory=LoraSection)
     vocoder: train_vocoder.VocoderStage = field(default_factory=train_vocoder.VocoderStage)
@@ -215,6 +219,8 @@ def train_language(name: str, run: Run, config: Config):
     torch.manual_seed(run.seed)
     model = LANGUAGE[name].model(run, config, tok).to(run.device)
     tables = documents.read_tables(run.out, None if name == "text" else tok.n_units)
+    if getattr(section, "speech", "recorded") == "t2u":
+        tables = tables._replace(spoken=documents.read_spoken(run.spoken, tok.n_units))
     examples = fitting_examples(tables, "train", name, section, tok)
     render = partial(documents.render, tok, noise=section.noise)
     batch_at = batches.documents(
@@ -365,6 +371,11 @@ def units_stage(run: Run, config: Config):
     train_hubert.make_units(run, config.units, config.hubert, config.normalizer)
 
 
+def t2u_stage(run: Run, config: Config):
+    make_tokenizer("t2u", run, config)
+    train_text_to_unit.train(run, config.t2u, config.units.clusters, bool(config.units.embed_centers))
+
+
 def vocoder_stage(run: Run, config: Config):
     work = run.state("vocoder")
     kmeans = KMeans.from_pretrained(run.model / "hubert") if config.units.embed_centers else None
@@ -477,6 +488,17 @@ STAGES = {
         after=("stage1",),
         sections=("stage2",),
     ),
+    "t2u": Stage(
+        starts_from="random weights",
+        trains="all of the text-to-unit generator",
+        reads="text and units of the recordings in the model's voice",
+        loss="each unit, labels smoothed",
+        paper="a Transformer encoder-decoder on LibriSpeech (§3.2)",
+        work=t2u_stage,
+        after=("units", "text"),
+        sections=("t2u", "pretrained"),
+        skip=lambda config: config.stage3.speech == "recorded" or no_stage3(config),
+    ),
     "stage3": Stage(
         starts_from="stage 2's model, frozen",
         trains="low-rank adapters of its attention",
@@ -484,7 +506,7 @@ STAGES = {
         loss="the answer's tokens (eq. 4)",
         paper="4200 steps of 128, lr 2e-4, length 1024, r 8, alpha 16",
         work=partial(train_language, "stage3"),
-        after=("stage2",),
+        after=("stage2", "t2u"),
         sections=("stage3", "lora"),
         skip=no_stage3,
     ),
@@ -539,7 +561,7 @@ def run_all(run: Run, config: Config):
     if finished(STAGES, "stage3", run, config) is None:
         check_lengths(run, config, make_tokenizer("stage1", run, config))
     with in_background(("vocoder",), run, config) as check:
-        for name in ("stage1", "stage2", "stage3"):
+        for name in ("stage1", "stage2", "t2u", "stage3"):
             run_some((name,), run, config)
             check()
     run_some(("evaluate",), run, config)

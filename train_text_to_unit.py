@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from config import Amount, Count, Share, Whole
 from data import batches, documents
+from data.corpus import text_key
 from files import write_jsonl
 from kmeans import KMeans
 from run import Run, barrier, progress, rank, world_size
@@ -148,9 +149,9 @@ def held_out_probe(
 
 def unspoken(tables: documents.Tables) -> list[str]:
     """Every answer, and every question without a recording, once."""
-    recorded = {row["text"] for row in tables.rows}
+    recorded = {text_key(row["text"]) for row in tables.rows}
     answers = [row["answer"] for row in tables.dialogues]
-    questions = [row["question"] for row in tables.dialogues if row["question"] not in recorded]
+    questions = [row["question"] for row in tables.dialogues if text_key(row["question"]) not in recorded]
     return list(dict.fromkeys(answers + questions))
 
 

@@ -154,7 +154,7 @@ def test_the_paper_map_names_what_is_there():
             assert symbol in defined(ROOT / path), f"the paper map names {symbol} of {path}"
     stages = set(re.findall(r"--stage (\w+)", table))
     source = (ROOT / "train.py").read_text(encoding="utf-8")
-    assert len(stages) == 8
+    assert len(stages) == 9
     for stage in stages:
         assert f'"{stage}": Stage(' in source, f"the paper map names stage {stage}"
 

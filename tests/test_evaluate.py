@@ -89,6 +89,8 @@ class KnownModel(OnlyLogits):
 
     def vocoder(self, units, speaker=None, durations=None):
         assert speaker in (None, 0)
+        if len(units) == 1:  # of KnownGenerator
+            return torch.from_numpy(sound_of(SENTENCES[units[0]]))
         return torch.from_numpy(sound_of("Tom is here." if durations is None else SENTENCES[units[0]]))
 
     def answer_each(self, prompts, request):
@@ -107,6 +109,13 @@ class KnownModel(OnlyLogits):
         return Reply(
             text, answer, [] if silent else [1], None if silent else sound_of(answer), "silent" * silent
         )
+
+
+class KnownGenerator:
+    """A text-to-unit generator that makes no errors, but for the sky."""
+
+    def generate(self, texts, search):
+        return [[SENTENCES.index("Tom is here." if "sky" in text else text)] for text in texts]
 
 
 def write_world(folder, splits=("train", "rendition", "heldout"), answers=True):
@@ -136,6 +145,7 @@ def write_world(folder, splits=("train", "rendition", "heldout"), answers=True):
     (folder / "metrics/stage1.jsonl").write_text("\n".join([*steps, '{"half a li', "[1]", '{"loss": 3}']))
     (folder / "metrics/empty.jsonl").write_text("")
     (folder / "model/lora").mkdir(parents=True)
+    (folder / "model/text_to_unit").mkdir()
 
 
 def report_on(folder, patch, model=None, recognizer=PerfectRecognizer, **options):
@@ -147,6 +157,8 @@ def report_on(folder, patch, model=None, recognizer=PerfectRecognizer, **options
     )
     patch.setattr(evaluate, "SpeechGPT", talking)
     patch.setattr(evaluate, "Llama", type("Any", (), {"from_pretrained": lambda *_, **__: None}))
+    generator = type("Generator", (), {"from_pretrained": lambda *_: KnownGenerator()})
+    patch.setattr(evaluate, "TextToUnit", generator)
     patch.setattr(evaluate, "Recognizer", recognizer)
     patch.setattr(evaluate.measures, "first_reply", lambda *_: (3.0, 1.5))
     options = {"items": 10, "device": "cpu"} | options
@@ -183,6 +195,8 @@ def test_known_answers_give_known_numbers(reported):
         "asr.heldout": 0,
         "tts.rendition": 0,
         "tts.heldout": 0,
+        "t2u.rendition": 4 / 17,  # all words of "Is the sky blue?"
+        "t2u.heldout": 4 / 19,
         "resynthesis.own": 0,
         "answer.rendition": 1,
         "answer.heldout": 0,
@@ -282,7 +296,7 @@ def test_the_report_lists_groups_examples_items_and_curves(reported):
 def test_ones_own_recordings_without_splits_and_dialogues_have_a_report(tmp_path, monkeypatch):
     write_world(tmp_path, ["train"], answers=False)
     numbers = report_on(tmp_path, monkeypatch, targets={"asr.heldout": 0.1, "tts.train": 0.2})
-    parts = ("source", "asr", "asr.before", "tts")
+    parts = ("source", "asr", "asr.before", "tts", "t2u")
     assert numbers.keys() == {f"{key}.train" for key in parts} | {
         "resynthesis", "resynthesis.own", "first", "first.factor"
     }  # fmt: skip

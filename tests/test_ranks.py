@@ -25,13 +25,14 @@ from training.before import check_divisions
 
 LEARNED = {  # by each stage, in an order in which none changes what the next one begins with
     "stage3": "model/lora/adapter_model.safetensors",
+    "t2u": "model/text_to_unit/model.safetensors",
     "stage2": "model/llama/model.safetensors",
     "stage1": "stage1/model.safetensors",
     "text": "text/model.safetensors",
     "units": "model/hubert/model.safetensors",
     "hubert": "state/hubert/round1.safetensors",
 }
-LANGUAGE = ("text", "stage1", "stage2", "stage3")
+LANGUAGE = ("text", "stage1", "stage2", "t2u", "stage3")
 
 
 AGAIN = """
@@ -55,6 +56,7 @@ destroy()
 def learn_again(out: Path, accumulate: int, ranks: int):
     """20 steps of 32 documents or crops in every stage, as so many micro-batches on so many processes."""
     flags = ["--normalizer.steps", 20, "--hubert.clusters", "[10]"]
+    flags += ["--t2u.noise", 0, "--t2u.model.dropout", 0]  # each rank draws these for itself
     for section in ("hubert", "normalizer", *LANGUAGE):
         size = {"steps": 20, "batch_size": 32, "accumulate": accumulate, "bf16": "false", "eval_every": 1000}
         flags += [word for key, value in size.items() for word in (f"--{section}.{key}", value)]
@@ -75,7 +77,7 @@ def learn_again(out: Path, accumulate: int, ranks: int):
 def taught(adapted, tmp_path_factory) -> Path:
     """A run as far as stage 3."""
     out = Path(shutil.copytree(adapted, tmp_path_factory.mktemp("run") / "ci"))
-    stages(out, "2", "3")
+    stages(out, "2", "t2u", "3")
     return out
 
 

@@ -624,7 +624,7 @@ def test_configs_of_ours_that_cannot_be(spm, tmp_path):
         ({"dropout": 2}, "must be 0 to 1"),
         ({"heads": 2}, "unknown key 'heads'"),
         ({"encoder": 3}, "expected Stack"),
-        ({"encoder": table["encoder"] | {"dim": 10**12}}, "must be 2 to 65536"),
+        ({"encoder": table["encoder"] | {"dim": 10**12}}, "must be 1 to 65536"),
         ({"encoder": table["encoder"] | {"dim": 65536}}, "expected ["),
         ({"share_embeddings": True}, "one dictionary"),
     ]:

@@ -1,5 +1,6 @@
 """train.py as its user meets it: processes that are started, killed and started again."""
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from files import locked
 from kmeans import KMeans
 from llama import Llama
 from run import Run
+from text_to_unit import TextToUnit
 from tokenizer import Tokenizer
 from train import STAGES, Config
 from training.before import check_before
@@ -26,13 +28,17 @@ pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'dem
 
 
 def test_all_stages_of_the_language_model_run_once_and_are_then_skipped(grown):
-    stages(grown, "2", "3")
-    for name in ("hubert1", "hubert2", "text", "stage1", "stage2", "stage3"):
+    stages(grown, "2", "t2u", "3")
+    for name in ("hubert1", "hubert2", "text", "stage1", "stage2", "t2u", "stage3"):
         lines = metrics(grown, name)
         assert [line["step"] for line in lines] == [0, 1, 2] and all(line["loss"] > 0 for line in lines)
     assert (grown / "model/llama/model.safetensors").exists() and (
         grown / "model/lora/adapter_config.json"
     ).exists()
+    spoken = {json.loads(line)["text"] for line in (grown / "t2u.jsonl").read_text().splitlines()}
+    dialogues = [json.loads(line) for line in (grown / "dialogues.jsonl").read_text().splitlines()]
+    assert spoken <= {row[side] for row in dialogues for side in ("question", "answer")}
+    assert TextToUnit.from_pretrained(grown / "model/text_to_unit").generate([""]) == [[]]
     before = (grown / "model/llama/model.safetensors").read_bytes()
     again = train("configs/ci.toml", "--out", grown, "--stage", "2")
     assert again.returncode == 0 and "finished before" in again.stdout
@@ -134,6 +140,13 @@ def test_a_mistaken_number_ends_train_before_anything_begins(tmp_path):
     done = train("configs/ci.toml", "--out", tmp_path / "ci", "--normalizer.temperature", 0)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "'temperature': must be 0.001 to 1000, found 0" in done.stderr and not (tmp_path / "ci").exists()
+
+
+def test_stage_3_speaks_as_recorded_without_a_text_to_unit_generator(grown):
+    stages(grown, "2", "t2u", "3", flags=["--stage3.speech", "recorded"])
+    assert metrics(grown, "stage3") and not (grown / "t2u.jsonl").exists()
+    wrong = train("configs/ci.toml", "--out", grown, "--stage", "3", "--stage3.speech", "synthetic")
+    assert wrong.returncode == 1 and "'speech': choose 't2u' or 'recorded', found 'synthetic'" in wrong.stderr
 
 
 def test_units_can_count_less_than_text(grown):

@@ -92,7 +92,7 @@ def check_corpus(stages: dict[str, Stage], run: Run, config):
             lines.append(f"{name}: documents to train on: {read}")
         elif not stages[name].skip(config):
             with one_line(f"{name}.mix"):
-                found = documents.sources_of(tables, "train", section.mix)
+                found = documents.sources_of(to_be_spoken(tables, section), "train", section.mix)
             counts = ", ".join(f"{len(sources)} {kind}" for kind, sources in found.items())
             lines.append(f"{name}: documents to train on: {counts}")
     if rank() == 0:
@@ -136,7 +136,17 @@ def check_lengths(run: Run, config, tok: Tokenizer):
     tables = documents.read_tables(run.out, tok.n_units)
     for name in LANGUAGE[1:]:
         if name != "stage3" or config.stage3.steps:
-            fitting_examples(tables, "train", name, getattr(config, name), tok, quiet=True)
+            section = getattr(config, name)
+            fitting_examples(to_be_spoken(tables, section), "train", name, section, tok, quiet=True)
+
+
+def to_be_spoken(tables: documents.Tables, section) -> documents.Tables:
+    """The tables with speech for every dialogue, but without units yet, if the section's `speech` is to come
+    from the text-to-unit generator."""
+    if getattr(section, "speech", "recorded") != "t2u":
+        return tables
+    spoken = {row[side]: [] for row in tables.dialogues for side in ("question", "answer")}
+    return tables._replace(spoken=spoken)
 
 
 def fitting_examples(
