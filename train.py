@@ -15,7 +15,7 @@
     text       here               out/text              a LLaMA on text
     stage1     here               out/stage1            the same with units in its vocabulary
     stage2     here               out/model/llama
-    t2u        train_text_to_..   out/model/text_to_unit; out/t2u.jsonl, the speech of dialogues
+    t2u        train_text_to_unit.py    out/model/text_to_unit; out/t2u.jsonl, speech of dialogues
     stage3     here               out/model/lora
     vocoder    train_vocoder.py   out/model/vocoder
     evaluate   evaluate.py        out/report

@@ -1,8 +1,9 @@
 """Trains the text-to-unit generator, and makes the speech of dialogues with it (SpeechGPT §3.2): stage t2u.
 
-It learns from the recordings in the voice of the model, pairs of text and units. Then it writes the units of
-every answer, and of every question that nobody has recorded, to out/t2u.jsonl. Stage 3 reads them ([stage3]
-speech = "t2u"), so dialogues need no recordings; a question made so is asked in the voice of the model.
+It learns from recordings in the voice of the model, pairs of text and units; with `other_voices` also from
+those of everybody else, whose texts then begin with <s>. It writes the units of every answer, and of every
+question that nobody has recorded, to out/t2u.jsonl. Stage 3 reads them ([stage3] speech = "t2u"): dialogues
+need no recordings; a question made so is asked in the voice of the model.
 
     {"text": "Three plus four is seven.", "units": [57, 5, 602, ...]}
 
@@ -42,6 +43,7 @@ class TextToUnitSection(Optimization):
     weight_decay: Amount = 0.0
     smoothing: Share = 0.1  # label smoothing
     noise: Share = 0.0  # fraction of the decoder's input units that are hidden in training
+    other_voices: bool = False  # learn from the recordings of other speakers, too
     beam: Count = 5  # hypotheses of the search; 1: greedy
     model: TextToUnitConfig = field(default_factory=TextToUnitConfig)
 
@@ -56,7 +58,7 @@ def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> 
         start = KMeans.from_pretrained(run.model / "hubert").embeddings(section.model.decoder.dim)
         model.decoder.embed_tokens.weight.data[-n_units:] = start * section.model.decoder.dim**-0.5
     model.to(run.device)
-    ids = encode(model, documents.pairs(tables, "train"), "train")
+    ids = encode(model, documents.pairs(tables, "train"), "train", section.other_voices)
     batch_at = batches_of_similar_length(ids, run.seed, section.batch_size, section.accumulate)
 
     def loss(model: TextToUnit, batch: tuple[Tensor, Tensor]) -> Loss:
@@ -73,13 +75,17 @@ def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> 
     barrier()
 
 
-def encode(model: TextToUnit, pairs: list[documents.Pair], split: str) -> list[Ids]:
-    """The recordings in the voice of the model, as ids. What is longer than the model reads or writes is left
-    out, and counted."""
+def encode(
+    model: TextToUnit, pairs: list[documents.Pair], split: str, other_voices: bool = False
+) -> list[Ids]:
+    """The recordings in the voice of the model, as ids; those of other voices after <s>. What is longer than
+    the model reads or writes is left out, and counted."""
     found, longer = [], 0
     for pair in pairs:
-        if documents.fits("tts", "", pair) and pair.text.strip():
+        own = documents.fits("tts", "", pair)
+        if (own or other_voices) and pair.text.strip():
             text, units = model.vocabulary.encode(pair.text), model.vocabulary.from_units(pair.units)
+            text = text if own else [Vocabulary.bos, *text]
             if len(text) > model.config.max_source or len(units) > model.config.max_target:
                 longer += 1
             else:

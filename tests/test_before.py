@@ -69,7 +69,7 @@ def test_how_many_dialogues_are_spoken_is_said(run, capsys):
     said = capsys.readouterr().out
     assert "dialogues: 2 to train on; recordings speak 1 of their questions" in said
     assert "in the model's voice, 1 of their answers (not the question 'Who is there?')" in said
-    assert "stage3: documents to train on: 1 chain, 1 standard, 10 asr" in said
+    assert "stage3: documents to train on: 2 chain, 2 standard, 10 asr" in said
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,10 @@ def test_it_learns_from_the_recordings_of_the_models_voice_alone(run, capsys):
     assert len(ids) == len(texts)  # one of two speakers, and nothing without a text
     assert sorted(model.vocabulary.to_units(units) for _, units in ids) == sorted(map(spell, texts))
     assert "left out" not in capsys.readouterr().out
+    everybody = t2u.encode(model, pairs, "train", other_voices=True)
+    others = [(text, units) for text, units in everybody if text[0] == Vocabulary.bos]
+    assert len(everybody) == 2 * len(texts) and [pair for pair in everybody if pair not in others] == ids
+    assert all(model.vocabulary.to_units(units) == [11, 0] for _, units in others)
 
     ids = t2u.encode(model_of(run, max_target=5), pairs, "train")
     assert max(len(units) for _, units in ids) == 5
