@@ -363,10 +363,6 @@ def make_corpus(run: Run, config: Config):
     barrier()
 
 
-def train_hubert_stage(run: Run, config: Config):
-    train_hubert.pretrain(run, config.hubert)
-
-
 def units_stage(run: Run, config: Config):
     train_hubert.make_units(run, config.units, config.hubert, config.normalizer)
 
@@ -441,7 +437,7 @@ STAGES = {
         reads="raw speech",
         loss="the cluster of each masked frame (HuBERT eq. 1, 3)",
         paper="mHuBERT, as released",
-        work=train_hubert_stage,
+        work=lambda run, config: train_hubert.pretrain(run, config.hubert),
         after=("corpus",),
         sections=("hubert",),
         fields=sound_alone,
