@@ -363,10 +363,6 @@ def make_corpus(run: Run, config: Config):
     barrier()
 
 
-def units_stage(run: Run, config: Config):
-    train_hubert.make_units(run, config.units, config.hubert, config.normalizer)
-
-
 def t2u_stage(run: Run, config: Config):
     make_tokenizer("t2u", run, config)
     train_text_to_unit.train(run, config.t2u, config.units.clusters, bool(config.units.embed_centers))
@@ -448,7 +444,7 @@ STAGES = {
         reads="raw speech",
         loss="distance to the nearest center",
         paper="K clusters (§4.1); released: k = 1000, layer 11",
-        work=units_stage,
+        work=lambda run, c: train_hubert.make_units(run, c.units, c.hubert, c.normalizer),
         after=("hubert",),
         sections=("units", "normalizer"),
         fields=lambda config: (*sound_alone(config), *["text"] * bool(config.normalizer.steps)),
