@@ -381,7 +381,7 @@ def load_training(
     else:
         if isinstance(problem, FileNotFoundError):
             raise problem
-        raise ValueError(f"{problem}; delete {path.parent} to start again") from None
+        raise ValueError(f"{problem}; delete {path.parent} to begin anew") from None
     if problem and path.exists() and rank() == 0:
         with contextlib.suppress(OSError):  # Windows renames no file that another process reads
             os.replace(path, _beside(path, "damaged"))
@@ -416,8 +416,8 @@ def _weights(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def _slots(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Tensor]]:
-    """What `optimizer` keeps for each of its parameters, in little: found by one step of a copy of it, on
-    parameters of one number each."""
+    """The tensors (moments, step) that `optimizer` keeps for each of its parameters, but of one number each:
+    found by one step of a copy of it on parameters of one number."""
     small = copy.copy(optimizer)
     small.state = defaultdict(dict)
     small.param_groups = []

@@ -79,7 +79,7 @@ class Session:
     outputs: list[tuple[str, list[dict], list[str], Future]] = field(default_factory=list)  # see add
 
     def add(self, measure: str, rows: list[dict], references: list[str], texts: Future):
-        """What came out for rows of the manifest, and what should have."""
+        """Outputs of the model for rows of the manifest, and their references."""
         self.outputs.append((measure, rows, references, texts))
 
     def add_texts(self, measure: str, rows: list[dict], column: str, texts: list[str]):
@@ -91,7 +91,7 @@ class Session:
     def add_speech(self, measure: str, rows: list[dict], column: str, wavs: list) -> Future:
         """wavs: (N,) each, None where there is no speech. Returns their recognized texts to come."""
         work = functools.partial(self.recognizer.transcribe, wavs, self.bar.update)
-        texts = self.background.submit(self.kept.texts, f"heard-{len(self.outputs)}", work)
+        texts = self.background.submit(self.kept.texts, f"recognized-{len(self.outputs)}", work)
         self.add(measure, rows, values(rows, column), texts)
         return texts
 
@@ -139,7 +139,7 @@ class Session:
         for measure, rows, references, future in self.outputs:
             try:
                 texts = future.result()
-            except Exception as problem:  # whatever the recognizer stumbled over: the others count
+            except Exception as problem:  # whatever the recognizer failed at: the others count
                 self.problems.append(f"{measure} not recognized: {problem}")
                 continue
             for row, reference, text in zip(rows, references, texts):
@@ -153,7 +153,7 @@ def values(rows: list[dict], column: str) -> list:
 
 
 def size(prompt: str | Path) -> int:
-    """By which prompts of a batch are alike."""
+    """What prompts are sorted by, so that those of one batch are of similar size."""
     return prompt.stat().st_size if isinstance(prompt, Path) and prompt.exists() else len(str(prompt))
 
 
@@ -261,7 +261,7 @@ def is_readable(row: dict, problems: list[str]) -> bool:
         return False
     if length + 2 * Recognizer.SILENCE > Recognizer.FULL:
         problems.append(
-            f"left out: {row['path']} lasts {length:.0f} s, the recognizer hears {Recognizer.FULL}"
+            f"left out: {row['path']} lasts {length:.0f} s, the recognizer takes {Recognizer.FULL}"
         )
         return False
     return True

@@ -87,7 +87,8 @@ def fingerprint(*paths: str | Path) -> str:
 
 @contextmanager
 def locked(folder: str | Path):
-    """While it is open no other process enters `folder` in this way: it is told at once who is there.
+    """Context manager: a lock on `folder`. Another process that asks for it gets an OSError, one line, that
+    names the process that has it.
 
     The system takes the lock from a process that ends, however it ends, so none is ever left behind. On a
     disk without locks there is none."""

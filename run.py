@@ -242,7 +242,8 @@ def _is_first() -> bool:
 
 
 def _watch(board: dist.Store):
-    """Ends this process when another has told of an error, or is stuck. Rank 0 watches all, the others it."""
+    """Ends this process when another has told of an error, or is stuck. Rank 0 watches all others,
+    and they watch rank 0."""
     watched = {other: (0, time.monotonic()) for other in (range(1, world_size()) if rank() == 0 else (0,))}
     while not _left.wait(BEAT):
         try:

@@ -133,7 +133,7 @@ class CorpusSection:
     # "tiny" synthesizes the small spoken world; or a folder with manifest.jsonl (data/corpus.py)
     name: str = "tiny"
     options: prepare.Options = field(default_factory=prepare.Options)  # of the tiny world
-    # the speaker in whose voice the model answers, as in the manifest; "": whoever has most recordings
+    # the speaker in whose voice the model answers, as in the manifest; "": who has most seconds to train on
     # (in the tiny world speaker 0)
     voice: int | str = ""
 

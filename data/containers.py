@@ -1,4 +1,4 @@
-"""What the containers of sound promise, and whether they keep it.
+"""Containers of sound (wav, flac, ogg, mp3 and others): is everything there that a header promises?
 
 libsndfile believes a header: what is cut off it does not miss, what comes after the first of several streams
 it does not look for, and the length of an mp3 that does not state it is a guess from the first frame. So a

@@ -1,4 +1,4 @@
-"""What the recipes of written corpora share: from somebody's questions and answers to dialogues.jsonl.
+"""What the recipes of written corpora share: from questions and answers to dialogues.jsonl.
 
 python data/NAME/prepare.py SOURCE OUT       SOURCE: files, or a folder or an archive of them
 

@@ -1,4 +1,4 @@
-"""What the recipes of all corpora share: from somebody's recordings and texts to a folder with a manifest.
+"""What the recipes of all corpora share: from recordings and texts to a folder with a manifest.
 
     python data/NAME/prepare.py SOURCE OUT       SOURCE: the corpus' folder, or its archives
 
@@ -242,7 +242,7 @@ def is_ours(path: Path, out: Path) -> bool:
 
 
 def check_ours(out: Path, product: str, *signs: str) -> None:
-    """ValueError if OUT has a `product` that no recipe made: somebody's work is not overwritten."""
+    """ValueError if OUT has a `product` that no recipe made: it is not overwritten."""
     if (out / product).is_file() and not any((out / sign).is_file() for sign in signs):
         raise ValueError(f"{out / product} was not made by a recipe: give another folder to make")
 

@@ -1,4 +1,4 @@
-"""One recording of somebody's corpus: can it be used, and where in the output does it belong?
+"""One recording of a corpus: can it be used, and where in the output does it belong?
 
 A recipe (data/recipe.py) says what is spoken in a recording, as a `Job`; `finish` opens it, in a worker
 process, and gives the rows of the manifest, or the reason why there are none.

@@ -86,7 +86,8 @@ def open_text(path: Path, encoding: str = "") -> TextIO:
 
 
 def find_encoding(path: Path) -> str:
-    """UTF-8 or UTF-16, by the byte order mark or by where the zeros are. Others cannot be told for sure."""
+    """UTF-8 or UTF-16, by the byte order mark or by where the zeros are. Others cannot be recognized
+    for sure."""
     with open(path, "rb") as file:
         head = file.read(4096)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

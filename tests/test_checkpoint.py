@@ -546,7 +546,7 @@ def test_a_damaged_state_is_one_line_and_changes_nothing(tmp_path, saved, case):
         load_training(path, modules, optimizers)
     message = str(e.value)
     assert message.startswith(f"{path}: ") and named in message, message
-    assert message.endswith(f"; delete {tmp_path} to start again") and message.isprintable()
+    assert message.endswith(f"; delete {tmp_path} to begin anew") and message.isprintable()
     assert len(message) < 300 + 2 * len(str(path))
     assert_same(everything(modules, optimizers), before)
 
@@ -567,7 +567,7 @@ def test_a_state_of_another_model_is_refused(tmp_path):
         with pytest.raises(ValueError, match=named):
             load_training(tmp_path / "state", modules, {})
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="to start again"):
+    with pytest.raises(ValueError, match="to begin anew"):
         load_training(tmp_path / "state", {"model": small}, {})
     with pytest.raises(FileNotFoundError):
         load_training(tmp_path / "nothing", {"model": small}, {})

@@ -1,4 +1,4 @@
-"""All that can be known before the first stage begins: a mistake is told now, and not hours later.
+"""All that can be known before the first stage begins: a mistake is reported then, and not hours later.
 
 What the config says by itself is checked as it is read (`Config` in train.py). Here it is compared with what
 the stages before were begun with, with the model that the run starts from, and with what torch can build;

@@ -50,11 +50,11 @@ def choose_bf16(
         with torch.random.fork_rng(devices=[]):
             found = batch()
             seconds = measure(model, lambda bf16: loss(found, bf16))
-    exact, short = all_reduce_sum(torch.tensor(seconds)).tolist()
-    faster = short < WORTH * exact
-    if short < float("inf") and rank() == 0:
+    float32, bfloat16 = all_reduce_sum(torch.tensor(seconds)).tolist()
+    faster = bfloat16 < WORTH * float32
+    if bfloat16 < float("inf") and rank() == 0:
         chosen = "bfloat16" if faster else "float32"
-        tqdm.write(f"{title}: a step in bfloat16 takes {short / exact:.2f} x float32's time: {chosen}")
+        tqdm.write(f"{title}: a step in bfloat16 takes {bfloat16 / float32:.2f} x float32's time: {chosen}")
     return faster
 
 

@@ -162,7 +162,7 @@ def short_dialogues(path: Path, options, skipped: Skipped) -> Iterator[tuple[str
 def recordings(
     pairs: Iterator[tuple[dict, list[int], str]], texts: set[str], voice: int
 ) -> dict[str, list[int]]:
-    """text -> units of a recording, for those of `texts` that somebody has spoken; `voice` first."""
+    """text -> units of a recording, for those of `texts` that have one; speaker `voice` first."""
     found: dict[str, list[int]] = {}
     own = set()
     for row, units, text in pairs:
