@@ -64,7 +64,7 @@ from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
 from training import foreign_units, plan
-from training.before import check_before, check_corpus, check_lengths, fitting_examples
+from training.before import check_before, check_corpus, check_lengths, fitting_examples, reads_generated
 from training.loop import Loss, Optimization, optimize
 from training.stages import Stage, begun, finished, in_parallel, run_stage, sound_alone
 from vocoder import VocoderConfig
@@ -80,9 +80,8 @@ Mix = dict[str, Annotated[float, Limits(0.001, 1000)]]  # kinds of documents (da
 class Language(Optimization):
     max_len: Annotated[int, Limits(2, 2**20)] = 1024  # tokens in a packed row
     mix: Mix = field(default_factory=lambda: {"text": 1.0})
-    tokens: Mix = field(
-        default_factory=dict
-    )  # folders of SpeechInstruct as ids (data/tokens.py), instead of mix
+    # folders of SpeechInstruct as ids (data/tokens.py), instead of mix
+    tokens: Mix = field(default_factory=dict)
     unit_weight: Positive = 1.0  # loss weight of a unit (a piece of text: 1)
     # augmentation: fraction of input units dropped, and the same fraction replaced at random
     noise: Share = 0.0
@@ -196,9 +195,7 @@ class Config:
                 )
         train_vocoder.need_embeddings(self.vocoder_model, self.units.clusters)
         if not self.units.smooth % 2:
-            raise ValueError(
-                f"units.smooth is {self.units.smooth}; it must be odd, as many frames before as after"
-            )
+            raise ValueError(f"units.smooth is {self.units.smooth}; it must be odd: as many before as after")
 
 
 # ---- The language model: text, stage 1, 2, 3 ---------------------------------------------------------------
@@ -212,14 +209,13 @@ class LanguageStage(NamedTuple):
 
 
 def train_language(name: str, run: Run, config: Config):
-    """Stage text, stage1, stage2 or stage3: they differ in the model, the documents and the settings
-    alone."""
+    """Stage text, stage1, stage2 or stage3: they differ in model, documents and settings alone."""
     section: Language = getattr(config, name)
     tok = make_tokenizer(name, run, config)
     torch.manual_seed(run.seed)
     model = LANGUAGE[name].model(run, config, tok).to(run.device)
     tables = documents.read_tables(run.out, None if name == "text" else tok.n_units)
-    if getattr(section, "speech", "recorded") == "t2u":
+    if reads_generated(section):
         tables = tables._replace(spoken=documents.read_spoken(run.spoken, tok.n_units))
     examples = fitting_examples(tables, "train", name, section, tok)
     render = partial(documents.render, tok, noise=section.noise)
@@ -282,8 +278,7 @@ def held_out_probe(
 
 
 def make_tokenizer(name: str, run: Run, config: Config) -> Tokenizer:
-    """The tokenizer of this run: sentencepiece trained on the text of the train split, or the pretrained
-    LLaMA's."""
+    """The run's own: sentencepiece trained on the text of the train split, or the pretrained LLaMA's."""
     # The first stage that needs it makes it, whatever a run with other settings has left.
     first = "stage1" if config.pretrained else "text"
     anew = name == first and not begun(run.state(name))
@@ -412,10 +407,6 @@ def has_pretrained(config: Config) -> bool:
     return bool(config.pretrained)
 
 
-def no_stage3(config: Config) -> bool:
-    return config.stage3.steps == 0
-
-
 STAGES = {
     "corpus": Stage(
         starts_from="an empty folder, or one's own recordings",
@@ -489,7 +480,7 @@ STAGES = {
         work=t2u_stage,
         after=("units", "text"),
         sections=("t2u", "pretrained"),
-        skip=lambda config: config.stage3.speech == "recorded" or no_stage3(config),
+        skip=lambda config: not reads_generated(config.stage3),
     ),
     "stage3": Stage(
         starts_from="stage 2's model, frozen",
@@ -500,7 +491,7 @@ STAGES = {
         work=partial(train_language, "stage3"),
         after=("stage2", "t2u"),
         sections=("stage3", "lora"),
-        skip=no_stage3,
+        skip=lambda config: config.stage3.steps == 0,
     ),
     "vocoder": Stage(
         starts_from="random weights",

@@ -140,10 +140,14 @@ def check_lengths(run: Run, config, tok: Tokenizer):
             fitting_examples(to_be_spoken(tables, section), "train", name, section, tok, quiet=True)
 
 
+def reads_generated(section) -> bool:
+    """Whether a stage of the language model reads speech of the text-to-unit generator."""
+    return getattr(section, "speech", "recorded") == "t2u" and section.steps > 0 and not section.tokens
+
+
 def to_be_spoken(tables: documents.Tables, section) -> documents.Tables:
-    """The tables with speech for every dialogue, but without units yet, if the section's `speech` is to come
-    from the text-to-unit generator."""
-    if getattr(section, "speech", "recorded") != "t2u":
+    """The tables with speech for every dialogue, but without units yet, if it is to be generated."""
+    if not reads_generated(section):
         return tables
     spoken = {row[side]: [] for row in tables.dialogues for side in ("question", "answer")}
     return tables._replace(spoken=spoken)
