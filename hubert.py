@@ -328,13 +328,15 @@ class HuBERT(nn.Module):
 
 # ---- Units -------------------------------------------------------------------------------------------------
 
+Smooth = Annotated[int, Limits(1, 99)]  # frames averaged before clustering
+
 
 @dataclass
 class UnitSettings:
     """units.json. Without one: the layer of the released mHuBERT units."""
 
     layer: Annotated[int, Limits(1, 1000)] = 11
-    smooth: Annotated[int, Limits(1, 99)] = 1
+    smooth: Smooth = 1
 
 
 class UnitExtractor(nn.Module):

@@ -23,6 +23,8 @@ from config import Limits, Share
 from files import one_line, write_json
 from foreign import Keys, read_table, settings
 
+Rank = Annotated[int, Limits(1, 4096)]
+
 
 class LoRALinear(nn.Module):
     """A linear layer (plain or int8) with its adapter. A and B are fp32 whatever the base is stored in. It is
@@ -107,7 +109,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 @dataclass
 class AdapterConfig:
-    r: Annotated[int, Limits(1, 4096)]
+    r: Rank
     lora_alpha: Annotated[float, Limits(-1e6, 1e6)]
     target_modules: tuple[str, ...]
     lora_dropout: Share = 0.0

@@ -121,8 +121,8 @@ class LlamaSection(LlamaConfig):
 
 @dataclass
 class LoraSection:
-    r: Annotated[int, Limits(1, 16_384)] = 8
-    alpha: Amount = 16.0
+    r: lora.Rank = 8
+    alpha: Annotated[float, Limits(0, 1e6)] = 16.0
     dropout: Share = 0.0
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 

@@ -32,7 +32,7 @@ from data import batches
 from data import units as unit_files
 from data.corpus import TARGET_SPEAKER, read_manifest
 from files import one_line
-from hubert import HuBERT, HuBERTConfig, UnitExtractor, span_mask, without_layers_above
+from hubert import HuBERT, HuBERTConfig, Smooth, UnitExtractor, span_mask, without_layers_above
 from kmeans import KMeans, mfcc, smooth
 from run import Run, barrier, rank, world_size
 from training.before import training_rows
@@ -72,7 +72,7 @@ class UnitsSection:
 
     clusters: Clusters = 1000
     layer: Count = 11
-    smooth: Count = 1  # frames averaged before clustering (odd)
+    smooth: Smooth = 1  # an odd number
     cluster_frames: Count = 200_000
     # initialize unit embeddings from the k-means centers (PCA, scaled to this std); 0: random (the paper)
     embed_centers: Annotated[float, Limits(0, 100)] = 0.0

@@ -100,6 +100,9 @@ def test_a_killed_run_ends_like_one_that_was_not(spoken, tmp_path, stage, name):
         ("normalizer.perturb", "[0.1]", "expected 2 values, found"),
         ("units.embed_centers", -1, "must be 0 to 100, found -1"),
         ("units.smooth", 2, "must be odd"),
+        ("units.smooth", 101, "must be 1 to 99, found 101"),  # units.json could not be read again
+        ("lora.r", 5000, "must be 1 to 4096, found 5000"),  # nor adapter_config.json
+        ("lora.alpha", 2e6, "must be 0 to 1e.06, found 2000000"),
         ("units.layer", 0, "must be at least 1, found 0"),
         ("units.layer", 2, "hubert.model has layers 1 to 1"),
         ("hubert.layer", 2, "hubert.model has layers 1 to 1"),
