@@ -192,11 +192,15 @@ def parse_row(line: bytes) -> object:
         text = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError("not UTF-8; save the file as UTF-8") from None
-    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_number)
+    return DECODER.decode(text)
 
 
 def _no_number(name: str):
     raise ValueError(f"{name} is no number in JSON")
+
+
+# json.loads would make one for each line.
+DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_number)
 
 
 # ---- Errors of one line ------------------------------------------------------------------------------------
