@@ -240,3 +240,10 @@ def test_before_the_first_stage_only_settings_are_compared(run):
     with pytest.raises(ValueError, match="lr = 0.1, now it is 0.2"):
         check_unchanged(TABLE, "talk", run, Config(talk=Part(lr=0.2)), settings_alone=True)
     assert stages.followers(TABLE, "text") == ["talk"]
+
+
+def test_a_stage_without_anything_to_do_says_so(run, capsys):
+    table = TABLE | {"talk": row(work("talk"), ("sound", "text"), "talk", skip=lambda config: True)}
+    run_stage(table, "talk", run, Config())
+    assert capsys.readouterr().out == "stage talk: nothing to do with these settings\n"
+    assert not run.state("talk").exists()

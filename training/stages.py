@@ -71,6 +71,8 @@ def run_stage(stages: dict[str, Stage], name: str, run: Run, config):
     stage = stages[name]
     folder = run.state(name)
     if stage.skip(config):
+        if rank() == 0:
+            print(f"stage {name}: nothing to do with these settings", flush=True)
         return
     for before in stage.after:
         if finished(stages, before, run, config) is None:
