@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: there is a process of tests for each core
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background: the programs that the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # interrupt would inherit it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
