@@ -203,6 +203,8 @@ def together() -> Iterator[None]:
         if world_size() > 1:
             if not _is_first():
                 _end_in_silence()
+            if rank() == 0 and _board is not None:  # it may keep the board: the others are to read it first
+                time.sleep(1.5 * BEAT)
             if isinstance(problem, dist.DistError) or "gloo" in str(problem):
                 lost = "lost the connection to another process of this run (was it killed, or its machine?)"
                 problem = ConnectionError(f"{lost}; {LOST}")
