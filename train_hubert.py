@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import checkpoint
 from config import Amount, BatchSize, Count, Limits, Positive, Share, Whole
-from data import batches
 from data import units as unit_files
 from data.corpus import TARGET_SPEAKER, read_manifest
+from data.crops import Recording, crops, weighted_crops
 from files import one_line
 from hubert import HuBERT, HuBERTConfig, Smooth, UnitExtractor, span_mask, without_layers_above
 from kmeans import KMeans, mfcc, smooth
@@ -159,7 +159,7 @@ def train_round(run: Run, section: HubertSection, number: int, rows: list[dict],
     labels, _ = load_labels(folder / f"clusters{number}.safetensors", model.config.n_classes)
     if len(labels) != len(rows):
         raise ValueError(f"{folder} is of other recordings than {run.corpus}; delete it to begin anew")
-    batch_at = batches.crops(
+    batch_at = crops(
         [run.corpus / row["wav"] for row in rows],
         labels,
         section.frames,
@@ -302,8 +302,8 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
     weights = np.where(other, others * distance / (distance.sum() or 1.0), (1 - others) / (~other).sum())
     perturb = [section.perturb_others if is_other else section.perturb for is_other in other]
     paths = [run.corpus / rows[id]["wav"] for id in ids]
-    recordings = [batches.Recording(*fields) for fields in zip(paths, labels, perturb, weights)]
-    batch_at = batches.weighted_crops(
+    recordings = [Recording(*fields) for fields in zip(paths, labels, perturb, weights)]
+    batch_at = weighted_crops(
         recordings,
         section.frames,
         run.seed,
