@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import checkpoint
 from config import Limits, Size
 from files import write_json
-from foreign import NO_DECODER, TRANSFORMERS, Keys, read_table, settings
+from llama_formats import join, read_folder, to_hugging_face
 
 Maybe = Tensor | None  # an argument that may be left out
 
@@ -335,52 +335,7 @@ def next_token_loss(
     return loss_sum / total.clamp(min=1e-9)  # no target: 0, with zero gradients
 
 
-# ---- Hugging Face's folder ---------------------------------------------------------------------------------
-
-# The modules above bear the names of Hugging Face's tensors (`model.layers.0.self_attn.q_proj.weight`):
-# only the config needs a table.
-CONFIG_KEYS = {  # theirs: ours
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "intermediate_size": "hidden_dim",
-    "num_key_value_heads": "n_kv_heads",
-    "rms_norm_eps": "norm_eps",
-    "rope_theta": "rope_theta",
-    "max_position_embeddings": "max_len",
-    "tie_word_embeddings": "tie_embeddings",
-}
-KIND = {"model_type": ("llama",), "hidden_act": ("silu", "swish")}  # what this file implements
-FIXED = NO_DECODER | KIND | {"attention_bias": (False,), "mlp_bias": (False,)}
-ROPE_TABLES = ("rope_scaling", "rope_parameters")  # before transformers 5, since
-ROPE = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,)}
-KEYS = Keys(
-    CONFIG_KEYS | {f"{table}.rope_theta": "rope_theta" for table in ROPE_TABLES},
-    FIXED | {f"{table}.{key}": values for table in ROPE_TABLES for key, values in ROPE.items()},
-    TRANSFORMERS + "pretraining_tp max_sequence_length max_length",
-)
-
-
-def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict:
-    kind = {"architectures": ["LlamaForCausalLM"]} | {key: values[0] for key, values in KIND.items()}
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    weights = {"initializer_range": 0.02, "torch_dtype": str(dtype).removeprefix("torch.")}
-    sizes = {theirs: getattr(config, ours) for theirs, ours in CONFIG_KEYS.items()}
-    return kind | tokens | weights | sizes
-
-
-def read_config(path: Path) -> LlamaConfig:
-    """The config of a Hugging Face folder; a LLaMA of another kind than this file's is refused."""
-    table = read_table(path)
-    head_dim = table.pop("head_dim", None)
-    for name in ROPE_TABLES:
-        if isinstance(table.get(name), dict):
-            table |= {f"{name}.{key}": value for key, value in table.pop(name).items()}
-    config = settings(LlamaConfig, KEYS, table, path)
-    if head_dim not in (None, config.head_dim):
-        raise ValueError(f"{path}: head_dim is {head_dim!r:.50}, not hidden_size / num_attention_heads")
-    return config
+# ---- Weights on disk (llama_formats.py) --------------------------------------------------------------------
 
 
 def write_hf(model: Llama, folder: Path) -> None:
@@ -393,25 +348,12 @@ def write_hf(model: Llama, folder: Path) -> None:
             raise ValueError(f"{name}: only plain weights can be saved: lora.merge first, load without int8")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", config_to_json(model.config, model.model.norm.weight.dtype))
-
-
-Pieces = tuple[list[Tensor], int | None, int | None]  # of one matrix: the arguments of `join`
-
-
-def read_hf(folder: Path) -> tuple[LlamaConfig, dict[str, Pieces]]:
-    config = read_config(folder / "config.json")
-    pieces = {}
-    for name, tensor in checkpoint.read_tensors(folder).items():
-        if not name.endswith("rotary_emb.inv_freq"):  # angles of RoPE in old files: rope_table computes them
-            pieces[name] = ([tensor], None, None)
-    return config, pieces
+    write_json(folder / "config.json", to_hugging_face(model.config, model.model.norm.weight.dtype))
 
 
 def load(folder: Path, dtype: torch.dtype | None, device, int8: bool) -> Llama:
     """See Llama.from_pretrained."""
-    read = read_hf if (folder / "config.json").exists() else read_meta
-    config, pieces = read(folder)
+    config, pieces = read_folder(LlamaConfig, folder)
     with torch.device("meta"):  # takes neither time nor memory
         model = Llama(config)
     leaves = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "weight")}
@@ -438,73 +380,6 @@ def load(folder: Path, dtype: torch.dtype | None, device, int8: bool) -> Llama:
         checkpoint.check_weight(f"{folder}: {name}", weight, leaf.weight)
         model.set_submodule(name.removesuffix(".weight"), Int8Linear(weight).to(where or "cpu"))
     return model.eval()
-
-
-# ---- Meta's folder: params.json and consolidated.00.pth, consolidated.01.pth, ... --------------------------
-
-META_KEYS = {  # theirs -> ours, and the dimension along which the files share a matrix; None: each has all
-    "tok_embeddings": ("model.embed_tokens", 1),
-    "layers.*.attention_norm": ("model.layers.*.input_layernorm", None),
-    "layers.*.attention.wq": ("model.layers.*.self_attn.q_proj", 0),
-    "layers.*.attention.wk": ("model.layers.*.self_attn.k_proj", 0),
-    "layers.*.attention.wv": ("model.layers.*.self_attn.v_proj", 0),
-    "layers.*.attention.wo": ("model.layers.*.self_attn.o_proj", 1),
-    "layers.*.ffn_norm": ("model.layers.*.post_attention_layernorm", None),
-    "layers.*.feed_forward.w1": ("model.layers.*.mlp.gate_proj", 0),
-    "layers.*.feed_forward.w2": ("model.layers.*.mlp.down_proj", 1),
-    "layers.*.feed_forward.w3": ("model.layers.*.mlp.up_proj", 0),
-    "norm": ("model.norm", None),
-    "output": ("lm_head", 0),
-}
-META = Keys(
-    {name: name for name in "dim n_layers n_heads n_kv_heads norm_eps rope_theta vocab_size".split()},
-    {"use_scaled_rope": (False,)},
-    "multiple_of ffn_dim_multiplier max_seq_len max_batch_size",  # the first two give hidden_dim: it is in W
-)
-
-
-def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Pieces]]:
-    """7B is one file, 13B two, 30B four, 65B eight: each belonged to a GPU that computed a slice of every
-    product, some of its outputs (dimension 0 of the matrix is split) or of its inputs (dimension 1)."""
-    files = sorted(folder.glob("consolidated.*.pth"))
-    path = folder / "params.json"
-    if not files or not path.exists():
-        raise FileNotFoundError(f"{folder}: no LLaMA: no config.json, nor params.json and consolidated.*.pth")
-    shards = [checkpoint.read_tensors(file) for file in files]
-    try:
-        vocab_size = sum(len(shard["output.weight"]) for shard in shards)
-        hidden_dim = sum(len(shard["layers.0.feed_forward.w1.weight"]) for shard in shards)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: not a LLaMA in Meta's layout ({error!r:.100})") from None
-    table = read_table(path)
-    table = {key: value for key, value in table.items() if (key, value) != ("vocab_size", -1)}
-    if "norm_eps" not in table:  # Meta's default is not ours
-        raise ValueError(f"{path}: norm_eps is missing; is this a LLaMA in Meta's layout?")
-    config = settings(LlamaConfig, META, table, path, vocab_size=vocab_size, hidden_dim=hidden_dim)
-    pieces = {}
-    for theirs, (ours, dim) in META_KEYS.items():
-        heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(theirs[-2:])
-        for i in range(config.n_layers) if "*" in theirs else [0]:
-            name = theirs.replace("*", str(i)) + ".weight"
-            for file, shard in zip(files, shards):
-                if name not in shard:
-                    raise ValueError(f"{file}: {name} is missing")
-            parts = [shard.pop(name) for shard in shards]
-            pieces[ours.replace("*", str(i)) + ".weight"] = (parts, dim, heads)
-    for file, shard in zip(files, shards):
-        for name in shard.keys() - {"rope.freqs"}:  # angles of RoPE, as in read_hf
-            raise ValueError(f"{file}: {name!r:.100} is no part of a LLaMA")
-    return config, pieces
-
-
-def join(parts: list[Tensor], dim: int | None, heads: int | None) -> Tensor:
-    """One matrix in Hugging Face's layout. Meta's RoPE turns neighboring rows (2j, 2j + 1) of a head, ours
-    (j, j + head_dim / 2): W_q and W_k with their rows in that order give the same scores."""
-    W = parts[0] if dim is None else torch.cat(parts, dim)
-    if heads:
-        pairs = W.view(heads, -1, 2, W.shape[1])  # (heads, head_dim / 2, 2, C)
-        W = pairs.transpose(1, 2).reshape(W.shape)
-    return W
 
 
 # ---- Ours: packed rows, int8 -------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ from llama import Llama, LlamaConfig
 from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
-from training import foreign_units, plan
+from training import bases, foreign_units, plan
 from training.before import check_before, check_corpus, check_lengths, fitting_examples, reads_generated
 from training.loop import Loss, Optimization, optimize
 from training.stages import Stage, begun, finished, in_parallel, run_stage, sound_alone
@@ -294,57 +294,11 @@ def make_tokenizer(name: str, run: Run, config: Config) -> Tokenizer:
     return Tokenizer.from_pretrained(run.tokenizer)
 
 
-def base_llama_folder(run: Run, config: Config) -> Path:
-    """The LLaMA that stage 1 starts from."""
-    return foreign_units.llama_folder(config.pretrained) if config.pretrained else run.out / "text"
-
-
-def new_llama(run: Run, config: Config, tok: Tokenizer) -> Llama:
-    return Llama(LlamaConfig(**vars(config.llama) | {"vocab_size": tok.n_text}))
-
-
-def grown_llama(run: Run, config: Config, tok: Tokenizer) -> Llama:
-    """Eq. 1-2: the text model with rows for units and markers added to its vocabulary."""
-    model = Llama.from_pretrained(base_llama_folder(run, config))
-    tables = model.model.embed_tokens, model.lm_head
-    before = [table.weight.data for table in tables]
-    model.resize_vocab(len(tok))
-    if foreign_units.has_foreign_units(config.pretrained):
-        pairs = [(old, table.weight.data) for old, table in zip(before, tables)]
-        foreign_units.translate_embeddings(pairs, run, config.pretrained, tok, config.units.clusters)
-    elif config.units.embed_centers:
-        centers = KMeans.from_pretrained(run.model / "hubert").embeddings(model.config.dim)
-        for table in tables:
-            units = slice(tok.unit_ids.start, tok.unit_ids.stop)
-            table.weight.data[units] = centers * config.units.embed_centers
-    return model
-
-
-def stage1_llama(run: Run, config: Config, tok: Tokenizer) -> Llama:
-    return Llama.from_pretrained(run.out / "stage1")
-
-
-def adapted_llama(run: Run, config: Config, tok: Tokenizer) -> Llama:
-    """Stage 2's model, frozen, with new low-rank adapters."""
-    model = Llama.from_pretrained(run.model / "llama")
-    section = config.lora
-    return lora.apply(model, section.r, section.alpha, section.targets, section.dropout)
-
-
-def save_llama(folder: str, run: Run, config: Config, model: Llama, tok: Tokenizer):
-    model.save_pretrained(run.out / folder)
-    shutil.copytree(run.tokenizer, run.out / folder, dirs_exist_ok=True)
-
-
-def save_adapters(run: Run, config: Config, model: Llama, tok: Tokenizer):
-    lora.save(model, run.model / "lora")
-
-
 LANGUAGE = {
-    "text": LanguageStage(new_llama, partial(save_llama, "text")),
-    "stage1": LanguageStage(grown_llama, partial(save_llama, "stage1")),
-    "stage2": LanguageStage(stage1_llama, partial(save_llama, "model/llama")),
-    "stage3": LanguageStage(adapted_llama, save_adapters),
+    "text": LanguageStage(bases.new_llama, partial(bases.save_llama, "text")),
+    "stage1": LanguageStage(bases.grown_llama, partial(bases.save_llama, "stage1")),
+    "stage2": LanguageStage(bases.stage1_llama, partial(bases.save_llama, "model/llama")),
+    "stage3": LanguageStage(bases.adapted_llama, bases.save_adapters),
 }
 
 # ---- The other stages: what they need of the config --------------------------------------------------------

@@ -20,7 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint  # noqa: E402
 from files import write_json  # noqa: E402
-from llama import Int8Linear, Llama, LlamaConfig, config_to_json  # noqa: E402
+from llama import Int8Linear, Llama, LlamaConfig  # noqa: E402
+from llama_formats import to_hugging_face  # noqa: E402
 
 
 def build(
@@ -46,7 +47,7 @@ def build(
             where[name] = file
         checkpoint.save_tensors(folder / file, tensors)
     write_json(folder / "model.safetensors.index.json", {"weight_map": where})
-    write_json(folder / "config.json", config_to_json(config, torch.float16))
+    write_json(folder / "config.json", to_hugging_face(config, torch.float16))
 
 
 def anonymous() -> int:

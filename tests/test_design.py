@@ -14,7 +14,7 @@ LEVELS = (
     ("files", "data.containers"),
     ("config", "run", "pickles", "data.audio"),
     ("checkpoint", "foreign"),
-    ("kmeans", "hubert_formats"),
+    ("kmeans", "hubert_formats", "llama_formats"),
     ("tokenizer", "hubert", "llama", "lora", "vocoder", "text_to_unit"),  # the paper's nouns
     ("data", "generate"),
     ("request",),

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ import checkpoint
 import foreign
 import hubert_formats
 import llama
+import llama_formats
 import lora
 import vocoder
 from config import Limits
@@ -36,6 +38,7 @@ from llama import Llama
 from tokenizer import Tokenizer
 from vocoder import UnitVocoder
 
+read_llama = partial(llama_formats.read_config, llama.LlamaConfig)
 FUZZ = settings(
     max_examples=60,
     deadline=None,
@@ -431,7 +434,7 @@ def test_the_released_configs_are_read(tmp_path):
     llama_table |= {"num_hidden_layers": 32, "rms_norm_eps": 1e-06, "tie_word_embeddings": False}
     llama_table |= {"torch_dtype": "float16", "transformers_version": "4.29.0.dev0", "use_cache": True}
     path.write_text(json.dumps(llama_table | {"vocab_size": 33006}))
-    assert llama.read_config(path) == llama.LlamaConfig(33006, 4096, 32, 32, 11008, max_len=2048)
+    assert read_llama(path) == llama.LlamaConfig(33006, 4096, 32, 32, 11008, max_len=2048)
 
     adapter = {"base_model_name_or_path": "/cache/cm", "bias": "none", "fan_in_fan_out": False, "r": 8}
     adapter |= {"inference_mode": True, "init_lora_weights": True, "lora_alpha": 16, "lora_dropout": 0.05}
@@ -480,7 +483,7 @@ def test_every_key_that_transformers_writes_is_known(tmp_path):
     from transformers import HubertConfig, LlamaConfig, Wav2Vec2FeatureExtractor
 
     LlamaConfig().to_json_file(tmp_path / "llama.json", use_diff=False)
-    assert llama.read_config(tmp_path / "llama.json") == llama.LlamaConfig(32000, 4096, 32, 32, 11008)
+    assert read_llama(tmp_path / "llama.json") == llama.LlamaConfig(32000, 4096, 32, 32, 11008)
     HubertConfig().to_json_file(tmp_path / "hubert.json", use_diff=False)
     table = foreign.read_table(tmp_path / "hubert.json")
     found = foreign.settings(HuBERTConfig, hubert_formats.KEYS, table, tmp_path / "hubert.json")

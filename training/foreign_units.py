@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-import llama
 from data import units as unit_files
 from hubert import UnitExtractor
 from kmeans import KMeans
 from llama import LlamaConfig
+from llama_formats import read_folder
 from run import Run, rank
 from tokenizer import Tokenizer
 from vocoder import UnitVocoder, VocoderConfig
@@ -47,7 +47,7 @@ def check_pretrained(folder: str, config: VocoderConfig, n_units: int) -> LlamaC
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"pretrained: {folder}: no such folder")
     base = llama_folder(folder)
-    shape, _ = (llama.read_hf if (base / "config.json").exists() else llama.read_meta)(base)
+    shape, _ = read_folder(LlamaConfig, base)
     with TemporaryDirectory() as temporary:
         found = extend_tokenizer(folder, Path(temporary), n_units).n_units
     if found != n_units:

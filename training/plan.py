@@ -22,7 +22,8 @@ import torch
 
 import lora
 from config import Parser
-from llama import Llama, LlamaConfig, read_config
+from llama import Llama, LlamaConfig
+from llama_formats import read_config
 from training import foreign_units
 from training.before import LANGUAGE
 from training.loop import check_ranks
@@ -68,7 +69,7 @@ def shape_of(config, stage: str) -> LlamaConfig:
     path = foreign_units.llama_folder(config.pretrained) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is not there to plan with; add a section [llama] with the model's shape")
-    shape = read_config(path)
+    shape = read_config(LlamaConfig, path)
     if not foreign_units.has_foreign_units(config.pretrained):  # else it has grown already
         shape.vocab_size += new
     return shape
