@@ -35,6 +35,7 @@ from files import one_line
 from hubert import HuBERT, HuBERTConfig, Smooth, UnitExtractor, span_mask, without_layers_above
 from kmeans import KMeans, mfcc, smooth
 from run import Run, barrier, rank, world_size
+from training import states
 from training.before import training_rows
 from training.loop import Loss, Optimization, optimize
 
@@ -138,7 +139,7 @@ def pretrain_round(
         train_round(run, section, number, rows, model)
         if rank() == 0:
             checkpoint.save_tensors(weights, model.state_dict())
-            checkpoint.remove_training(folder / f"round{number}/state.safetensors")
+            states.remove(folder / f"round{number}")
         barrier()
     checkpoint.assign(model, checkpoint.read_tensors(weights), str(weights))
     return model.to(run.device).eval()

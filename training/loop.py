@@ -34,9 +34,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
 from config import Amount, BatchSize, Count, Share, Whole
 from run import Metrics, Run, all_reduce_sum, autocast, cosine, progress, rank, world_size
+from training import states
 from training.muon import Muon
 from training.precision import choose_bf16
 
@@ -90,11 +90,7 @@ def optimize(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(trained, section, device)
     folder.mkdir(parents=True, exist_ok=True)
-    state_file = folder / "state.safetensors"
-    modules = {"model": trained}
-    meta = {}
-    if checkpoint.has_training(state_file):
-        meta = checkpoint.load_training(state_file, modules, optimizers, section.steps)
+    meta = states.load(folder, trained, optimizers, section.steps)
     first = meta.get("step", 0)
     metrics = Metrics(run.metrics / f"{name}.jsonl", first)
     skipped = SkippedSteps(name, meta)
@@ -177,9 +173,10 @@ def optimize(
             if not is_good:
                 numbers["skipped"] = skipped.total
             metrics.write(step=step, lr=lr, grad_norm=norm, tokens_per_s=speed, **numbers)
-            if (step + 1) % section.save_every == 0 and rank() == 0:
+            if (step + 1) % section.save_every == 0:
                 meta = {"step": step + 1, "bf16": bf16} | skipped.meta
-                checkpoint.save_training(state_file, modules, optimizers, meta)
+                states.save(folder, trained, optimizers, meta)
+    states.wait()
     model.eval()
 
 

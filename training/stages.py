@@ -30,10 +30,10 @@ from typing import NamedTuple
 
 import torch
 
-import checkpoint
 from config import command_line, deaf_to_ctrl_c, end_with_parent, load
 from files import fingerprint, one_line, read_json, read_jsonl, show, write_json
 from run import Run, barrier, rank, world_size
+from training import states
 from training.loop import MAY_CHANGE
 
 SOUND = ("id", "wav", "speaker", "split", "seconds")  # fields of the manifest that say nothing of its texts
@@ -101,7 +101,7 @@ def run_stage(stages: dict[str, Stage], name: str, run: Run, config):
         ended = {"finished": time.time(), "seconds": time.perf_counter() - began}
         write_json(done, ended | ({} if stage.after else {"source": source(run)}))
         for state in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
-            checkpoint.remove_training(state / "state.safetensors")
+            states.remove(state)
     barrier()
 
 
