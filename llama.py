@@ -273,7 +273,8 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, length: int, pad: Tensor | None = None) -> Cache:
         """Room for `length` tokens of each of `batch` rows; pad (B,): how many of them are left padding."""
-        likes = [layer.input_layernorm.weight for layer in self.model.layers]
+        E = self.model.embed_tokens.weight  # not of the layers: they may be divided among processes
+        likes = [E.new_empty(0, device=layer.input_layernorm.weight.device) for layer in self.model.layers]
         return Cache(self.config, batch, length, pad, likes)
 
     @torch.no_grad()

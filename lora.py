@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        delta = self.lora_B(self.lora_A(self.dropout(x.float())))
+        delta = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
         return y + (self.scale * delta).to(y.dtype)
 
 

@@ -32,17 +32,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from config import Amount, BatchSize, Count, Share, Whole
 from run import Metrics, Run, all_reduce_sum, autocast, cosine, progress, rank, world_size
-from training import states
+from training import shard, states
 from training.muon import Muon
 from training.precision import choose_bf16
 
 
 @dataclass
-class Optimization:
+class Optimization(shard.Sharding):
     """Settings of the loop. Batch size, peak rate: Table 3; steps: §5.1; warm-up: ours; else LLaMA's."""
 
     steps: Whole = 2100
@@ -60,7 +59,8 @@ class Optimization:
     save_every: Count = 200  # steps
 
 
-MAY_CHANGE = {"eval_every", "save_every"}  # keys that may differ when an interrupted stage is resumed
+# keys that may differ when an interrupted stage is resumed
+MAY_CHANGE = {"eval_every", "save_every", "sharding", "checkpointing", "compile"}
 
 
 def no_probe() -> tuple[dict[str, float], str]:
@@ -87,14 +87,8 @@ def optimize(
     probe() -> ({metric on held-out data: value}, a sample of the output), every section.eval_every steps
     """
     device = run.device
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizers = make_optimizers(trained, section, device)
     folder.mkdir(parents=True, exist_ok=True)
-    meta = states.load(folder, trained, optimizers, section.steps)
-    first = meta.get("step", 0)
-    metrics = Metrics(run.metrics / f"{name}.jsonl", first)
-    skipped = SkippedSteps(name, meta)
-    objective = data_parallel(Objective(model, loss).train(), device)
+    meta = states.meta(folder)
 
     def loss_in(batch: list[Tensor], bf16: bool) -> Tensor:
         with autocast(device, bf16):
@@ -102,15 +96,22 @@ def optimize(
 
     advice = f"{name}: {smaller_steps(section)}"
     with told_of_memory(advice):
-        bf16 = first < section.steps and choose_bf16(
+        bf16 = section.steps > 0 and choose_bf16(
             name,
             section.bf16,
             device,
             meta,
-            model,
-            batch=lambda: batch_at(first)[0],
+            model.train(),
+            batch=lambda: batch_at(0)[0],
             loss=loss_in,
         )
+        objective = shard.distribute(name, Objective(model, loss).train(), section, device, bf16)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizers = make_optimizers(trained, section, device)
+    meta = states.load(folder, trained, optimizers, section.steps)
+    first = meta.get("step", 0)
+    metrics = Metrics(run.metrics / f"{name}.jsonl", first)
+    skipped = SkippedSteps(name, meta)
     steps = torch.utils.data.DataLoader(
         Steps(batch_at, first, section.steps),
         batch_size=None,
@@ -134,21 +135,21 @@ def optimize(
             for i, batch in enumerate(micro_batches):
                 batch = [t.to(device, non_blocking=True) for t in batch]
                 last = i + 1 == len(micro_batches)
-                with gradients_exchanged(objective, last), autocast(device, bf16):
+                with shard.gradients_exchanged(objective, last), autocast(device, bf16):
                     found = objective(batch)
                     found.total.backward()
                 losses.append(found)
             sums, counts = sum_losses(losses)
             scale = world_size() / counts[0].clamp(min=1e-9)  # data parallelism has averaged over the ranks
-            torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], scale)
-            norm = nn.utils.clip_grad_norm_(trained.values(), section.clip)
+            norm = shard.scale_and_clip(trained.values(), scale, section.clip)
             averages = sums / counts.clamp(min=1e-9)
             found = torch.cat([averages, sums[-1:], norm.float()[None]])
             *averages, tokens, norm = found.tolist()  # the one wait of a step for the device
             numbers = dict(zip(["loss", *losses[0].metrics], averages))
 
             # ---- update
-            is_good = skipped.is_good(step, (numbers["loss"], norm), lr, trained.values(), batch)
+            weights = map(shard.local, trained.values())
+            is_good = skipped.is_good(step, (numbers["loss"], norm), lr, weights, batch)
             with autocast(device, bf16):  # Muon's matrix products
                 for optimizer in optimizers.values():
                     if is_good:
@@ -163,7 +164,8 @@ def optimize(
             bar.set_postfix_str(shown, refresh=False)
             if (step + 1) % section.eval_every == 0 or step + 1 == section.steps:
                 model.eval()
-                held_out, sample = probe()
+                with shard.gathered(objective, device, bf16):
+                    held_out, sample = probe()
                 model.train()
                 numbers |= held_out
                 shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
@@ -242,20 +244,6 @@ class Steps(torch.utils.data.Dataset):
                     f"{what}; use --workers 0, or make /dev/shm larger (docker run --shm-size 2g)"
                 )
         return micro_batches
-
-
-def data_parallel(objective: Objective, device: torch.device) -> nn.Module:
-    """One copy of the model on each rank; gradients are averaged over the ranks."""
-    if world_size() == 1:
-        return objective
-    return DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
-
-
-def gradients_exchanged(objective: nn.Module, now: bool):
-    """Context: ranks exchange gradients in the backward pass of a step's last micro-batch alone."""
-    if now or not isinstance(objective, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return objective.no_sync()
 
 
 def make_optimizers(
@@ -361,4 +349,9 @@ def check_ranks(name: str, section: Optimization, ranks: int):
         raise ValueError(
             f"{name}.batch_size is {section.batch_size}: less than one for each of {ranks} process(es) x "
             f"{name}.accumulate {section.accumulate}; make it at least {pieces}, or take fewer processes"
+        )
+    if section.steps and section.sharding == "fsdp" and ranks == 1:
+        raise ValueError(
+            f'{name}.sharding is "fsdp", but one process has nobody to divide a model with; start several, '
+            'torchrun --nproc_per_node 2 train.py ..., or take "auto"'
         )

@@ -46,7 +46,7 @@ def choose_bf16(
     if device.type != "cpu" or not wanted:
         return wanted and device.type == "cuda"
     seconds = (1.0, float("inf"))
-    if has_bf16():
+    if has_bf16() and not any(p.is_meta for p in model.parameters()):
         with torch.random.fork_rng(devices=[]):
             found = batch()
             seconds = measure(model, lambda bf16: loss(found, bf16))

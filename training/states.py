@@ -1,6 +1,7 @@
 """Training states: what an interrupted stage needs to go on, saved by all processes of a run together.
 
-    meta = states.load(folder, trained, optimizers, steps)     {} if there is none; trained: {name: parameter}
+    meta = states.meta(folder)                                 {} if there is none
+    meta = states.load(folder, trained, optimizers, steps)     the same; trained: {name: parameter}
     states.save(folder, trained, optimizers, {"step": 200})    called by all ranks
     states.wait()                                              until the last one is on disk
     states.remove(folder)                                      of a stage that is finished
@@ -33,6 +34,12 @@ def load(folder: Path, trained: Trained, optimizers: Optimizers, steps: int | No
     if not checkpoint.has_training(single_file(folder)):
         return {}
     return checkpoint.load_training(single_file(folder), {"model": trained}, optimizers, steps)
+
+
+def meta(folder: Path) -> dict:
+    """The `meta` of the state that `load` will take if it fits, which may be asked before there are
+    optimizers; {} if there is none."""
+    return checkpoint.training_meta(single_file(folder))
 
 
 def save(folder: Path, trained: Trained, optimizers: Optimizers, meta: dict) -> None:

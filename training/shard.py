@@ -1,0 +1,208 @@
+"""A model on many processes: whole on each of them (DDP), or divided among them (FSDP2).
+
+    objective = distribute("stage1", objective, section, device, bf16)
+
+DDP keeps weights, gradients and moments on every device, 20 bytes a weight, and exchanges gradients once a
+step. FSDP2 keeps 1/N of each matrix's rows, of its gradient and of its moments on each of N devices: a block
+is gathered just before it is computed, forward and backward, and its gradient is summed and divided at once.
+What is outside of the blocks (embedding, last norm, output layer) is one more group, which stays gathered
+from the first layer to the last gradient; tied embeddings are then in one group, too.
+
+    rank 0       rank 1                              rank 0 and 1, one block at a time
+    rows 0-50    rows 51-100     -- all-gather -->   rows 0-100  --> forward or backward
+    rows 0-50    rows 51-100     <-- reduce-scatter of the gradients
+
+A process of its own has plain tensors, and none of this.
+
+References: Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO); Zhao et al. 2023, arXiv:2304.11277 (FSDP); Chen
+et al. 2016, arXiv:1604.06174 (activations computed again); Korthikanti et al. 2022, arXiv:2205.05198
+(some of them).
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from run import all_reduce_sum, autocast, world_size
+
+
+@dataclass
+class Sharding:
+    """How a stage uses the devices. None of it changes what is learned, but for rounding; but for
+    `state_dtype`."""
+
+    # of several processes: "ddp", each has the whole model; "fsdp", each a part of it; "auto": whole where
+    # it takes less than half of a device's memory
+    sharding: Literal["auto", "ddp", "fsdp"] = "auto"
+    # activations that are computed again for the gradient: none of them; all of a block but its input; all
+    # but the results of attention and matrix products
+    checkpointing: Literal["none", "block", "selective"] = "none"
+    compile: bool = False  # each block by torch.compile, on a GPU
+    state_dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and moments
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of which a model has many alike: what its lists called `layers` hold."""
+    stacks = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "layers"]
+    return [block for stack in stacks if isinstance(stack, nn.ModuleList) for block in stack]
+
+
+def distribute(
+    name: str, objective: nn.Module, section: Sharding, device: torch.device, bf16: bool
+) -> nn.Module:
+    """`objective` (a module that computes the loss, its model inside) as `section` wants it on this process.
+
+    bf16: matrix products are in bfloat16; a divided model is then gathered in it, and its frozen weights,
+    which need no more, are kept in it. A model on meta becomes one of unknown numbers on `device`, for the
+    caller to fill. ValueError if it does not fit."""
+    sharded = is_sharded(name, objective, section, device)
+    for p in objective.parameters():
+        if section.state_dtype == "bfloat16" or sharded and bf16 and not p.requires_grad:
+            p.data = p.data.bfloat16()
+    for block in blocks(objective):
+        if section.checkpointing != "none":
+            block.forward = computed_again(block.forward, section.checkpointing)
+        if section.compile and device.type == "cuda":
+            block.forward = torch.compile(block.forward)
+    if sharded:
+        return divided(objective, device, bf16)
+    if world_size() == 1:
+        return objective
+    return DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
+
+
+def divided(objective: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
+    """FSDP2: one group for each block, one for the rest. Master weights keep their format; gradients are
+    summed in float32."""
+    # Inputs are not cast: autocast does what needs it, and recordings and RoPE's angles stay as they are.
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    settings = {"mesh": init_device_mesh(device.type, (world_size(),)), "mp_policy": policy}
+    for block in blocks(objective):
+        fully_shard(block, **settings)
+    fully_shard(objective, **settings)
+    if any(p.is_meta for p in objective.parameters()):
+        objective.to_empty(device=device)
+    return objective
+
+
+# ---- Which of the two --------------------------------------------------------------------------------------
+
+
+def is_sharded(name: str, model: nn.Module, section: Sharding, device: torch.device) -> bool:
+    """Whether the model, real or on meta, is to be divided. ValueError if it does not fit, whole or divided:
+    activations come on top."""
+    ranks = world_size()
+    size = 2 if section.state_dtype == "bfloat16" else 4
+    frozen, trained = 0, 0
+    for p in model.parameters():
+        trained += p.numel() * size * p.requires_grad
+        frozen += p.numel() * min(size, p.element_size()) * (not p.requires_grad)
+    state = frozen + 4 * trained  # weights, gradients, AdamW's two averages
+    whole = state + trained * (ranks > 1)  # the buffers in which DDP exchanges gradients
+    room = memory(device)
+    sharded = ranks > 1 and (section.sharding == "fsdp" or section.sharding == "auto" and 2 * whole > room)
+    needed = state / ranks if sharded else whole
+    if needed > room:
+        least = math.ceil(state / (0.8 * room))
+        advice = f"take {least} processes or more" + ", each with its own device" * (device.type == "cuda")
+        if ranks > 1 and not sharded:
+            advice = f'set {name}.sharding = "fsdp"' + f" and {advice}" * (ranks < least)
+        raise ValueError(
+            f"{name}: weights, gradients and moments take {needed / 2**30:.1f} GiB on each of {ranks} "
+            f'process(es), which has {room / 2**30:.1f}; {advice}, or state_dtype = "bfloat16"'
+        )
+    return sharded
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that a process may fill: all of its GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        bytes_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows does not say
+        return 2**63
+    return bytes_here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+# ---- Activations that are computed again -------------------------------------------------------------------
+
+
+def computed_again(forward, which: str):
+    """`forward`, which keeps only its input for the gradient, or also what took longest to compute."""
+    options = {"use_reentrant": False}  # dropout draws the same numbers again
+    if which == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
+    return partial(checkpoint, forward, **options)
+
+
+KEPT = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "varlen_attn", "flex_attention")
+
+
+def keep_products(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    name = operation.__name__.partition(".")[0]
+    long = any(name == kept or "_attn" in kept and kept in name or "attention" in name for kept in KEPT)
+    return CheckpointPolicy.MUST_SAVE if long else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# ---- A step ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gradients_exchanged(objective: nn.Module, now: bool) -> Iterator[None]:
+    """Ranks exchange gradients in the backward pass of a step's last micro-batch alone. Until then each keeps
+    those of the whole model, divided or not."""
+    if isinstance(objective, FSDPModule):
+        objective.set_requires_gradient_sync(now)
+        objective.set_is_last_backward(now)
+    waits = isinstance(objective, DistributedDataParallel) and not now
+    with objective.no_sync() if waits else contextlib.nullcontext():
+        yield
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows that this process has; all of a tensor that is not divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def scale_and_clip(parameters: Iterable[nn.Parameter], scale: Tensor, most: float) -> Tensor:
+    """Multiplies all gradients by `scale`, then makes them shorter if their norm is above `most`. Returns the
+    norm before: of all ranks' parts together."""
+    parameters = [p for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters]
+    torch._foreach_mul_(gradients, scale)
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return nn.utils.clip_grad_norm_(parameters, most)
+    norm = nn.utils.get_total_norm(gradients).float()
+    norm = all_reduce_sum(norm.square()).sqrt()
+    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
+    return norm
+
+
+@contextlib.contextmanager
+def gathered(objective: nn.Module, device: torch.device, bf16: bool) -> Iterator[None]:
+    """Inside, the model may be called in other ways than for its loss, by all ranks alike: what is outside of
+    the blocks is there, and a block gathers itself when it is called."""
+    if not isinstance(objective, FSDPModule):
+        yield
+        return
+    objective.unshard()
+    with autocast(device, bf16):
+        yield
+    objective.reshard()
