@@ -268,7 +268,8 @@ def held_out_probe(
         lines = ""
         for ids, mask in rendered[:3]:
             prompt = mask.index(True) if not mask[1] else len(ids) // 2  # half of a document without a prompt
-            answer = generate(model, [ids[:prompt]], tok, Decoding(max_new=len(ids)))[0]
+            draws = torch.Generator().manual_seed(run.seed)  # the same on all ranks
+            answer = generate(model, [ids[:prompt]], tok, Decoding(max_new=len(ids)), draws)[0]
             lines += f"\n  prompt   {tok.decode(ids[:prompt])}"
             lines += f"\n  answer   {tok.decode(answer)}"
             lines += f"\n  expected {tok.decode(ids[prompt:])}"
