@@ -195,7 +195,7 @@ def test_several_gpus_exchange_gradients_through_buffers(tmp_path, monkeypatch, 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         # Without the first broadcast, whose memory another thread frees, which the profiler does not see.
-        monkeypatch.setattr(loop, "data_parallel", lambda model, device: DDP(model, init_sync=False))
+        monkeypatch.setattr(loop.shard, "distribute", lambda name, model, *_: DDP(model, init_sync=False))
         model, found = measured(SHAPE | {"vocab_size": 500}, section, [], tmp_path)
     finally:
         dist.destroy_process_group()

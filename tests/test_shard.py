@@ -1,4 +1,4 @@
-"""training/shard.py: a model on one process, whole on two, and divided among two and four, learns the same."""
+"""training/shard.py: a model on one process, whole on two, divided among two and four: all learn the same."""
 
 import json
 import multiprocessing
@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 import lora
 import run
 from hubert import HuBERT, HuBERTConfig
 from llama import Llama, LlamaConfig, next_token_losses
-from training.loop import Loss, Optimization, check_ranks, optimize
+from training import muon, precision, shard
+from training.loop import Loss, Objective, Optimization, check_ranks, optimize
 
 STEPS = 20
 METHODS = multiprocessing.get_all_start_methods()
@@ -66,10 +69,10 @@ def grouped() -> Llama:
     return llama(tie_embeddings=True, n_kv_heads=1)
 
 
-def hubert() -> HuBERT:
+def hubert(**changes) -> HuBERT:
     torch.manual_seed(0)
     sizes = dict(dim=16, n_layers=2, n_heads=2, ffn_dim=24, pos_kernel=4, pos_groups=2, proj_dim=8)
-    return HuBERT(HuBERTConfig(conv_dim=[8] * 7, n_classes=7, **sizes))
+    return HuBERT(HuBERTConfig(conv_dim=[8] * 7, n_classes=7, **sizes | changes))
 
 
 MODELS = {  # (model, its batch at a step, its loss)
@@ -92,7 +95,7 @@ def mine(batch_at, accumulate: int):
     return at
 
 
-def learn(out: Path, kind: str, **section) -> tuple[list[float], dict[str, torch.Tensor]]:
+def learn(out: Path, kind: str, section: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     """(losses, weights) after 20 steps."""
     make, batch_at, loss = MODELS[kind]
     model = make()
@@ -108,30 +111,29 @@ def learn(out: Path, kind: str, **section) -> tuple[list[float], dict[str, torch
     return losses, weights
 
 
-def one_of_many(rank: int, ranks: int, out: Path, cases: dict):
+def one_of_many(rank: int, ranks: int, out: Path, jobs: dict):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", (out / "store").as_uri(), rank=rank, world_size=ranks)
-    found = {name: learn(out / name, kind, **section) for name, (kind, section) in cases.items()}
-    if rank == 0:
-        torch.save(found, out / "found.pt")
+    found = {name: job(out / name, *arguments) for name, (job, *arguments) in jobs.items()}
+    torch.save(found, out / f"found{rank}.pt")
     run.destroy()
 
 
-def learn_together(ranks: int, out: Path, cases: dict) -> dict:
-    """{name: learn(...)} of cases {name: (kind, section)}, on so many processes."""
-    processes = [CONTEXT.Process(target=one_of_many, args=(rank, ranks, out, cases)) for rank in range(ranks)]
+def together(ranks: int, out: Path, jobs: dict) -> list[dict]:
+    """What each of so many processes found: {name: job(out / name, ...)} for the jobs {name: (job, ...)}."""
+    processes = [CONTEXT.Process(target=one_of_many, args=(rank, ranks, out, jobs)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    return torch.load(out / "found.pt", weights_only=True)
+    return [torch.load(out / f"found{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def distance(one: tuple, other: tuple) -> tuple[float, float]:
     """Between two results of `learn`: (of the losses, of the weights), the largest difference."""
-    losses = max(abs(a - b) for a, b in zip(one[0], other[0], strict=True))
+    losses = max((abs(a - b) for a, b in zip(one[0], other[0], strict=True)), default=0.0)
     assert one[1].keys() == other[1].keys()
     return losses, max((one[1][name] - other[1][name]).abs().max().item() for name in one[1])
 
@@ -154,16 +156,124 @@ CASES = {
 def alone(one_thread, tmp_path_factory) -> dict:
     """What one process learns."""
     out = tmp_path_factory.mktemp("alone")
-    return {name: learn(out / name, kind, **section) for name, (kind, section) in CASES.items()}
+    return {name: learn(out / name, kind, section) for name, (kind, section) in CASES.items()}
 
 
 @pytest.mark.parametrize("ranks, sharding", [(2, "ddp"), (2, "fsdp"), (4, "fsdp")])
 def test_many_processes_learn_what_one_learns(alone, tmp_path, ranks, sharding):
-    cases = {name: (kind, section | {"sharding": sharding}) for name, (kind, section) in CASES.items()}
-    for name, found in learn_together(ranks, tmp_path, cases).items():
-        losses, weights = distance(found, alone[name])
+    jobs = {name: (learn, kind, section | {"sharding": sharding}) for name, (kind, section) in CASES.items()}
+    jobs["owners"] = (owners_of_odd_matrices,)
+    found = together(ranks, tmp_path, jobs)
+    for name in CASES:
+        losses, weights = distance(found[0][name], alone[name])
         assert losses < 1e-5 and weights < 1e-5, f"{name}: {losses} {weights}"
-        assert found[0][-1] < found[0][0], f"{name} has learned"
+        assert found[0][name][0][-1] < found[0][name][0][0], f"{name} has learned"
+        for other in found[1:]:
+            assert distance(([], other[name][1]), ([], found[0][name][1]))[1] == 0, name
+    assert all(rank["owners"] < 1e-5 for rank in found)
+    unchanged(found[0]["lora"][1], adapted())
+
+
+def unchanged(weights: dict, model: nn.Module):
+    """Asserts that all weights are those of `model` to the last bit, but for the adapters, which have
+    learned."""
+    for name, before in model.named_parameters():
+        same = torch.equal(weights[name], before.to(weights[name].dtype))
+        assert same != ("lora_" in name), name
+
+
+def owners_of_odd_matrices(out: Path) -> float:
+    """How far muon.by_owners is from `orthogonal`, where some ranks have fewer rows, no row, no matrix."""
+    ranks, me = run.world_size(), run.rank()
+    torch.manual_seed(1)
+    far = 0.0
+    for count, m, n in ((1, 7, 3), (5, 5, 8), (11, 3, 4)):
+        whole = torch.randn(count, m, n)
+        rows = [*torch.arange(m).chunk(ranks), *[torch.arange(0)] * ranks][me]
+        updates = muon.by_owners([*whole[:, rows].unbind(0)], m, torch.distributed.group.WORLD)
+        for update, expected in zip(updates, muon.orthogonal(whole)[:, rows], strict=True):
+            far = max([far, *(update - expected).abs().flatten().tolist()])
+    return far
+
+
+# ---- bfloat16 ----------------------------------------------------------------------------------------------
+
+
+def products_in_bf16(out: Path, kind: str, section: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """`learn` on a machine that is faster in bfloat16."""
+    precision.has_bf16, precision.measure = lambda: True, lambda model, loss: (1.0, 0.5)
+    return learn(out, kind, section | {"bf16": True})
+
+
+def test_products_weights_and_moments_in_bfloat16(alone, one_thread, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", precision.has_bf16)
+    monkeypatch.setattr(precision, "measure", precision.measure)
+    fsdp = {"sharding": "fsdp"}
+    jobs = {
+        "llama": (products_in_bf16, "llama", fsdp),
+        "lora": (products_in_bf16, "lora", fsdp),
+        "state": (learn, "llama", fsdp | {"state_dtype": "bfloat16"}),
+    }
+    found = together(2, tmp_path, jobs)[0]
+    whole = learn(tmp_path / "whole", "llama", {"state_dtype": "bfloat16"})
+    for name, other in (("llama", alone["llama"]), ("lora", alone["lora"]), ("state", whole)):
+        losses, _ = distance(found[name], other)
+        assert 0 < losses < 0.02 * other[0][0], name
+    assert {w.dtype for w in found["llama"][1].values()} == {torch.float32}
+    formats = {"lora_" in name: w.dtype for name, w in found["lora"][1].items()}
+    assert formats == {True: torch.float32, False: torch.bfloat16}
+    unchanged(found["lora"][1], adapted())
+    for weights in (found["state"][1], whole[1]):
+        assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+
+
+# ---- Activations computed again ----------------------------------------------------------------------------
+
+
+def gradients(kind: str, checkpointing: str) -> list[torch.Tensor]:
+    make, batch_at, loss = MODELS[kind]
+    torch.manual_seed(5)  # of dropout
+    model = make().train()
+    section = Optimization(checkpointing=checkpointing)
+    objective = shard.distribute("name", Objective(model, loss), section, torch.device("cpu"), False)
+    objective(batch_at(0)).total.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "lora", "hubert", "dropout"])
+def test_activations_computed_again_give_the_same_gradients_to_the_last_bit(kind, monkeypatch, one_thread):
+    monkeypatch.setitem(MODELS, "dropout", (lambda: hubert(dropout=0.3), speech, masked_loss))
+    kept = gradients(kind, "none")
+    for checkpointing in ("block", "selective"):
+        again = gradients(kind, checkpointing)
+        assert len(kept) == len(again) > 0 and all(map(torch.equal, kept, again))
+
+
+def peak(n_layers: int, checkpointing: str) -> int:
+    """Bytes that a loss and its gradients have allocated at once."""
+    model = llama(n_layers=n_layers, dim=64, hidden_dim=176)
+    section = Optimization(checkpointing=checkpointing)
+    objective = shard.distribute("x", Objective(model, language_loss), section, torch.device("cpu"), False)
+    for _ in range(2):  # the gradients are there before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            objective(language(0)).total.backward()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now, most = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def test_a_layer_takes_less_memory_when_its_activations_are_computed_again(one_thread):
+    layer = {which: (peak(9, which) - peak(3, which)) / 6 for which in ("none", "selective", "block")}
+    print(layer)
+    tokens = 8 * 20
+    assert layer["block"] < 1.2 * 4 * 64 * tokens, "a block keeps its input alone"
+    assert layer["block"] < layer["selective"] < 0.8 * layer["none"]
+
+
+# ---- What is refused ---------------------------------------------------------------------------------------
 
 
 def test_one_process_has_nobody_to_divide_a_model_with():

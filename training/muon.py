@@ -12,10 +12,14 @@ References: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from training.shard import local
 
 
 def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
@@ -47,13 +51,59 @@ class Muon(torch.optim.Optimizer):
             lr = group["lr"]
             by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
             for p in group["params"]:
-                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - momentum)
-                ahead = p.grad.lerp(average, momentum)  # Nesterov: where the average is going
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                gradient, average = local(p.grad), local(self.state[p]["momentum"])
+                average.lerp_(gradient, 1 - momentum)
+                ahead = gradient.lerp(average, momentum)  # Nesterov: where the average is going
                 by_shape.setdefault(p.shape, []).append((p, ahead))
             for (m, n), pairs in by_shape.items():  # all matrices of one shape at once
-                updates = orthogonal(torch.stack([ahead for _, ahead in pairs]))
+                parts = [ahead for _, ahead in pairs]
+                if isinstance(pairs[0][0], DTensor):
+                    updates = by_owners(parts, m, pairs[0][0].device_mesh.get_group())
+                else:
+                    updates = orthogonal(torch.stack(parts))
                 scale = 0.2 * math.sqrt(max(m, n))
                 for (p, _), update in zip(pairs, updates):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(update, alpha=-lr * scale)
+                    local(p).mul_(1 - lr * group["weight_decay"])
+                    local(p).add_(update, alpha=-lr * scale)
+
+
+# ---- Matrices that are divided among ranks -----------------------------------------------------------------
+
+AT_ONCE = 4  # matrices that a rank has whole at a time: seven tables of this size
+
+
+def by_owners(parts: list[Tensor], m: int, group: dist.ProcessGroup) -> Iterator[Tensor]:
+    """`orthogonal` of matrices of m rows, of each of which this rank has some: its rows of the results.
+
+    The first matrix belongs to rank 0, the second to rank 1, and so on in turn. One exchange brings every
+    matrix to its owner, one brings the results back, for AT_ONCE matrices of each owner:
+
+        rank 0   rows 0-1 of A, B, C, D    -->   all of A, C   --> orthogonal -->   rows 0-1 of A, B, C, D
+        rank 1   rows 2-3 of A, B, C, D    -->   all of B, D   --> orthogonal -->   rows 2-3 of A, B, C, D"""
+    ranks, me = dist.get_world_size(group), dist.get_rank(group)
+    rows = [len(some) for some in torch.arange(m).chunk(ranks)]  # of a matrix, that each rank has
+    rows += [0] * (ranks - len(rows))
+    for first in range(0, len(parts), AT_ONCE * ranks):
+        some = parts[first : first + AT_ONCE * ranks]
+        n = some[0].shape[1]
+        owned = [len(some[owner::ranks]) for owner in range(ranks)]
+        sent = torch.cat([part.flatten() for owner in range(ranks) for part in some[owner::ranks]])
+        sizes = [count * rows[me] * n for count in owned]  # of what goes to each owner
+        whole = [owned[me] * count * n for count in rows]  # of what comes from each rank
+        found = exchange(sent, sizes, whole, group)
+        if owned[me]:
+            pieces = [piece.view(owned[me], count, n) for piece, count in zip(found.split(whole), rows)]
+            G = orthogonal(torch.cat(pieces, 1)).to(found.dtype)  # (owned, m, n)
+            found = torch.cat([piece.flatten() for piece in G.split(rows, 1)])
+        back = exchange(found, whole, sizes, group)
+        by_owner = [piece.view(count, rows[me], n) for piece, count in zip(back.split(sizes), owned)]
+        yield from (by_owner[i % ranks][i // ranks] for i in range(len(some)))
+
+
+def exchange(sent: Tensor, sizes: list[int], theirs: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Sends sizes[r] numbers to each rank r, and receives theirs[r] from it."""
+    received = sent.new_empty(sum(theirs))
+    dist.all_to_all_single(received, sent, theirs, sizes, group)
+    return received
