@@ -29,8 +29,9 @@ from torch import Tensor, nn
 import checkpoint
 from config import Amount, BatchSize, Count, Limits, Positive, Share, Whole
 from data import units as unit_files
+from data.augment import Imitation
 from data.corpus import TARGET_SPEAKER, read_manifest
-from data.crops import Recording, crops, weighted_crops
+from data.crops import Recording, crops, imitated, weighted_crops
 from files import one_line
 from hubert import HuBERT, HuBERTConfig, Smooth, UnitExtractor, span_mask, without_layers_above
 from kmeans import KMeans, mfcc, smooth
@@ -50,6 +51,7 @@ class HubertSection(Optimization):
     speaker: int | str | None = None  # train on this speaker's recordings alone; None: on everybody's
     # speed perturbation: each crop is resampled by a factor in [e^-p, e^p], to imitate other speakers
     perturb: Share = 0.0
+    imitation: Imitation = field(default_factory=Imitation)  # crops in other rooms; their targets stay
     clusters: tuple[Clusters, ...] = (100, 500)  # of each round; as many rounds as there are numbers
     layer: Count = 6  # whose clusters are the next round's targets
     frames: Frames = 99
@@ -89,6 +91,7 @@ class NormalizerSection(Optimization):
     others: Share = 0.6  # fraction of crops from other speakers
     perturb: tuple[Share, Share] = (0.18, 0.22)  # of the target speaker's speed and pitch (log-uniform)
     perturb_others: tuple[Share, Share] = (0.05, 0.05)  # and of the others, who differ by themselves
+    imitation: Imitation = field(default_factory=Imitation)  # crops in other rooms
     temperature: Positive = 8.0  # of squared distances to the cluster centers
 
 
@@ -160,8 +163,9 @@ def train_round(run: Run, section: HubertSection, number: int, rows: list[dict],
     labels, _ = load_labels(folder / f"clusters{number}.safetensors", model.config.n_classes)
     if len(labels) != len(rows):
         raise ValueError(f"{folder} is of other recordings than {run.corpus}; delete it to begin anew")
+    paths = [run.corpus / row["wav"] for row in rows]
     batch_at = crops(
-        [run.corpus / row["wav"] for row in rows],
+        paths,
         labels,
         section.frames,
         run.seed,
@@ -171,6 +175,7 @@ def train_round(run: Run, section: HubertSection, number: int, rows: list[dict],
         world_size(),
         section.perturb,
     )
+    batch_at = imitated(batch_at, section.imitation, run.seed, paths)
 
     def with_masks(step: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [(wav, labels, mask_spans(section, run.seed, draws)) for wav, labels, draws in batch_at(step)]
@@ -313,6 +318,7 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
         rank(),
         world_size(),
     )
+    batch_at = imitated(batch_at, section.imitation, run.seed, paths)
 
     def loss(model: HuBERT, batch) -> Loss:
         wav, labels, _ = batch

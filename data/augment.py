@@ -40,6 +40,7 @@ Babble = Callable[[Draw], np.ndarray]  # another recording, (N,)
 class Imitation:
     """How far a recording is changed, and how often in each way."""
 
+    share: Share = 0.0  # of recordings that are changed at all
     pace: Octaves = 0.2  # log-uniform in [e^-p, e^p], as are the next two
     pitch: Octaves = 0.3
     formants: Octaves = 0.15
@@ -71,10 +72,18 @@ def imitate(wav: np.ndarray, draw: Draw, how: Imitation, babble: Babble | None =
     """wav (N,) at 16 kHz as another person would have said it somewhere else."""
     pace, pitch = (math.exp(draw.uniform(-most, most)) for most in (how.pace, how.pitch))
     wav = change_pace_and_pitch(wav, pace, pitch)
-    wav = warp_formants(wav, math.exp(draw.uniform(-how.formants, how.formants)) / pitch)
     before, after = (round(draw.uniform(0, how.silence) * RATE / HOP) * HOP for _ in range(2))
-    wav = place(np.pad(wav, (before, after)), draw, how, babble)
-    return Imitated(wav, pace, before)
+    wav = np.pad(wav, (before, after))
+    return Imitated(disguise(wav, draw, how, babble, moved=pitch), pace, before)
+
+
+def disguise(
+    wav: np.ndarray, draw: Draw, how: Imitation, babble: Babble | None = None, moved: float = 1.0
+) -> np.ndarray:
+    """wav (N,) with other formants (they were `moved` by this factor already), in another place and over
+    another line: no sample moves, so that labels stay true."""
+    wav = warp_formants(wav, math.exp(draw.uniform(-how.formants, how.formants)) / moved)
+    return place(wav, draw, how, babble)
 
 
 def place(wav: np.ndarray, draw: Draw, how: Imitation, babble: Babble | None = None) -> np.ndarray:

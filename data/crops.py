@@ -2,6 +2,7 @@
 
 `crops` places them at random in recordings drawn in shuffled epochs: HuBERT's rounds learn from them.
 `weighted_crops` draws recordings by their weights, and changes pace and pitch apart: the speech normalizer.
+`imitated` makes some of either sound as if from other people in other rooms (data/augment.py).
 
 Reference: speed perturbation, Ko et al. 2015.
 """
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import audio
+from data import audio, augment
 from data.audio import HOP, WINDOW
 from data.batches import order, split_batch
 
@@ -120,6 +121,29 @@ def weighted_crops(
         return _stack([crop(index) for index in indices], indices)
 
     return split_batch(make, batch_size, accumulate, rank, world_size)
+
+
+def imitated(
+    batch_at: Callable[[int], list[Crops]], how: augment.Imitation, seed: int, others: list[Path]
+) -> Callable[[int], list[Crops]]:
+    """batch_at with how.share of its crops disguised (`augment.disguise`), whichever rank has them;
+    `others` are recordings of the people who babble behind. Labels stay as they are."""
+
+    def babble(draw: augment.Draw) -> np.ndarray:
+        return audio.load(others[draw.integers(len(others))])
+
+    def batch(step: int) -> list[Crops]:
+        return [disguised(crops) for crops in batch_at(step)]
+
+    def disguised(crops: Crops) -> Crops:
+        wavs = crops.wav.clone()
+        for i, number in enumerate(crops.draws.tolist()):
+            draw = augment.draw_of(seed, "imitated", number)
+            if draw.random() < how.share:
+                wavs[i] = torch.from_numpy(augment.disguise(wavs[i].numpy(), draw, how, babble))
+        return crops._replace(wav=wavs)
+
+    return batch if how.share else batch_at
 
 
 def _frame_at(rate: float, frame: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ import soundfile
 import torch
 
 from data import audio
-from data.crops import Recording, crops, weighted_crops
+from data.augment import Imitation
+from data.crops import Recording, crops, imitated, weighted_crops
 
 
 def hum(seconds: float, rate: int, channels: int) -> np.ndarray:
@@ -147,3 +148,26 @@ def test_weighted_crops_are_drawn_by_their_weights_and_shared_between_ranks(tmp_
     assert len(alone) == 400 and not (alone == 1).any() and 0.65 < (alone == 2).float().mean() < 0.85
     halves = [torch.cat(pair) for pair in zip(drawn(0, 2), drawn(1, 2))]
     assert torch.equal(torch.cat(halves), alone)
+
+
+def test_imitated_crops_sound_otherwise_and_keep_their_labels(tmp_path):
+    paths = [tmp_path / f"{i}.wav" for i in range(3)]
+    for i, path in enumerate(paths):
+        soundfile.write(path, hum(1.0 + i, 16000, 1), 16000)
+    labels = [np.arange(49 + 50 * i) for i in range(3)]
+
+    def drawn(share, rank=0, world_size=1):
+        batch_at = crops(paths, labels, 40, 0, 8, 2, rank, world_size, perturb=0.1)
+        return imitated(batch_at, Imitation(share=share, room=1.0), 0, paths)
+
+    plain, some, again = drawn(0.0)(1), drawn(0.5)(1), drawn(0.5)(1)
+    changed = 0
+    for a, b, c in zip(plain, some, again):
+        assert torch.equal(a.labels, b.labels) and torch.equal(a.draws, b.draws)
+        assert torch.equal(b.wav, c.wav) and b.wav.shape == a.wav.shape and b.wav.isfinite().all()
+        changed += sum(not torch.equal(x, y) for x, y in zip(a.wav, b.wav))
+    assert 1 <= changed <= 7  # of 8
+    of_ranks = [drawn(0.5, rank, 2)(1) for rank in range(2)]
+    together = torch.cat([batch[m].wav for m in range(2) for batch in of_ranks])
+    assert torch.equal(together, torch.cat([batch.wav for batch in some]))
+    assert all(not torch.equal(x, y) for a, b in zip(plain, drawn(1.0)(1)) for x, y in zip(a.wav, b.wav))
