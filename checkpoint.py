@@ -69,7 +69,7 @@ def _checksum_of_metadata(metadata: dict[str, str]) -> str:
     return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
 
 
-def _read_safetensors(file: MappedFile) -> dict[str, Tensor]:
+def _read_safetensors(file: MappedFile, checked: bool = True) -> dict[str, Tensor]:
     header, start = _safetensors_header(file)
     metadata = header.pop("__metadata__", {})
     ours = "crc32" in metadata
@@ -90,7 +90,7 @@ def _read_safetensors(file: MappedFile) -> dict[str, Tensor]:
         end += tensors[name].nbytes
         if stop != end:
             raise ValueError(f"{show(name)} ends at {show(stop)}, but its shape and dtype say {end}")
-        if ours and checksum != _checksum(name, entry, file.view(start + begin, end - begin)):
+        if ours and checked and checksum != _checksum(name, entry, file.view(start + begin, end - begin)):
             raise ValueError(f"damaged: the checksum of {show(name)} does not match")
     if start + end != file.size:
         raise ValueError(f"the header accounts for {start + end} bytes, the file has {file.size}")
@@ -316,13 +316,18 @@ def save_training(path: str | Path, modules: Modules, optimizers: Optimizers, me
     one file, atomically, and keeps the one that was there. Every parameter of an optimizer belongs to one of
     the modules, which names it."""
     assert _is_step(meta["step"]), f"step is {meta['step']!r}, not a whole number >= 0"
-    weights = _weights(modules, optimizers)
+    save_state(path, training_tensors(modules, optimizers), meta, _beside(path, "previous"))
+
+
+def training_tensors(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
+    """All that a state holds: weights, and what the optimizers keep of them."""
+    weights = named_weights(modules, optimizers)
     tensors = dict(weights)
     for name, optimizer in optimizers.items():
         for key, weight in weights.items():
             for slot, value in _tensors(optimizer.state.get(weight, {})).items():
                 tensors[f"{name}.{slot}.{key}"] = value
-    save_state(path, tensors, meta, _beside(path, "previous"))
+    return tensors
 
 
 def _beside(path: str | Path, what: str) -> Path:
@@ -330,9 +335,14 @@ def _beside(path: str | Path, what: str) -> Path:
     return Path(path).with_suffix(f".{what}{Path(path).suffix}")
 
 
+def training_files(path: str | Path) -> list[Path]:
+    """The states there are to go on from, the last one first."""
+    return [file for file in (Path(path), _beside(path, "previous")) if file.exists()]
+
+
 def has_training(path: str | Path) -> bool:
     """Whether there is a state to go on from."""
-    return Path(path).exists() or _beside(path, "previous").exists()
+    return bool(training_files(path))
 
 
 def remove_training(path: str | Path) -> None:
@@ -363,16 +373,14 @@ def load_training(
     one before it is taken. If there is none, a ValueError of one line says to delete the folder, and nothing
     is changed."""
     path = Path(path)
-    weights = _weights(modules, optimizers)
-    kept = {name: _slots(optimizer) for name, optimizer in optimizers.items()}
+    weights = named_weights(modules, optimizers)
+    kept = {name: moments(optimizer) for name, optimizer in optimizers.items()}
     problem: Exception | None = None
     for file in (path, _beside(path, "previous")):
         try:
             tensors, meta = load_state(file)
             with one_line(file):
-                if not _is_step(meta["step"]) or steps is not None and meta["step"] > steps:
-                    most = f"of 0 to {steps}" if steps is not None else ">= 0"
-                    raise ValueError(f"step is {show(meta['step'])}, not a whole number {most}")
+                check_step(meta, steps)
                 states = _fit(tensors, weights, kept)
             break
         except (ValueError, FileNotFoundError) as error:
@@ -394,11 +402,18 @@ def load_training(
     return meta
 
 
+def check_step(meta: dict, steps: int | None) -> None:
+    """ValueError if a state is not of one of the steps 0 to `steps`."""
+    if not _is_step(meta["step"]) or steps is not None and meta["step"] > steps:
+        most = f"of 0 to {steps}" if steps is not None else ">= 0"
+        raise ValueError(f"step is {show(meta['step'])}, not a whole number {most}")
+
+
 def _is_step(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def _weights(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
+def named_weights(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
     """Every weight and buffer once, under the first of its names."""
     weights: dict[str, Tensor] = {}
     seen = set()
@@ -415,7 +430,7 @@ def _weights(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
     return weights
 
 
-def _slots(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Tensor]]:
+def moments(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Tensor]]:
     """The tensors (moments, step) that `optimizer` keeps for each of its parameters, but of one number each:
     found by one step of a copy of it on parameters of one number."""
     small = copy.copy(optimizer)
@@ -424,7 +439,9 @@ def _slots(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Tensor]]:
     twins = {}
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            twins[weight] = nn.Parameter(weight.new_zeros([1] * weight.ndim))
+            twins[weight] = nn.Parameter(
+                torch.zeros([1] * weight.ndim, dtype=weight.dtype, device=weight.device)
+            )
             twins[weight].grad = torch.zeros_like(twins[weight])
         small.param_groups.append({**group, "params": [twins[weight] for weight in group["params"]]})
     small.step()
@@ -476,13 +493,14 @@ def save_state(
     save_tensors(path, tensors, metadata, previous=previous)
 
 
-def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """What save_state wrote: the tensors are views of the file as it is now, replaced or not; and `meta`."""
+def load_state(path: str | Path, checked: bool = True) -> tuple[dict[str, Tensor], dict]:
+    """What save_state wrote: the tensors are views of the file as it is now, replaced or not; and `meta`.
+    checked=False: of the tensors' numbers nothing is read yet, and no checksum compared."""
     with one_line(path):
         file = MappedFile(Path(path))
         header, _ = _safetensors_header(file)
         metadata = header["__metadata__"]
-        tensors = _read_safetensors(file)
+        tensors = _read_safetensors(file, checked)
         if metadata["tensors"] != str(len(tensors)):
             raise ValueError(f"holds {len(tensors)} tensors instead of {show(metadata['tensors'])}")
         return tensors, parse_json(metadata["state"].encode())

@@ -57,10 +57,11 @@ class Optimization(shard.Sharding):
     bf16: bool = True  # matrix products in bfloat16 where that is faster; weights and updates stay float32
     eval_every: Count = 200  # steps
     save_every: Count = 200  # steps
+    keep: Count = 2  # saved states of a divided model
 
 
 # keys that may differ when an interrupted stage is resumed
-MAY_CHANGE = {"eval_every", "save_every", "sharding", "checkpointing", "compile"}
+MAY_CHANGE = {"eval_every", "save_every", "keep", "sharding", "checkpointing", "compile"}
 
 
 def no_probe() -> tuple[dict[str, float], str]:
@@ -177,7 +178,7 @@ def optimize(
             metrics.write(step=step, lr=lr, grad_norm=norm, tokens_per_s=speed, **numbers)
             if (step + 1) % section.save_every == 0:
                 meta = {"step": step + 1, "bf16": bf16} | skipped.meta
-                states.save(folder, trained, optimizers, meta)
+                states.save(folder, trained, optimizers, meta, section.keep)
     states.wait()
     model.eval()
 
