@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ Ids = tuple[list[int], list[int]]  # of a text and of its units, both with </s>
 
 @dataclass
 class TextToUnitSection(Optimization):
-    """The paper gives no numbers. Defaults: those of Vaswani's base model."""
+    """The paper gives no numbers. Defaults: those of Vaswani's base model, which is always whole."""
 
     steps: Whole = 100_000
     batch_size: Count = 256  # pairs of text and units
@@ -46,6 +47,11 @@ class TextToUnitSection(Optimization):
     other_voices: bool = False  # learn from the recordings of other speakers, too
     beam: Count = 5  # hypotheses of the search; 1: greedy
     model: TextToUnitConfig = field(default_factory=TextToUnitConfig)
+    # Layers of the decoder are called in two ways, and a call leaves its keys behind: neither divided nor
+    # computed again.
+    sharding: Literal["ddp"] = "ddp"
+    checkpointing: Literal["none"] = "none"
+    compile: Literal[False] = False
 
 
 def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> None:

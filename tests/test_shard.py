@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 import lora
 import run
+from generate import decode_one_token, prefill
 from hubert import HuBERT, HuBERTConfig
 from llama import Llama, LlamaConfig, next_token_losses
 from training import muon, precision, shard
-from training.loop import Loss, Objective, Optimization, check_ranks, optimize
+from training.loop import Loss, Objective, Optimization, check_ranks, no_probe, optimize
 
 STEPS = 20
 METHODS = multiprocessing.get_all_start_methods()
@@ -95,14 +96,17 @@ def mine(batch_at, accumulate: int):
     return at
 
 
-def learn(out: Path, kind: str, section: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """(losses, weights) after 20 steps."""
+Learned = tuple[list[float], dict[str, torch.Tensor]]  # (losses, weights) after 20 steps
+
+
+def learn(out: Path, kind: str, section: dict, model=None, probe=no_probe, fill=None) -> Learned:
     make, batch_at, loss = MODELS[kind]
-    model = make()
+    model = model or make()
     settings = dict(steps=STEPS, batch_size=8, lr=3e-3, warmup=2, bf16=False, eval_every=10, save_every=1000)
     settings = Optimization(**settings | section)
     where = run.Run(out, out, 0, torch.device("cpu"))
-    optimize(where, "name", out / "state", model, loss, mine(batch_at, settings.accumulate), settings)
+    batches = mine(batch_at, settings.accumulate)
+    optimize(where, "name", out / "state", model, loss, batches, settings, probe, fill)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in weights.items()}
     losses = []
@@ -196,10 +200,64 @@ def owners_of_odd_matrices(out: Path) -> float:
     return far
 
 
+# ---- A model that no process has whole, and one that is read while it learns -------------------------------
+
+
+def filled(out: Path, kind: str, section: dict) -> Learned:
+    """`learn` of a model on meta, whose weights are put where they belong when it has been divided."""
+    whole = dict(MODELS[kind][0]().named_parameters())
+
+    @torch.no_grad()
+    def fill(model: nn.Module):
+        for name, p in model.named_parameters():
+            assert p.to_local().numel() < whole[name].numel() or len(whole[name]) == 1
+            p.copy_(distribute_tensor(whole[name], p.device_mesh, p.placements))
+
+    with torch.device("meta"):
+        model = MODELS[kind][0]()
+    return learn(out, kind, section, model, fill=fill)
+
+
+def read(out: Path, kind: str, section: dict) -> tuple[list[float], list[list[int]]]:
+    """(held-out losses, answers) of a model that is asked for them every five steps."""
+    model = MODELS[kind][0]()
+    answers = []
+
+    @torch.no_grad()
+    def probe():
+        total, weight, *_ = language_loss(model, language(1000))
+        ids = language(1000)[0][:2, :9]
+        for _ in range(2):  # the second time, blocks are not gathered before
+            cache = model.new_cache(2, 14, torch.tensor([0, 3]))
+            with torch.inference_mode():
+                found = [prefill(model, ids, cache).argmax(-1)]
+                found += [decode_one_token(model, found[-1], cache).argmax(-1) for _ in range(4)]
+            answers.append(torch.stack(found).tolist())
+        return {"held_out": (total / weight).item()}, ""
+
+    learn(out, kind, section | {"eval_every": 5}, model, probe)
+    lines = [json.loads(line) for line in (out / "metrics/name.jsonl").read_text().splitlines()]
+    return [line["held_out"] for line in lines if "held_out" in line], answers
+
+
+def test_no_process_need_have_the_whole_model_and_all_may_read_it(alone, one_thread, tmp_path):
+    sections = {"read": {"sharding": "fsdp"}, "again": {"sharding": "fsdp", "checkpointing": "selective"}}
+    jobs = {name: (read, "llama", section) for name, section in sections.items()}
+    jobs |= {kind: (filled, kind, {"sharding": "fsdp"}) for kind in ("llama", "tied", "lora")}
+    found = together(2, tmp_path, jobs)
+    losses, answers = read(tmp_path / "alone", "llama", {})
+    for name in sections:
+        assert found[0][name][1] == found[1][name][1] == answers and len(answers) == 8
+        assert found[0][name][0] == pytest.approx(losses, abs=1e-5) and len(losses) == 4
+    for kind in ("llama", "tied"):
+        assert max(distance(found[0][kind], alone[kind])) < 1e-5
+    unchanged(found[0]["lora"][1], adapted())
+
+
 # ---- bfloat16 ----------------------------------------------------------------------------------------------
 
 
-def products_in_bf16(out: Path, kind: str, section: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
+def products_in_bf16(out: Path, kind: str, section: dict) -> Learned:
     """`learn` on a machine that is faster in bfloat16."""
     precision.has_bf16, precision.measure = lambda: True, lambda model, loss: (1.0, 0.5)
     return learn(out, kind, section | {"bf16": True})
@@ -273,7 +331,36 @@ def test_a_layer_takes_less_memory_when_its_activations_are_computed_again(one_t
     assert layer["block"] < layer["selective"] < 0.8 * layer["none"]
 
 
-# ---- What is refused ---------------------------------------------------------------------------------------
+# ---- Which of the two, and what is refused -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ranks, mib, section, divided",
+    [
+        (1, 64, {}, False),
+        (2, 64, {}, False),
+        (2, 39, {}, True),  # whole: 20 MiB, more than half
+        (2, 64, {"sharding": "fsdp"}, True),
+        (2, 21, {"sharding": "ddp"}, False),
+        (2, 10, {"state_dtype": "bfloat16"}, True),
+        (2, 7, {}, "take 3 processes or more"),  # divided: 8 MiB
+        (1, 15, {}, "take 2 processes or more"),
+        (2, 17, {"sharding": "ddp"}, 'set name.sharding = "fsdp", or state_dtype'),
+        (2, 7, {"sharding": "ddp"}, 'set name.sharding = "fsdp" and take 3 processes or more'),
+    ],
+)
+def test_a_model_is_divided_where_it_does_not_fit_well(ranks, mib, section, divided, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(shard, "memory", lambda device: mib * 2**20)
+    with torch.device("meta"):
+        model = nn.Linear(1024, 1024, bias=False)  # 4 MiB: with gradient and moments 16, as DDP 20
+    arguments = "name", model, Optimization(**section), torch.device("cpu")
+    if isinstance(divided, bool):
+        assert shard.is_sharded(*arguments) is divided
+        return
+    with pytest.raises(ValueError, match=divided) as caught:
+        shard.is_sharded(*arguments)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
 
 
 def test_one_process_has_nobody_to_divide_a_model_with():

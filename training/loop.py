@@ -27,6 +27,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +79,7 @@ def optimize(
     batch_at: Callable,
     section: Optimization,
     probe: Callable[[], tuple[dict[str, float], str]] = no_probe,
+    fill: Callable[[nn.Module], None] | None = None,
 ):
     """Trains `model` for section.steps steps, or for the rest of them if `folder` holds the state of a
     killed run.
@@ -86,6 +88,7 @@ def optimize(
     loss(model, micro_batch) -> Loss
     batch_at(step) -> list of micro-batches, each a tuple of tensors
     probe() -> ({metric on held-out data: value}, a sample of the output), every section.eval_every steps
+    fill(model): gives a model its weights that is on meta, because it is to be divided (shard.is_sharded)
     """
     device = run.device
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +109,8 @@ def optimize(
             batch=lambda: batch_at(0)[0],
             loss=loss_in,
         )
-        objective = shard.distribute(name, Objective(model, loss).train(), section, device, bf16)
+        objective = Objective(model, loss).train()
+        objective = shard.distribute(name, objective, section, device, bf16, fill and partial(fill, model))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(trained, section, device)
     meta = states.load(folder, trained, optimizers, section.steps)

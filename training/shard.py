@@ -22,7 +22,7 @@ et al. 2016, arXiv:1604.06174 (activations computed again); Korthikanti et al. 2
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -63,13 +63,18 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def distribute(
-    name: str, objective: nn.Module, section: Sharding, device: torch.device, bf16: bool
+    name: str,
+    objective: nn.Module,
+    section: Sharding,
+    device: torch.device,
+    bf16: bool,
+    fill: Callable[[], None] | None = None,
 ) -> nn.Module:
     """`objective` (a module that computes the loss, its model inside) as `section` wants it on this process.
 
     bf16: matrix products are in bfloat16; a divided model is then gathered in it, and its frozen weights,
-    which need no more, are kept in it. A model on meta becomes one of unknown numbers on `device`, for the
-    caller to fill. ValueError if it does not fit."""
+    which need no more, are kept in it. fill() gives a model that was on meta its numbers, when each process
+    has memory for its part of it. ValueError if it does not fit."""
     sharded = is_sharded(name, objective, section, device)
     for p in objective.parameters():
         if section.state_dtype == "bfloat16" or sharded and bf16 and not p.requires_grad:
@@ -80,13 +85,15 @@ def distribute(
         if section.compile and device.type == "cuda":
             block.forward = torch.compile(block.forward)
     if sharded:
-        return divided(objective, device, bf16)
+        return divided(objective, device, bf16, fill)
     if world_size() == 1:
         return objective
     return DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
 
 
-def divided(objective: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
+def divided(
+    objective: nn.Module, device: torch.device, bf16: bool, fill: Callable[[], None] | None
+) -> nn.Module:
     """FSDP2: one group for each block, one for the rest. Master weights keep their format; gradients are
     summed in float32."""
     # Inputs are not cast: autocast does what needs it, and recordings and RoPE's angles stay as they are.
@@ -96,7 +103,14 @@ def divided(objective: nn.Module, device: torch.device, bf16: bool) -> nn.Module
         fully_shard(block, **settings)
     fully_shard(objective, **settings)
     if any(p.is_meta for p in objective.parameters()):
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, p in objective.named_parameters(remove_duplicate=False):
+            names.setdefault(p, []).append(name)
         objective.to_empty(device=device)
+        for first, *others in names.values():  # tied again
+            for module, _, leaf in (name.rpartition(".") for name in others):
+                setattr(objective.get_submodule(module), leaf, objective.get_parameter(first))
+        fill()
     return objective
 
 
