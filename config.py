@@ -26,12 +26,13 @@ import os
 import signal
 import sys
 import threading
+import time
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, NoReturn
 
 from files import harmless, show
 
@@ -195,10 +196,14 @@ class Parser(argparse.ArgumentParser):
 
 # ---- How a program ends ------------------------------------------------------------------------------------
 # Whatever ends it early is one line, the last one, and a code: 1 a mistake or a full disk, 130 Ctrl-C, 143
-# SIGTERM.
+# SIGTERM; 0 if SIGTERM has come between two steps of training, which are then saved first.
 
 INTERRUPTED = "interrupted; what was finished is kept, the same command continues"
 TERMINATED = "terminated; what was finished is kept, the same command continues"
+STOPPED = "told to end; step {step} is saved, the same command continues"
+AGAIN = 5.0  # seconds: a signal that soon after the first is the same one on another way (of torchrun)
+# What a cluster sends before it takes a machine back. Windows has only the first.
+WARNINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 NO_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -224,6 +229,46 @@ def on_signal(number: int, before, handler: Callable):
     """Installs `handler` where `before` was, in the main thread; a signal that is ignored stays so."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == before:
         signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def told_to_end() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM and SIGUSR1 end nothing at once: yields a function that says whether one has come, for
+    the caller to ask between two steps. A second one ends the program where it is."""
+    first: list[float] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, frame):
+        if first and time.monotonic() - first[0] > AGAIN:
+            terminate(number, frame)
+        first.append(time.monotonic())
+
+    heard = [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield lambda: bool(first)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if first:  # after the last step
+        raise Terminated
+
+
+def leave_end_to_parent():
+    """In a process forked by this one: SIGTERM ends it only if its parent sends it. A cluster sends it to
+    all."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, where no cluster is
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+
+    def wait():
+        while signal.sigwaitinfo(WARNINGS).si_pid != os.getppid():
+            continue
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -273,8 +318,9 @@ def command_line(main: Callable[[], None]):
     if os.environ.get("DEBUG"):
         return main()
     on_signal(signal.SIGINT, end_at_once, signal.default_int_handler)
-    for before in (signal.SIG_DFL, end_at_once):
-        on_signal(signal.SIGTERM, before, terminate)
+    for number in WARNINGS:
+        for before in (signal.SIG_DFL, end_at_once):
+            on_signal(number, before, terminate)
     try:
         main()
         if sys.stdout:
@@ -297,7 +343,7 @@ def command_line(main: Callable[[], None]):
         end(f"error: not enough memory ({str(problem)[:100]}); {advice}", 1)
 
 
-def end(message: str, code: int):
+def end(message: str, code: int) -> NoReturn:
     """Prints the last line, below all progress bars, and exits. Of many ranks that were told to end, the
     first alone prints it."""
     with contextlib.suppress(OSError, ValueError):

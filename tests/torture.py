@@ -13,7 +13,8 @@ finished and disturbed most of these times, at a random instant (in the first se
 
 What was finished must equal the undisturbed run in every tensor, metric and number of the report
 (tests/compare_with.py). After each end nothing may be left: no process, no temporary file, no traceback, no
-line of more than 300 characters; an error is the last line. A flipped bit must be noticed, or do no harm.
+line of more than 300 characters; an error is the last line. SIGTERM between two steps of training saves and
+ends it with code 0. A flipped bit must be noticed, or do no harm.
 
 The same seed draws the same plans; the instants depend on the machine. --first N begins with run N of a seed.
 Folders of runs with a fault are kept.
@@ -45,10 +46,12 @@ import torch  # noqa: E402
 from compare_with import differences, results  # noqa: E402
 
 import checkpoint  # noqa: E402
+import config  # noqa: E402
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 KINDS = ("kill", "term", "int", "kill one", "term one", "int one", "stop", "disk")
 CODES = {"kill": {-9}, "term": {-15, 143}, "int": {130}, "stop": set(), "disk": {1}, "": set()}  # besides 0
+STOPPED = config.STOPPED.partition("{")[0]  # with code 0: SIGTERM between two steps
 ONE = {1, 130, 143, -9, -15, -2}  # where one of several processes was hit
 SHOWN = ("  prompt ", "  answer ", "  expected ")  # samples: as long as the model makes them
 PATIENCE = 20  # seconds until a run that was ended is gone
@@ -300,7 +303,7 @@ class Torture:
                 if not run.disturbed:  # nothing will finish it
                     self.counts["runs"] += 1
                     return
-            if code == 0:
+            if code == 0 and STOPPED not in b"".join(run.output).decode(errors="replace"):
                 break
             if flipped is None and rng.random() < 0.9:
                 flipped = flip(out, rng)

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import Amount, BatchSize, Count, Share, Whole
+from config import Amount, BatchSize, Count, Share, Whole, leave_end_to_parent, told_to_end
 from run import Metrics, Run, all_reduce_sum, autocast, cosine, progress, rank, world_size
 from training import shard, states
 from training.muon import Muon
@@ -122,9 +122,10 @@ def optimize(
         batch_size=None,
         num_workers=run.workers,
         multiprocessing_context="fork" if run.workers else None,
+        worker_init_fn=lambda worker: leave_end_to_parent(),
     )
 
-    with progress(section.steps, first, name) as bar, told_of_memory(advice):
+    with progress(section.steps, first, name) as bar, told_of_memory(advice), told_to_end() as is_told:
         began = time.perf_counter()
         for step, micro_batches in enumerate(steps, first):
             if isinstance(micro_batches, Exception):
@@ -144,12 +145,12 @@ def optimize(
                     found = objective(batch)
                     found.total.backward()
                 losses.append(found)
-            sums, counts = sum_losses(losses)
+            sums, counts = sum_losses(losses, is_told())
             scale = world_size() / counts[0].clamp(min=1e-9)  # data parallelism has averaged over the ranks
             norm = shard.scale_and_clip(trained.values(), scale, section.clip)
             averages = sums / counts.clamp(min=1e-9)
-            found = torch.cat([averages, sums[-1:], norm.float()[None]])
-            *averages, tokens, norm = found.tolist()  # the one wait of a step for the device
+            found = torch.cat([averages, sums[-1:], counts[-1:], norm.float()[None]])
+            *averages, tokens, told, norm = found.tolist()  # the one wait of a step for the device
             numbers = dict(zip(["loss", *losses[0].metrics], averages))
 
             # ---- update
@@ -180,9 +181,11 @@ def optimize(
             if not is_good:
                 numbers["skipped"] = skipped.total
             metrics.write(step=step, lr=lr, grad_norm=norm, tokens_per_s=speed, **numbers)
-            if (step + 1) % section.save_every == 0:
+            if (step + 1) % section.save_every == 0 or told:
                 meta = {"step": step + 1, "bf16": bf16} | skipped.meta
                 states.save(folder, trained, optimizers, meta, section.keep)
+            if told:
+                states.end_after(step + 1)
     states.wait()
     model.eval()
 
@@ -197,15 +200,15 @@ class Loss(NamedTuple):
     metrics: dict[str, tuple[Tensor, Tensor]]  # further averages: (sum, count)
 
 
-def sum_losses(losses: list[Loss]) -> tuple[Tensor, Tensor]:
-    """(sums, counts) over a step's micro-batches and ranks: of the loss, of each metric, and of the
-    tokens."""
+def sum_losses(losses: list[Loss], is_told: bool) -> tuple[Tensor, Tensor]:
+    """(sums, counts) over a step's micro-batches and ranks: of the loss, of each metric, and of the tokens,
+    whose count is not 0 if any rank has been told to end: so all end after the same step."""
     rows = []
     for loss in losses:
         pairs = [
             (loss.total, loss.weight),
             *loss.metrics.values(),
-            (loss.tokens, torch.ones_like(loss.tokens)),
+            (loss.tokens, torch.full_like(loss.tokens, is_told)),
         ]
         rows.append(torch.stack([torch.stack([x.detach().float() for x in pair]) for pair in pairs]))
     return all_reduce_sum(sum(rows)).unbind(1)

@@ -303,6 +303,8 @@ def work_in_child(work: Callable[[], None], threads: int, log: Path):
         torch.set_num_threads(threads)
         try:
             command_line(work)
+        except SystemExit as ended:
+            sys.exit(ended.code or 143)  # told to end, and not finished
         except Exception:
             traceback.print_exc()  # into the log
             sys.exit(1)

@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -52,8 +52,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import checkpoint
+from config import STOPPED, end
 from files import fingerprint, one_line, read_json, show, write_json
-from run import rank, world_size
+from run import barrier, destroy, rank, world_size
 from training.shard import local
 
 Trained = dict[str, nn.Parameter]
@@ -147,6 +148,14 @@ def wait() -> None:
     last, _writing = _writing, None
     if last:
         last.result()
+
+
+def end_after(step: int) -> NoReturn:
+    """Ends this program, all ranks of it, when the state of `step` is on disk."""
+    wait()
+    barrier()
+    destroy()
+    end(STOPPED.format(step=step), 0)
 
 
 def in_background(work: Callable[[], None]) -> None:
