@@ -64,7 +64,14 @@ from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
 from training import bases, foreign_units, plan
-from training.before import check_before, check_corpus, check_lengths, fitting_examples, reads_generated
+from training.before import (
+    check_before,
+    check_corpus,
+    check_lengths,
+    fitting_examples,
+    reads_generated,
+    rows_of,
+)
 from training.loop import Loss, Optimization, optimize
 from training.stages import Stage, begun, finished, in_parallel, run_stage, sound_alone
 from vocoder import VocoderConfig
@@ -326,10 +333,12 @@ def vocoder_stage(run: Run, config: Config):
         initial = foreign_units.initial_vocoder(
             run, config.pretrained, config.vocoder_model, config.units.clusters
         )
+    rows = read_units(run.manifest, run.units, config.units.clusters)
+    rows = rows_of(rows, run.manifest, "vocoder.speaker", config.vocoder.speaker)
     train_vocoder.train(
         config.vocoder,
         config.vocoder_model,
-        datasets(run.corpus, read_units(run.manifest, run.units, config.units.clusters)),
+        datasets(run.corpus, rows),
         out=run.model / "vocoder",
         work=work,
         metrics=run.metrics / "vocoder.jsonl",

@@ -54,7 +54,7 @@ from data.codes import Batch, CodeDataset, datasets, rows_of_rank
 from data.corpus import resolve
 from data.units import join_units
 from kmeans import KMeans
-from training.before import check_speakers
+from training.before import check_speakers, rows_of
 from training.loop import SkippedSteps, told_of_memory
 from training.precision import choose_bf16
 from training.stages import first_change, to_json
@@ -63,6 +63,7 @@ from vocoder import FrameSpectrum, UnitVocoder, VocoderConfig
 
 @dataclass
 class VocoderStage:
+    speaker: int | str | None = None  # learn this speaker's voice alone; None: everybody's
     # ours: the frame-rate half alone, before all other steps; after them it is frozen
     frame_steps: Whole = 0
     frame_batch: BatchSize = 6  # whole recordings in a step, over all ranks
@@ -442,6 +443,7 @@ def main():
     corpus = config.folder(options.corpus)
     units = config.folder(options.units) if options.units else corpus / "units.jsonl"
     rows = join_units(resolve(corpus, units.parent), units, options.vocoder_model.num_embeddings)
+    rows = rows_of(rows, corpus / "manifest.jsonl", "vocoder.speaker", options.vocoder.speaker)
     data = datasets(corpus, rows)
     out = config.folder(options.out)
     work = Path(f"{out}.training")

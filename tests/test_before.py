@@ -79,12 +79,21 @@ def test_how_many_dialogues_are_spoken_is_said(run, capsys):
         (["--stage2.mix", "{ asr = 1 }"], "stage3.mix: .* nothing of kind 'chain' or 'standard'"),
         ([*NO_DIALOGUES, "--hubert.speaker", "9"], "hubert.speaker is 9, who has no training recording"),
         ([*NO_DIALOGUES, "--vocoder_model.num_speakers", "1"], "vocoder_model.num_speakers to at least 2"),
+        ([*NO_DIALOGUES, "--vocoder.speaker", "9"], "vocoder.speaker is 9, who has no training recording"),
     ],
 )
 def test_what_the_corpus_lacks_is_one_line_before_any_step(run, flags, words):
     with pytest.raises(ValueError, match=words) as error:
         before.check_corpus(train.STAGES, run, settings(*flags))
     assert "\n" not in str(error.value)
+
+
+def test_a_vocoder_of_one_voice_needs_no_number_for_the_others(run):
+    before.check_corpus(
+        train.STAGES,
+        run,
+        settings(*NO_DIALOGUES, "--vocoder.speaker", "0", "--vocoder_model.num_speakers", "1"),
+    )
 
 
 def test_a_changed_corpus_is_told_for_every_stage_before_any_of_them_works(run):

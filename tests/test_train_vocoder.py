@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import config
 import run
 import train_vocoder
 import vocoder
@@ -234,9 +235,9 @@ def test_unit_embeddings_can_be_initialized_from_the_centers_of_their_clusters(c
 def test_the_centers_are_read_from_the_folder_that_the_config_names(corpus, tmp_path):
     kmeans = KMeans(torch.randn(1000, 12))
     kmeans.save(tmp_path)
-    config = f'corpus = "{corpus}"\nout = "{tmp_path}/out"\nkmeans = "{tmp_path}"\ndevice = "cpu"\n'
+    text = f'corpus = "{corpus}"\nout = "{tmp_path}/out"\nkmeans = "{tmp_path}"\ndevice = "cpu"\n'
     (tmp_path / "c.toml").write_text(
-        config + "[vocoder]\nsteps = 0\n[vocoder_model]\nmultispkr = true\n"
+        text + "[vocoder]\nsteps = 0\n[vocoder_model]\nmultispkr = true\n"
         "model_in_dim = 256\nupsample_initial_channel = 32\n"
     )
     result = subprocess.run(
@@ -319,6 +320,28 @@ def test_a_config_that_does_not_fit_the_corpus_is_refused(corpus, tmp_path, stag
     with pytest.raises(ValueError, match=message):
         learn(corpus, tmp_path / "out", stage, model)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vocoder_of_one_voice_learns_what_a_corpus_of_that_voice_teaches(corpus, tmp_path, monkeypatch):
+    alone = Path(shutil.copytree(corpus, tmp_path / "alone"))
+    rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]
+    theirs = [row for row in rows if row["speaker"] == 0]
+    assert 0 < sum(row["split"] == "train" for row in theirs) < len(theirs) < len(rows)
+    (alone / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in theirs))
+
+    def learned(folder: Path, *flags: str) -> dict[str, torch.Tensor]:
+        out = tmp_path / f"out-{folder.name}"
+        settings = {"vocoder": STAGE, "vocoder_model": MODEL | {"num_speakers": 1}}
+        table = {"corpus": str(folder), "out": str(out), "device": "cpu"} | settings
+        monkeypatch.setattr(config, "parse", lambda path: json.loads(json.dumps(table)))
+        monkeypatch.setattr(sys, "argv", ["train_vocoder.py", __file__, *flags])
+        train_vocoder.main()
+        return weights(out)
+
+    few, all_of_it = learned(alone), learned(corpus, "--vocoder.speaker", "0")
+    assert all(torch.equal(few[name], tensor) for name, tensor in all_of_it.items())
+    with pytest.raises(ValueError, match="vocoder.speaker is 7, who has no training recording; .* 0, 1"):
+        learned(corpus, "--vocoder.speaker", "7")
 
 
 def test_a_mistake_on_the_command_line_is_one_line(corpus, tmp_path):

@@ -82,7 +82,8 @@ def check_corpus(stages: dict[str, Stage], run: Run, config):
         check_unchanged(stages, name, run, config)
     tables = documents.read_tables(run.out, None)
     training_rows(run.manifest, config.hubert.speaker)
-    check_speakers(config.vocoder_model, tables.rows)
+    theirs = rows_of(tables.rows, run.manifest, "vocoder.speaker", config.vocoder.speaker)
+    check_speakers(config.vocoder_model, theirs)
     lines = documents.describe_dialogues(tables)
     for name in LANGUAGE:
         section = getattr(config, name)
@@ -105,16 +106,21 @@ def training_rows(manifest: Path, speaker: int | str | None = None) -> list[dict
     rows = [row for row in read_manifest(manifest) if row["split"] == "train"]
     if not rows:
         raise ValueError(f"{manifest}: no recording is to be trained on; give some the split 'train'")
+    return rows_of(rows, manifest, "hubert.speaker", speaker)
+
+
+def rows_of(rows: list[dict], manifest: Path, key: str, speaker: int | str | None) -> list[dict]:
+    """Those of `rows` that are the speaker's whom the `key` of the config asks for; None: all."""
     if speaker is None:
         return rows
     record = manifest.with_name("corpus.json")
     names = read_json(record)["speakers"] if record.exists() else {}  # name: number
     theirs = [row for row in rows if row["speaker"] == names.get(speaker, speaker)]
-    if not theirs:
-        recorded = {row["speaker"] for row in rows}
+    if not any(row["split"] == "train" for row in theirs):
+        recorded = {row["speaker"] for row in rows if row["split"] == "train"}
         known = [show(name) for name in names if names[name] in recorded] or map(str, sorted(recorded))
         raise ValueError(
-            f"hubert.speaker is {show(speaker)}, who has no training recording; choose one of "
+            f"{key} is {show(speaker)}, who has no training recording; choose one of "
             f"{', '.join([*known][:9])}, or take the key out to train on all"
         )
     return theirs
