@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,23 @@ def test_activations_computed_again_give_the_same_gradients_to_the_last_bit(kind
     for checkpointing in ("block", "selective"):
         again = gradients(kind, checkpointing)
         assert len(kept) == len(again) > 0 and all(map(torch.equal, kept, again))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
+def test_blocks_are_compiled_once_for_all_on_a_gpu(checkpointing, monkeypatch, one_thread):
+    """With aot_eager, which traces as inductor does and needs no compiler; the model stays on the CPU."""
+    monkeypatch.setattr(shard, "memory", lambda device: 2**40)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = llama(), llama()
+    section = Optimization(compile=True, checkpointing=checkpointing)
+    for model, device in ((plain, torch.device("cpu")), (compiled, torch.device("cuda"))):
+        objective = shard.distribute("x", Objective(model, language_loss), section, device, False)
+        objective(language(0)).total.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for one, other in zip(plain.parameters(), compiled.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
 class Made(TorchDispatchMode):

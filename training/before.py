@@ -21,7 +21,7 @@ from hubert import HuBERT
 from llama import Llama
 from run import Run, rank, world_size
 from tokenizer import Tokenizer
-from training import foreign_units
+from training import foreign_units, shard
 from training.loop import Optimization, check_ranks
 from training.stages import Stage, check_unchanged, finished, followers
 from vocoder import MultiPeriodDiscriminator, MultiScaleDiscriminator, UnitVocoder, VocoderConfig
@@ -33,17 +33,18 @@ def check_before(stages: dict[str, Stage], names: tuple[str, ...], run: Run, con
         if {name, *followers(stages, name)} & {*names}:
             check_unchanged(stages, name, run, config, settings_alone="corpus" in names)
     check_divisions(stages, names, config, world_size())
-    check_shapes(config)
+    check_memory(names, config, check_shapes(config), run.device)
     if "corpus" in names and config.corpus.name == "tiny" and finished(stages, "corpus", run, config) is None:
         prepare.need_voice()
 
 
-def check_shapes(config):
-    """ValueError if a model cannot be built, or what it is trained on does not fit it."""
+def check_shapes(config) -> Llama:
+    """The LLaMA, on meta. ValueError if a model cannot be built, or what it is trained on does not fit it."""
     shape = config.llama
     if config.pretrained:
         shape = foreign_units.check_pretrained(config.pretrained, config.vocoder_model, config.units.clusters)
     with torch.device("meta"):  # shapes without numbers: this takes neither time nor memory
+        model = Llama(shape)
         with one_line("[lora]"):
             lora.apply(Llama(shape), config.lora.r, config.lora.alpha, config.lora.targets)
         with one_line("[hubert.model]"):
@@ -59,6 +60,15 @@ def check_shapes(config):
                 f"{name}.max_len is {section.max_len}, but the LLaMA's own is {shape.max_len}; "
                 "make it smaller, or llama.max_len larger"
             )
+    return model
+
+
+def check_memory(names: Iterable[str], config, model: Llama, device: torch.device):
+    """ValueError if the LLaMA cannot be trained in the memory of this process: on meta, its rows for units
+    are missing."""
+    for name in LANGUAGE[:3]:  # adapters take less
+        if name in names and getattr(config, name).steps and not (name == "text" and config.pretrained):
+            shard.is_sharded(name, model, getattr(config, name), device)
 
 
 def check_divisions(stages: dict[str, Stage], names: Iterable[str], config, ranks: int):

@@ -346,7 +346,14 @@ def smaller_steps(section: Optimization) -> str:
     """Advice: which keys to change."""
     lower = [key for key in ("batch_size", "max_len", "frames") if hasattr(section, key)]
     now = [f"{key} (now {getattr(section, key)})" for key in lower]
-    return f"raise accumulate (now {section.accumulate}), or lower {' or '.join(now)}"
+    advice = [f"raise accumulate (now {section.accumulate})"]
+    if section.batch_size <= section.accumulate * world_size():
+        advice = []  # a micro-batch is one document
+    if section.checkpointing != "block" and hasattr(section, "max_len"):
+        advice.append('set checkpointing = "block"')
+    if section.sharding == "ddp" and world_size() > 1:
+        advice.append('set sharding = "fsdp"')
+    return ", or ".join([*advice, f"lower {' or '.join(now)}"])
 
 
 def check_ranks(name: str, section: Optimization, ranks: int):
