@@ -17,9 +17,8 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from training.shard import local
+from training.shard import is_divided, local
 
 
 def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
@@ -59,7 +58,7 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(p.shape, []).append((p, ahead))
             for (m, n), pairs in by_shape.items():  # all matrices of one shape at once
                 parts = [ahead for _, ahead in pairs]
-                if isinstance(pairs[0][0], DTensor):
+                if is_divided(pairs[0][0]):
                     updates = by_owners(parts, m, pairs[0][0].device_mesh.get_group())
                 else:
                     updates = orthogonal(torch.stack(parts))

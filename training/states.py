@@ -48,13 +48,12 @@ from typing import NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import checkpoint
 from config import STOPPED, end
 from files import fingerprint, one_line, read_json, show, write_json
 from run import barrier, destroy, rank, world_size
+from training import shard
 from training.shard import local
 
 Trained = dict[str, nn.Parameter]
@@ -199,8 +198,10 @@ class Place(NamedTuple):
 
 
 def place(tensor: Tensor) -> Place:
-    if not isinstance(tensor, DTensor):
+    if not shard.is_divided(tensor):
         return Place((0,) * tensor.ndim, tuple(tensor.shape), rank() == 0)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # slow to import
+
     mesh = tensor.device_mesh
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
     copies = [mesh.get_local_rank(i) for i, how in enumerate(tensor.placements) if how.is_replicate()]
@@ -208,7 +209,7 @@ def place(tensor: Tensor) -> Place:
 
 
 def is_divided(trained: Trained) -> bool:
-    return any(isinstance(weight, DTensor) for weight in trained.values())
+    return any(map(shard.is_divided, trained.values()))
 
 
 class Stored:
