@@ -85,7 +85,9 @@ class UnitsSection:
 class NormalizerSection(Optimization):
     """Speech-normalizer fine-tuning of HuBERT (layers up to units.layer), after k-means; 0 steps: none."""
 
-    steps: Whole = 0
+    steps: Whole = 0  # of each round
+    # from the second on, recordings are aligned anew, by what HuBERT has learned of their speakers since
+    rounds: Annotated[int, Limits(1, 20)] = 1
     batch_size: BatchSize = 8
     frames: Frames = 99
     others: Share = 0.6  # fraction of crops from other speakers
@@ -237,14 +239,15 @@ def load_labels(path: Path, n_classes: int) -> tuple[list[np.ndarray], dict[str,
 def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalizer: NormalizerSection):
     """Writes model/hubert (HuBERT as far as the units need it, and the clusters) and units.jsonl."""
     folder = run.state("units")
-    targets = folder / "found/targets.safetensors"
+    targets = folder / "found"
     # What a killed run has extracted was computed with these clusters: they are not refitted.
     if rank() == 0 and not (folder / "found/units.json").exists():
         find_units(run, section, hubert).save_pretrained(folder / "found")
     barrier()
     extractor = UnitExtractor.from_pretrained(folder / "found").to(run.device)
     if normalizer.steps:
-        normalize_speech(run, normalizer, extractor, targets)
+        for number in range(1, normalizer.rounds + 1):
+            normalize_speech(run, normalizer, extractor, targets, number)
     if rank() == 0:
         rows = read_manifest(run.manifest)
         unit_files.extract(run.corpus, rows, run.units, extractor, run.device, folder)
@@ -281,8 +284,14 @@ class Target(NamedTuple):
     distance: float  # DTW cost to the target speaker's rendition (0 for the target speaker)
 
 
-def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtractor, target_file: Path):
-    """Fine-tunes HuBERT so that any speaker's utterance gets the units of the target speaker's rendition."""
+def normalize_speech(
+    run: Run, section: NormalizerSection, extractor: UnitExtractor, targets: Path, number: int = 1
+):
+    """Fine-tunes HuBERT so that any speaker's utterance gets the units of the target speaker's rendition.
+
+    Both are aligned by HuBERT as it is when round `number` begins: a file in the folder `targets`."""
+    name = f"normalize{number}" if number > 1 else "normalize"
+    target_file = targets / f"targets{number if number > 1 else ''}.safetensors"
     rows = {row["id"]: row for row in read_manifest(run.manifest) if row["split"] == "train"}
     if not target_file.exists() and rank() == 0:
         found = normalizer_targets(run, [*rows.values()], extractor)
@@ -332,7 +341,7 @@ def normalize_speech(run: Run, section: NormalizerSection, extractor: UnitExtrac
 
     # Nothing is masked: data parallelism would wait for the gradient of the mask's embedding.
     extractor.model.masked_spec_embed.requires_grad_(False)
-    optimize(run, "normalize", run.state("units") / "normalize", extractor.model, loss, batch_at, section)
+    optimize(run, name, run.state("units") / name, extractor.model, loss, batch_at, section)
 
 
 def normalizer_targets(run: Run, rows: list[dict], extractor: UnitExtractor) -> list[Target]:

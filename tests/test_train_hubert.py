@@ -73,6 +73,16 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     train_rows = [row for row in rows.values() if row["split"] == "train" and row["text"] in own]
     assert others == sum(row["speaker"] != TARGET_SPEAKER for row in train_rows) > 50
 
+    rounds = ["--normalizer.steps", 6, "--normalizer.rounds", 2, "--normalizer.lr", 2e-3]
+    shutil.rmtree(out / "state/units")
+    stages(out, "units", flags=rounds)
+    assert len(metrics(out, "normalize2")) == 6
+    anew, _ = load_labels(found / "targets2.safetensors", 20)  # aligned by what the first round has learned
+    assert [len(row) for row in anew] == [len(row) for row in labels]
+    assert any((a != b).any() for a, b in zip(anew, labels))
+
+    shutil.rmtree(out / "state/units")
+    stages(out, "units", flags=flags)
     (out / "state/units/done.json").unlink()  # as if it had been interrupted
     manifest = out / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace(f'"{next(iter(targets))}"', '"another"'))
