@@ -24,19 +24,21 @@ References: safetensors, https://github.com/huggingface/safetensors
 import contextlib
 import copy
 import json
+import math
 import os
 import re
 import zlib
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from files import MAX_JSON, one_line, parse_json, read_json, show, stream_atomic
+from files import MAX_JSON, one_line, parse_json, read_json, show, stream_atomic, write_json
 from pickles import Inert, MappedFile, read_pickle, read_zip
-from run import rank
+from run import barrier, rank, world_size
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -104,25 +106,40 @@ def save_tensors(
     dtype: torch.dtype | None = None,
     previous: Path | None = None,
 ) -> None:
-    """Writes a safetensors file, atomically and one tensor at a time. Tensors may be on any device.
+    """Writes a safetensors file, atomically and one tensor at a time. Tensors may be on any device; if some
+    are divided among ranks, all ranks call this, and rank 0 writes.
 
     previous: where the old file is kept. dtype: what float32 tensors become on disk (None: they stay). To
     halve a folder of weights:
 
         for file in Path("model").rglob("*.safetensors"):
             save_tensors(file, read_tensors(file), dtype=torch.float16)"""
+    stored = {name: dtype if dtype and t.dtype == torch.float32 else t.dtype for name, t in tensors.items()}
+    order = sorted(tensors, key=lambda name: -stored[name].itemsize)  # keeps every tensor aligned
+    table = {name: (stored[name], list(tensors[name].shape)) for name in order}
+    numbers = (whole(tensors[name]) for name in order)
+    if rank() == 0 or not is_divided(tensors.values()):
+        _write_safetensors(path, table, numbers, metadata, previous)
+    _drain(numbers)
+
+
+def _write_safetensors(
+    path: str | Path,
+    table: dict[str, tuple[torch.dtype, list[int]]],
+    tensors: Iterable[Tensor],
+    metadata: dict[str, str] | None = None,
+    previous: Path | None = None,
+) -> None:
+    """table: what the file will hold, {name: (dtype, shape)}; tensors: these, each when its turn comes."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     metadata = {"format": "pt", **(metadata or {})}
     header: dict[str, dict] = {"__metadata__": metadata}
-    stored = {name: dtype if dtype and t.dtype == torch.float32 else t.dtype for name, t in tensors.items()}
-    order = sorted(tensors, key=lambda name: -stored[name].itemsize)  # keeps every tensor aligned
     end = 0
-    for name in order:
-        assert stored[name] in names, f"{name}: safetensors has no name for {stored[name]}"
+    for name, (dtype, shape) in table.items():
+        assert dtype in names, f"{name}: safetensors has no name for {dtype}"
         begin = end
-        end += tensors[name].numel() * stored[name].itemsize
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": names[stored[name]], "shape": shape, "data_offsets": [begin, end]}
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, end]}
 
     def head(checksums: list[str]) -> bytes:
         metadata["crc32"] = " ".join([_checksum_of_metadata(metadata), *checksums])
@@ -132,10 +149,10 @@ def save_tensors(
         return len(text).to_bytes(8, "little") + text
 
     def write(file: BinaryIO) -> None:
-        file.write(head(["00000000"] * len(order)))
+        file.write(head(["00000000"] * len(table)))
         checksums = []
-        for name in order:
-            tensor = tensors[name].detach().to("cpu", stored[name]).contiguous()
+        for (name, (dtype, _)), tensor in zip(table.items(), tensors):
+            tensor = tensor.detach().to("cpu", dtype).contiguous()
             numbers = tensor.reshape(-1).view(torch.uint8).numpy()
             checksums.append(_checksum(name, header[name], numbers))
             file.write(numbers)
@@ -143,6 +160,95 @@ def save_tensors(
         file.write(head(checksums))  # as long as before
 
     stream_atomic(path, write, previous=previous)
+
+
+# ---- A model, whole or divided among ranks, as Hugging Face's folder ---------------------------------------
+
+INDEX = "model.safetensors.index.json"
+
+
+def is_divided(tensors: Iterable[Tensor]) -> bool:
+    """Whether each rank has a part of one of these (a DTensor of torch.distributed.tensor, whose import takes
+    long)."""
+    return any(hasattr(tensor, "full_tensor") for tensor in tensors)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered if it is divided: then all ranks call this."""
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def takes_part(model: nn.Module) -> bool:
+    """Whether this process has to call what saves `model`: rank 0, and all if it is divided among them."""
+    return rank() == 0 or is_divided(model.parameters())
+
+
+def _drain(numbers: Iterator) -> None:
+    """A rank that writes nothing takes part in gathering what others write."""
+    for _ in numbers:
+        continue
+
+
+def save_model(folder: str | Path, tensors: dict[str, Tensor], max_shard_size: int = 5_000_000_000) -> None:
+    """Writes folder/model.safetensors, or if that had more bytes than max_shard_size, files of at most so
+    many (but for a tensor that is larger) and an index, as Hugging Face's libraries do.
+
+    If the tensors are divided among ranks, all ranks call this; each writes its share of the files, and has
+    at most two tensors whole at a time."""
+    folder = Path(folder)
+    files = _split(tensors, max_shard_size)
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    together = is_divided(tensors.values())
+    if len(files) > 1 and rank() == 0:
+        for old in (INDEX, "model.safetensors"):  # of other weights
+            (folder / old).unlink(missing_ok=True)
+    ranks, me = (world_size(), rank()) if together else (1, 0)
+    for first in range(0, len(files), ranks):
+        wave = files[first : first + ranks]  # one for each rank
+        numbers = _gathered(tensors, wave, me)
+        if me < len(wave):
+            table = {name: (tensors[name].dtype, list(tensors[name].shape)) for name in wave[me]}
+            _write_safetensors(folder / names[first + me], table, numbers)
+        _drain(numbers)
+    if together:
+        barrier()  # all files are there before the index says so
+    if rank() == 0:
+        if len(files) > 1:
+            place = {name: file for file, some in zip(names, files) for name in some}
+            total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": place})
+        for old in {*folder.glob("model-*-of-*.safetensors"), folder / INDEX}:
+            if len(files) == 1 or old.name not in (*names, INDEX):
+                old.unlink(missing_ok=True)
+
+
+def _split(tensors: dict[str, Tensor], most: int) -> list[list[str]]:
+    """The names of each file, in order of size of their numbers, which keeps every tensor aligned."""
+    files: list[list[str]] = [[]]
+    room = most
+    for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize):
+        size = tensors[name].numel() * tensors[name].dtype.itemsize
+        if size > room and files[-1]:
+            files.append([])
+            room = most
+        files[-1].append(name)
+        room -= size
+    return files
+
+
+def _gathered(tensors: dict[str, Tensor], wave: list[list[str]], me: int) -> Iterator[Tensor]:
+    """The tensors of file `me` of a wave, in order. All ranks gather the first tensor of each file, then the
+    second of each: so all write at the same time."""
+    for i in range(max(map(len, wave))):
+        mine = None
+        for owner, names in enumerate(wave):
+            if i < len(names):
+                found = whole(tensors[names[i]])
+                mine = found if owner == me else mine
+        if mine is not None:
+            yield mine
 
 
 # ---- Any file ----------------------------------------------------------------------------------------------

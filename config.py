@@ -221,6 +221,8 @@ class Terminated(BaseException):
 def starting():
     """What a program calls before its slow imports: a Ctrl-C during these is one line, too."""
     if not os.environ.get("DEBUG"):
+        # Of a connection that is lost torch would print what its functions are called, thirty lines.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         on_signal(signal.SIGINT, signal.default_int_handler, end_at_once)
         on_signal(signal.SIGTERM, signal.SIG_DFL, end_at_once)
 

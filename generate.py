@@ -280,7 +280,8 @@ SMALL = 1e8  # bytes of weights under which decoding waits for Python, not for m
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes that one step of decoding reads: all weights but the embedding, of which it needs one row."""
-    return sum(t.nbytes for name, t in model.state_dict().items() if "embed_tokens" not in name)
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    return sum(tensor.nbytes for name, tensor in tensors if "embed_tokens" not in name)
 
 
 def is_small(model: nn.Module) -> bool:

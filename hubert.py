@@ -33,6 +33,7 @@ from files import write_json
 from foreign import Keys, read_table, settings
 from hubert_formats import HEAD, read_fairseq, read_hugging_face, to_hugging_face
 from kmeans import KMeans, dedup, smooth, the_one
+from run import rank
 
 Maybe = Tensor | None
 Folded = tuple[Tensor, Tensor]  # layer 0 of each recording: weights (B, 10, C) and biases (B, 1, C)
@@ -303,8 +304,9 @@ class HuBERT(nn.Module):
         """config.json and model.safetensors for transformers' HubertModel, without the prediction head."""
         tensors = {name: tensor for name, tensor in self.state_dict().items() if not re.match(HEAD, name)}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        checkpoint.save_tensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
-        write_json(Path(folder) / "config.json", to_hugging_face(self.config))
+        checkpoint.save_model(folder, tensors)
+        if rank() == 0:
+            write_json(Path(folder) / "config.json", to_hugging_face(self.config))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, n_layers: int | None = None) -> "HuBERT":
@@ -392,8 +394,9 @@ class UnitExtractor(nn.Module):
 
     def save_pretrained(self, folder: str | Path):
         self.model.save_pretrained(folder)
-        self.kmeans.save(folder)
-        write_json(Path(folder) / "units.json", {"layer": self.layer, "smooth": self.smooth})
+        if rank() == 0:
+            self.kmeans.save(folder)
+            write_json(Path(folder) / "units.json", {"layer": self.layer, "smooth": self.smooth})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, layer: int | None = None) -> "UnitExtractor":

@@ -23,6 +23,7 @@ import checkpoint
 from config import Limits, Size
 from files import write_json
 from llama_formats import join, read_folder, to_hugging_face
+from run import rank
 
 Maybe = Tensor | None  # an argument that may be left out
 
@@ -292,9 +293,10 @@ class Llama(nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes folder/config.json and folder/model.safetensors in Hugging Face's layout."""
-        write_hf(self, Path(folder))
+    def save_pretrained(self, folder: str | Path, max_shard_size: int = 5_000_000_000) -> None:
+        """Writes folder/config.json and folder/model.safetensors (with more bytes: several, and an index) in
+        Hugging Face's layout. Called by all ranks if the model is divided among them."""
+        write_hf(self, Path(folder), max_shard_size)
 
     @classmethod
     def from_pretrained(
@@ -339,7 +341,7 @@ def next_token_loss(
 # ---- Weights on disk (llama_formats.py) --------------------------------------------------------------------
 
 
-def write_hf(model: Llama, folder: Path) -> None:
+def write_hf(model: Llama, folder: Path, max_shard_size: int) -> None:
     """See Llama.save_pretrained."""
     tensors = model.state_dict()
     if model.config.tie_embeddings:
@@ -348,8 +350,9 @@ def write_hf(model: Llama, folder: Path) -> None:
         if "lora_" in name or name.endswith(".scale"):
             raise ValueError(f"{name}: only plain weights can be saved: lora.merge first, load without int8")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", to_hugging_face(model.config, model.model.norm.weight.dtype))
+    checkpoint.save_model(folder, tensors, max_shard_size)
+    if rank() == 0:
+        write_json(folder / "config.json", to_hugging_face(model.config, model.model.norm.weight.dtype))
 
 
 def load(folder: Path, dtype: torch.dtype | None, device, int8: bool) -> Llama:

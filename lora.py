@@ -22,6 +22,7 @@ import checkpoint
 from config import Limits, Share
 from files import one_line, write_json
 from foreign import Keys, read_table, settings
+from run import rank
 
 Rank = Annotated[int, Limits(1, 4096)]
 
@@ -150,7 +151,7 @@ def named(layers: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Writes the adapter alone, as peft does."""
+    """Writes the adapter alone, as peft does. Called by all ranks if the model is divided among them."""
     folder = Path(folder)
     layers = adapters(model)
     assert layers, "the model has no adapter to save"
@@ -171,7 +172,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_tensors(folder / "adapter_model.safetensors", named(layers))
-    write_json(folder / "adapter_config.json", config)
+    if rank() == 0:
+        write_json(folder / "adapter_config.json", config)
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:

@@ -133,7 +133,7 @@ def autocast(where: torch.device, wanted: bool = True) -> torch.autocast:
 # torchrun keeps) every few seconds; one whose counter stands still is stuck, and then all of them end.
 
 BEAT = 2.0  # seconds between two additions
-PATIENCE = 120.0  # seconds after which a process whose counter stands still is given up
+PATIENCE = 40.0  # seconds after which a process whose counter stands still is given up
 LOST = "the others end, and the same command continues from the last saved state"
 
 KEPT_BY_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import checkpoint
 from config import Limits, Share, Size, load
 from files import one_line, read_json, show, write_atomic, write_json
+from run import rank
 
 Length = Annotated[int, Limits(2, 65536)]
 KeysValues = tuple[Tensor, Tensor]  # (B, heads, T, C / heads) each
@@ -291,9 +292,10 @@ class TextToUnit(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.vocabulary.save(folder)
-        checkpoint.save_tensors(folder / "model.safetensors", dict(self.named_parameters()))
-        write_json(folder / "config.json", {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)})
+        checkpoint.save_model(folder, dict(self.named_parameters()))
+        if rank() == 0:
+            self.vocabulary.save(folder)
+            write_json(folder / "config.json", {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> "TextToUnit":

@@ -246,7 +246,7 @@ def train_language(name: str, run: Run, config: Config):
     held_out = fitting_examples(tables, "heldout", name, section, tok)
     probe = held_out_probe(run, section, tok, model, loss, held_out)
     optimize(run, name, run.state(name), model, loss, batch_at, section, probe)
-    if rank() == 0:
+    if checkpoint.takes_part(model):
         LANGUAGE[name].save(run, config, model, tok)
     barrier()
 

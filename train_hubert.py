@@ -142,10 +142,13 @@ def pretrain_round(
             write_targets(run, section, rows, features, n_clusters, labels_file)
         barrier()
         train_round(run, section, number, rows, model)
-        if rank() == 0:
+        if checkpoint.takes_part(model):
             checkpoint.save_tensors(weights, model.state_dict())
+        if rank() == 0:
             states.remove(folder / f"round{number}")
         barrier()
+        if checkpoint.is_divided(model.parameters()):
+            model = HuBERT(model.config).to(run.device)
     checkpoint.assign(model, checkpoint.read_tensors(weights), str(weights))
     return model.to(run.device).eval()
 
@@ -248,6 +251,10 @@ def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalize
     if normalizer.steps:
         for number in range(1, normalizer.rounds + 1):
             normalize_speech(run, normalizer, extractor, targets, number)
+            if checkpoint.is_divided(extractor.model.parameters()):
+                extractor.save_pretrained(folder / "normalized")
+                barrier()
+                extractor = UnitExtractor.from_pretrained(folder / "normalized").to(run.device)
     if rank() == 0:
         rows = read_manifest(run.manifest)
         unit_files.extract(run.corpus, rows, run.units, extractor, run.device, folder)

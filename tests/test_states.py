@@ -13,6 +13,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import checkpoint
+import llama
+import lora
 from training import states
 
 STEPS = 12
@@ -130,3 +133,54 @@ def test_any_number_of_processes_goes_on_from_what_any_other_has_saved(tmp_path)
         assert all(other == found[0] for other in found)
         losses += found[0]
     assert losses == pytest.approx(whole, abs=1e-5)
+
+
+# ---- Weights for others ------------------------------------------------------------------------------------
+
+SIZES = dict(vocab_size=61, dim=16, n_layers=3, n_heads=2, hidden_dim=24)
+
+
+def new_llama(seed: int, tied: bool) -> llama.Llama:
+    torch.manual_seed(seed)
+    return llama.Llama(llama.LlamaConfig(**SIZES, tie_embeddings=tied))
+
+
+def export(folder: Path, ranks: int, tied: bool) -> None:
+    """A LLaMA and its adapters, each saved by all ranks together."""
+    model, adapted = new_llama(1, tied), lora.apply(new_llama(1, tied), 2, 4.0, ["q_proj"])
+    for m in (model, adapted):
+        for layer in m.model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (ranks,)))
+        fully_shard(m, mesh=init_device_mesh("cpu", (ranks,)))
+    model.save_pretrained(folder / "one")
+    model.save_pretrained(folder / "many", max_shard_size=4000)
+    lora.save(adapted, folder / "lora")
+
+
+@pytest.mark.parametrize("ranks, tied", [(2, False), pytest.param(3, True, marks=pytest.mark.slow)])
+def test_what_many_ranks_have_of_a_model_they_save_together_as_hugging_face_does(tmp_path, ranks, tied):
+    on(ranks, tmp_path / "p", export, tmp_path, ranks, tied)
+    model = new_llama(1, tied)
+    weights = dict(model.named_parameters())  # a tied one once
+    assert [path.name for path in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
+    index = json.loads((tmp_path / "many" / checkpoint.INDEX).read_text())
+    assert index["weight_map"].keys() == weights.keys()
+    files = {*index["weight_map"].values()}
+    assert (
+        files == {path.name for path in (tmp_path / "many").glob("*.safetensors")} and len(files) > 2 * ranks
+    )
+    assert all((tmp_path / "many" / file).stat().st_size < 4000 + 2000 for file in files)
+    for folder in ("one", "many"):
+        found = checkpoint.read_tensors(tmp_path / folder)
+        assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model(ids)
+        assert torch.equal(llama.Llama.from_pretrained(tmp_path / "many")(ids), expected)
+        adapted = lora.load(new_llama(1, tied), tmp_path / "lora")
+        assert torch.equal(adapted(ids), expected)  # B is 0
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many", dtype=torch.float32)
+        assert torch.allclose(theirs.eval()(ids).logits, expected, atol=1e-5)
+    model.save_pretrained(tmp_path / "many")  # of one process, over what was there
+    assert [path.name for path in (tmp_path / "many").glob("*.safetensors*")] == ["model.safetensors"]

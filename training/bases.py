@@ -12,7 +12,7 @@ from pathlib import Path
 import lora
 from kmeans import KMeans
 from llama import Llama, LlamaConfig
-from run import Run
+from run import Run, rank
 from tokenizer import Tokenizer
 from training import foreign_units
 
@@ -56,7 +56,8 @@ def adapted_llama(run: Run, config, tok: Tokenizer) -> Llama:
 
 def save_llama(folder: str, run: Run, config, model: Llama, tok: Tokenizer):
     model.save_pretrained(run.out / folder)
-    shutil.copytree(run.tokenizer, run.out / folder, dirs_exist_ok=True)
+    if rank() == 0:
+        shutil.copytree(run.tokenizer, run.out / folder, dirs_exist_ok=True)
 
 
 def save_adapters(run: Run, config, model: Llama, tok: Tokenizer):

@@ -216,12 +216,17 @@ def scale_and_clip(parameters: Iterable[nn.Parameter], scale: Tensor, most: floa
 
 @contextlib.contextmanager
 def gathered(objective: nn.Module, device: torch.device, bf16: bool) -> Iterator[None]:
-    """Inside, the model may be called in other ways than for its loss, by all ranks alike: what is outside of
-    the blocks is there, and a block gathers itself when it is called."""
+    """Inside, all ranks have the whole model, and may call it in other ways than for its loss: `generate`
+    would otherwise gather it again for every token."""
     if not is_divided(objective):
         yield
         return
-    objective.unshard()
+    groups = [m for m in objective.modules() if is_divided(m)]
+    for group in groups:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
     with autocast(device, bf16):
         yield
-    objective.reshard()
+    for group in groups:
+        group.set_reshard_after_forward(group is not objective, recurse=False)
+        group.reshard()
