@@ -119,7 +119,7 @@ def divided(
 
 def is_sharded(name: str, model: nn.Module, section: Sharding, device: torch.device) -> bool:
     """Whether the model, real or on meta, is to be divided. ValueError if it does not fit, whole or divided:
-    activations come on top."""
+    activations come on top. section: with `accumulate`, as training/loop.py's."""
     ranks = world_size()
     size = 2 if section.state_dtype == "bfloat16" else 4
     frozen, trained = 0, 0
@@ -128,19 +128,23 @@ def is_sharded(name: str, model: nn.Module, section: Sharding, device: torch.dev
         frozen += p.numel() * min(size, p.element_size()) * (not p.requires_grad)
     state = frozen + 4 * trained  # weights, gradients, AdamW's two averages
     whole = state + trained * (ranks > 1)  # the buffers in which DDP exchanges gradients
+    waiting = 4 * trained // size * (section.accumulate > 1)  # see gradients_exchanged
     room = memory(device)
     sharded = ranks > 1 and (section.sharding == "fsdp" or section.sharding == "auto" and 2 * whole > room)
-    needed = state / ranks if sharded else whole
-    if needed > room:
-        least = math.ceil(state / (0.8 * room))
-        advice = f"take {least} processes or more" + ", each with its own device" * (device.type == "cuda")
-        if ranks > 1 and not sharded:
-            advice = f'set {name}.sharding = "fsdp"' + f" and {advice}" * (ranks < least)
-        raise ValueError(
-            f"{name}: weights, gradients and moments take {needed / 2**30:.1f} GiB on each of {ranks} "
-            f'process(es), which has {room / 2**30:.1f}; {advice}, or state_dtype = "bfloat16"'
-        )
-    return sharded
+    needed = state / ranks + waiting if sharded else whole
+    if needed <= room:
+        return sharded
+    least = math.ceil(state / max(0.8 * room - waiting, 1))
+    advice = [f"take {least} processes or more, each with memory of its own"]
+    if sharded and waiting:
+        advice = [*advice * (waiting < 0.8 * room), "set accumulate = 1"]
+    elif ranks > 1 and not sharded:
+        advice = [f'set {name}.sharding = "fsdp"' + f" and {advice[0]}" * (ranks < least)]
+    advice.append('state_dtype = "bfloat16"' if size == 4 else "a smaller model")
+    raise ValueError(
+        f"{name}: weights, gradients and moments take {needed / 2**30:.3g} GiB on each of {ranks} "
+        f"process(es), which has {room / 2**30:.3g}; {', or '.join(advice)}"
+    )
 
 
 def memory(device: torch.device) -> int:
