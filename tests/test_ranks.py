@@ -53,12 +53,13 @@ destroy()
 """
 
 
-def learn_again(out: Path, accumulate: int, ranks: int):
+def learn_again(out: Path, accumulate: int, ranks: int, sharding: str = "auto"):
     """20 steps of 32 documents or crops in every stage, as so many micro-batches on so many processes."""
     flags = ["--normalizer.steps", 20, "--hubert.clusters", "[10]"]
     flags += ["--t2u.noise", 0, "--t2u.model.dropout", 0]  # each rank draws these for itself
     for section in ("hubert", "normalizer", *LANGUAGE):
         size = {"steps": 20, "batch_size": 32, "accumulate": accumulate, "bf16": "false", "eval_every": 1000}
+        size |= {} if section == "t2u" else {"sharding": sharding}
         flags += [word for key, value in size.items() for word in (f"--{section}.{key}", value)]
     script = out / "again.py"
     script.write_text(AGAIN.format(flags=[*map(str, flags)], out=str(out), names=[*LEARNED]))
@@ -90,19 +91,21 @@ def one_process(taught, tmp_path_factory) -> Path:
 
 @pytest.mark.skipif(find_spec("hibari") is None, reason="the tiny world is spoken by the extra 'demo'")
 @pytest.mark.parametrize(
-    "accumulate, ranks",
+    "accumulate, ranks, sharding",
     [
-        (1, 4),
-        (3, 2),  # six pieces of 32: of unequal size
-        pytest.param(4, 1, marks=pytest.mark.slow),
-        pytest.param(1, 2, marks=pytest.mark.slow),
+        (1, 4, "ddp"),
+        (3, 2, "fsdp"),  # six pieces of 32: of unequal size
+        pytest.param(4, 1, "auto", marks=pytest.mark.slow),
+        pytest.param(1, 2, "ddp", marks=pytest.mark.slow),
+        pytest.param(1, 2, "fsdp", marks=pytest.mark.slow),
+        pytest.param(1, 4, "fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_many_processes_and_micro_batches_learn_what_one_learns(
-    taught, one_process, tmp_path, accumulate, ranks
+    taught, one_process, tmp_path, accumulate, ranks, sharding
 ):
     out = Path(shutil.copytree(taught, tmp_path / "ci"))
-    learn_again(out, accumulate, ranks)
+    learn_again(out, accumulate, ranks, sharding)
     for stage, path in LEARNED.items():
         one, many = read_tensors(one_process / path), read_tensors(out / path)
         assert one.keys() == many.keys()

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora
 import run
-from generate import decode_one_token, prefill
+from generate import decode_one_token, is_small, prefill
 from hubert import HuBERT, HuBERTConfig
 from llama import Llama, LlamaConfig, next_token_losses
 from training import muon, precision, shard
@@ -233,6 +233,7 @@ def read(out: Path, kind: str, section: dict) -> tuple[list[float], list[list[in
         for _ in range(2):  # the second time, blocks are not gathered before
             cache = model.new_cache(2, 14, torch.tensor([0, 3]))
             with torch.inference_mode():
+                assert is_small(model)
                 found = [prefill(model, ids, cache).argmax(-1)]
                 found += [decode_one_token(model, found[-1], cache).argmax(-1) for _ in range(4)]
             answers.append(torch.stack(found).tolist())
