@@ -384,13 +384,13 @@ def test_a_layer_keeps_less_when_its_activations_are_computed_again(one_thread):
         (2, 64, {"sharding": "fsdp"}, True),
         (2, 21, {"sharding": "ddp"}, False),
         (2, 10, {"state_dtype": "bfloat16"}, True),
-        (2, 7, {}, "take 3 processes or more"),  # divided: 8 MiB
+        (2, 9, {}, "take 5 processes or more"),  # divided: 8 MiB, and the whole model while it is read
         (2, 13, {"accumulate": 2}, True),  # and the whole gradient, until the last micro-batch
         (2, 9, {"accumulate": 2}, "take 5 processes or more, .*, or set accumulate = 1, or state"),
         (2, 4, {"accumulate": 2}, "which has 0.00391; set accumulate = 1, or state"),
         (1, 15, {}, "take 2 processes or more"),
         (2, 17, {"sharding": "ddp"}, 'set name.sharding = "fsdp", or state_dtype'),
-        (2, 7, {"sharding": "ddp"}, 'set name.sharding = "fsdp" and take 3 processes or more'),
+        (2, 9, {"sharding": "ddp"}, 'set name.sharding = "fsdp" and take 5 processes or more'),
     ],
 )
 def test_a_model_is_divided_where_it_does_not_fit_well(ranks, mib, section, divided, monkeypatch):

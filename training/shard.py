@@ -131,10 +131,12 @@ def is_sharded(name: str, model: nn.Module, section: Sharding, device: torch.dev
     waiting = 4 * trained // size * (section.accumulate > 1)  # see gradients_exchanged
     room = memory(device)
     sharded = ranks > 1 and (section.sharding == "fsdp" or section.sharding == "auto" and 2 * whole > room)
-    needed = state / ranks + waiting if sharded else whole
+    copy = (frozen + trained) // size * (2 if section.bf16 and device.type == "cuda" else size)
+    reading = (state - trained) / ranks + copy  # without gradients, but with all of the model: see gathered
+    needed = max(state / ranks + waiting, reading) if sharded else whole
     if needed <= room:
         return sharded
-    least = math.ceil(state / max(0.8 * room - waiting, 1))
+    least = math.ceil(state / max(0.8 * room - max(waiting, copy), 1))
     advice = [f"take {least} processes or more, each with memory of its own"]
     if sharded and waiting:
         advice = [*advice * (waiting < 0.8 * room), "set accumulate = 1"]
