@@ -26,12 +26,16 @@ SAVE_EVERY = 2
 STEPS = 10_000  # more than any of the runs comes to
 
 
-def slowly(step: int) -> list:
+def slowly(step: int, out: Path) -> list:
+    """This rank's rows of a batch; which they are is written down."""
     from test_loop import batch_at
 
     time.sleep(0.01)
     x, y = batch_at(step)[0]
-    return [(x[run.rank() :: run.world_size()], y[run.rank() :: run.world_size()])]
+    rows = list(range(run.rank(), len(x), run.world_size()))
+    with (out / "order.jsonl").open("a") as file:
+        file.writelines(json.dumps([step, row, y[row].item()]) + "\n" for row in rows)
+    return [(x[rows], y[rows])]
 
 
 def kill(out: Path, who: str, ranks: int):
@@ -76,7 +80,7 @@ def one_of(rank: int, ranks: int, port: int, out: Path, plan: dict):
             raise KeyboardInterrupt
         if step == first[0] + 1 and rank == plan.get("rank"):
             prepare_death(out, ranks, plan)
-        return slowly(step)
+        return slowly(step, out)
 
     first = [0]
 
@@ -160,3 +164,18 @@ def test_a_run_that_is_killed_again_and_again_learns_what_an_undisturbed_one_doe
     expected = losses(whole)
     assert [*found] == [*range(len(found))] == [*expected]  # each step once
     assert max(abs(found[step] - expected[step]) for step in found) < 1e-5
+
+
+def test_four_two_one_and_four_processes_go_on_with_the_same_samples(tmp_path):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    out.mkdir(), whole.mkdir()
+    for ranks in (4, 2, 1, 4):
+        codes, _, said = start(out, ranks, {"steps": 6, "sharding": "fsdp" if ranks > 1 else "auto"})
+        assert codes == [130] * ranks, said
+    found = losses(out)
+    start(whole, 1, {"steps": max(found) + 1, "sharding": "auto"})
+    expected = losses(whole)
+    assert [*found] == [*range(len(found))] == [*expected] and len(found) >= 16
+    assert max(abs(found[step] - expected[step]) for step in found) < 1e-5
+    once = {line for line in (out / "order.jsonl").read_text().splitlines()}  # some steps twice
+    assert once == {*(whole / "order.jsonl").read_text().splitlines()}

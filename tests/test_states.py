@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -93,46 +94,127 @@ def on(ranks: int, out: Path, work, *arguments) -> list:
     return [json.loads((out / f"found{i}.json").read_text()) for i in range(ranks)]
 
 
-def damaged_newest(out: Path, hurt) -> list:
-    """What a run of two says and does that goes on after `hurt` has been done to the newest of its states."""
+# ---- What may have happened to a state ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """States of two processes after 4 and after 6 steps."""
+    out = tmp_path_factory.mktemp("saved")
     on(2, out / "p", learn, out / "run", 0, 6, 2)
     assert sorted(path.name for path in (out / "run/shards").iterdir()) == ["step-4", "step-6"]
-    hurt(out / "run/shards/step-6")
-    found = on(2, out / "p", learn, out / "run", 4, STEPS)
-    return found, [(out / f"p/said{rank}").read_text() for rank in range(2)]
+    return out / "run"
 
 
-def flip(path: Path, place: int = -30):
+@pytest.fixture
+def run(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def flip(path: Path, bit: int):
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[bit // 8] ^= 1 << bit % 8
     path.write_bytes(data)
+
+
+def rewrite(folder: Path, change):
+    """The mark of a folder after `change` of its content, with the hash that belongs to it."""
+    mark = json.loads((folder / states.MARK).read_text())
+    del mark["blake2b"]
+    change(mark)
+    (folder / states.MARK).write_text(json.dumps(mark | {"blake2b": states.hash_of(mark)}))
+
+
+def test_two_processes_agree_that_a_state_is_damaged_and_take_the_one_before_it(run, tmp_path):
+    file = run / "shards/step-6/rank-1-of-2.safetensors"
+    flip(file, 8 * file.stat().st_size - 200)
+    (losses, _) = on(2, tmp_path / "p", learn, run, 4, STEPS)
+    assert losses == pytest.approx(
+        on(1, tmp_path / "p1", learn, tmp_path / "whole", 0, STEPS)[0][4:], abs=1e-5
+    )
+    said = [(tmp_path / f"p/said{rank}").read_text() for rank in range(2)]
+    told = "damaged: its hash does not match; going on from the state before it, of step 4"
+    assert said == [f"{file}: {told}\n", ""]
+    assert (run / "shards/damaged").exists()
 
 
 @pytest.mark.parametrize(
     "hurt, said",
     [
-        (lambda folder: flip(folder / "rank-1-of-2.safetensors"), "rank-1-of-2.safetensors: damaged"),
-        (lambda folder: (folder / "rank-0-of-2.safetensors").unlink(), "rank-0-of-2.safetensors: missing"),
-        (lambda folder: flip(folder / states.MARK), "mark.json: "),
+        (lambda new: (new / "rank-0-of-2.safetensors").unlink(), "rank-0-of-2.safetensors: missing"),
+        (
+            lambda new: (new / "rank-1-of-2.safetensors").write_bytes(b""),
+            "rank-1-of-2.safetensors: has 0 bytes",
+        ),
+        (lambda new: (new / states.MARK).write_text("{"), "mark.json: "),
+        (
+            lambda new: rewrite(new, lambda mark: mark["meta"].update(step=13)),
+            "step is 13, not a whole number",
+        ),
+        (
+            lambda new: rewrite(new, lambda mark: mark["meta"].update(step=-1)),
+            "step is -1, not a whole number",
+        ),
+        (
+            lambda new: rewrite(new, lambda mark: mark["files"].popitem()),
+            "0.weight: 36 of 66 numbers are there",
+        ),
+        (lambda new: rewrite(new, lambda mark: mark["files"].update({"../x": {}})), "not the name of a part"),
+        (lambda new: rewrite(new, lambda mark: mark.update(files=7)), "mark.json: damaged or not"),
     ],
 )
-def test_a_damaged_state_is_told_by_name_and_the_one_before_it_is_taken(tmp_path, hurt, said):
-    (losses, _), lines = damaged_newest(tmp_path, hurt)
-    whole = on(1, tmp_path / "p", learn, tmp_path / "whole", 0, STEPS)[0]
-    assert losses == pytest.approx(whole[4:], abs=1e-5)
-    assert lines[0].startswith(f"{tmp_path}/run/shards/step-6/{said}") and lines[0].count("\n") == 1
-    assert lines[0].endswith("; going on from the state before it, of step 4\n") and lines[1] == ""
-    assert (tmp_path / "run/shards/damaged").exists()
+def test_what_is_wrong_is_one_line_and_the_state_before_it_is_taken(run, hurt, said, capsys):
+    hurt(run / "shards/step-6")
+    learn(run, 4, 4)
+    told = capsys.readouterr().out
+    assert said in told and told.startswith(f"{run}/shards/step-6") and told.count("\n") == 1, told
+    assert told.endswith("; going on from the state before it, of step 4\n") and len(told) < 400
 
 
-def test_any_number_of_processes_goes_on_from_what_any_other_has_saved(tmp_path):
-    whole = on(1, tmp_path / "p", learn, tmp_path / "whole", 0, STEPS)[0]
-    losses = []
-    for ranks, first, last in ((4, 0, 3), (2, 3, 6), (1, 6, 9), (4, 9, STEPS)):
-        found = on(ranks, tmp_path / "p", learn, tmp_path / "run", first, last)
-        assert all(other == found[0] for other in found)
-        losses += found[0]
-    assert losses == pytest.approx(whole, abs=1e-5)
+def test_any_flipped_bit_is_noticed(run, capsys):
+    generator = random.Random(0)
+    files = sorted((run / "shards/step-6").iterdir())
+    for _ in range(100):
+        file = generator.choice(files)
+        bit = generator.randrange(8 * file.stat().st_size)
+        flip(file, bit)
+        learn(run, 4, 4)
+        assert file.name in capsys.readouterr().out
+        os.rename(run / "shards/damaged", run / "shards/step-6")
+        flip(file, bit)
+    learn(run, 6, 6)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_killed_run_has_left_without_a_mark_counts_for_nothing_and_is_removed(run, capsys):
+    (run / "shards/step-6" / states.MARK).unlink()
+    learn(run, 4, 4)
+    assert capsys.readouterr().out == "" and not (run / "shards/step-6").exists()
+
+
+def test_a_state_of_another_model_is_refused_and_nothing_is_changed(run):
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = {"adamw": torch.optim.AdamW(model.parameters(), fused=True)}
+    with pytest.raises(
+        ValueError, match=r"step-6: model.1.weight is \[10, 6\] .*, expected \[12, 6\]"
+    ) as caught:
+        states.load(run, dict(model.named_parameters()), optimizers)
+    message = str(caught.value)
+    assert message.endswith(f"; delete {run} to begin anew") and "\n" not in message
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert not optimizers["adamw"].state and (run / "shards/step-6").exists()
+
+
+def test_versions_of_torch(run, capsys, monkeypatch):
+    rewrite(run / "shards/step-6", lambda mark: mark.update(torch="1.9.0"))
+    learn(run, 6, 6)
+    assert f"step-6: saved by torch '1.9.0', goes on with {torch.__version__};" in capsys.readouterr().out
+    monkeypatch.setattr(states, "of_all", lambda value: [value, "2.8.0"])
+    with pytest.raises(
+        ValueError, match="process 1 has torch 2.8.0, process 0 has .*; install the same for all"
+    ):
+        states.check_versions()
 
 
 # ---- Weights for others ------------------------------------------------------------------------------------
