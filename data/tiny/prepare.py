@@ -2,13 +2,15 @@
 
     python data/tiny/prepare.py out/corpus
     python data/tiny/prepare.py out/ci --sentences 20      # three minutes of audio, for a quick test
+    python data/tiny/prepare.py out/voices --held_out 60   # questions in voices that no training hears
 
 This stands in for the speech of the paper (LibriLight, Gigaspeech, CommonVoice; §4.1, §5.1) and for its
 spoken instructions (§3.2, made from text with a TTS, as here). The voice is hibari (Apache-2.0, inside its
 wheel). Further speakers are the same voice resampled by a factor r: pitch and formants move together, as with
 a shorter or longer vocal tract, while the pace is set independently. Speaker 0 (r = 1) is the target speaker,
 in whose voice the model answers: it speaks every answer, at an even pace. Everything else is spoken by all
-speakers, faster and slower.
+speakers, faster and slower. With `voices`, other engines' voices (voices.py) say the training questions and
+statements, too, each of which the target speaker then says once, for the speech normalizer to compare.
 
     OUT/wav/ID.wav        16 kHz, 16 bit, mono
     OUT/manifest.jsonl    {"id": "plus-5b0c81d2f3a4e697", "wav": "wav/plus-5b0c81d2f3a4e697.wav",
@@ -50,9 +52,10 @@ from config import Limits, Parser, command_line, deaf_to_ctrl_c, end_with_parent
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest, write_manifest
 from data.recipe import worker_processes
+from data.tiny import voices as others
 from data.tiny import world
 from data.tiny.world import chance
-from files import write_jsonl
+from files import show, write_jsonl
 
 SPEAKERS = (1.0, 0.88, 1.07, 1.14, 1.21)  # r of each; a recognizer understands all of them, but not r < 0.85
 # (hibari runs phones together when speed / r is above 1.33: speaker 1 at a pace of 1.17 and more; LOG.md)
@@ -66,6 +69,7 @@ class Options:
     sentences: Annotated[int, Limits(1, 100_000)] = 3000  # about so many different ones recorded for train
     renditions: Annotated[int, Limits(1, 100)] = 2  # how often each is recorded, at least
     readings: Annotated[int, Limits(0, 100_000)] = 0  # further ones that only the target speaker reads
+    voices: Annotated[int, Limits(0, 100)] = 0  # of other engines, as many of voices.TRAINING as are there
     workers: Annotated[int, Limits(1, 61)] = 2  # processes; more Windows cannot
 
 
@@ -109,6 +113,39 @@ def render(
         margin = (draw(0.05, 0.15, "before"), draw(0.05, 0.15, "after"))
     noise = int(draw(0, 1e6, "noise"))
     return Utterance(text, family, kind, split, answer, speaker, r, speed, margin, noise)
+
+
+def by_others(utterances: list[Utterance], numbers: list[int], seed: int) -> list[Utterance]:
+    """Each training question and statement once more by one of the speakers `numbers`, and by the target
+    speaker where it is not yet."""
+    said = {u.text for u in utterances if u.split == "train" and u.speaker == TARGET_SPEAKER}
+    once = {u.text: u for u in utterances if u.split == "train" and u.kind in ("question", "statement")}
+    found = []
+    for text, u in once.items():
+        speaker = numbers[int(chance(seed, text, "voice") * len(numbers))]
+        found.append(by(u, speaker, seed))
+        if text not in said:
+            found.append(by(u, TARGET_SPEAKER, seed))
+    return found
+
+
+def by(u: Utterance, speaker: int, seed: int) -> Utterance:
+    """The same sentence by another speaker: the target speaker, or one of voices.py."""
+    low, high = (1.02, 1.08) if speaker == TARGET_SPEAKER else (0.9, 1.2)
+    speed = round(low + (high - low) * chance(seed, u.text, "speed by", speaker), 4)
+    noise = int(1e6 * chance(seed, u.text, "noise by", speaker))
+    return u._replace(speaker=speaker, r=1.0, speed=speed, margin=(0.1, 0.1), noise=noise)
+
+
+def plan_held_out(seed: int, questions: int, numbers: list[int]) -> list[Utterance]:
+    """Up to so many test questions of either split by each of the speakers `numbers`, at their own pace."""
+    asked = [u for u in plan(seed=seed)[0] if u.split != "train" and u.kind == "question"]
+    found = []
+    for split in ("rendition", "heldout"):
+        once = {u.text: u for u in asked if u.split == split}
+        chosen = sorted(once, key=lambda text: chance("held out", text))[:questions]
+        found += [by(once[text], number, seed)._replace(speed=1.0) for text in chosen for number in numbers]
+    return found
 
 
 def plan(
@@ -220,6 +257,9 @@ def load_voice() -> None:
 
 def speak(u: Utterance) -> np.ndarray:
     """(N,) float32 at 16 kHz. Resampling by r makes speech shorter by r, so it is made slower by r first."""
+    if u.speaker >= len(SPEAKERS):
+        wav = others.speak(others.VOICES[u.speaker - len(SPEAKERS)], u.text, u.speed)
+        return trim(wav, *u.margin)
     parts = _voice.stream(u.text, speed=u.speed / u.r, seed=u.noise)  # sentence by sentence
     parts = [soxr.resample(part, _voice.sample_rate * u.r, audio.RATE) for part in parts]
     silences = [u.margin[0], *[PAUSE] * (2 * len(parts) - 2), u.margin[1]]
@@ -238,10 +278,17 @@ def trim(wav: np.ndarray, before: float, after: float) -> np.ndarray:
     return np.pad(wav[max(0, start) : stop], (max(0, -start), max(0, stop - len(wav))))
 
 
-def _speak(wavs: Path, batch: list[Utterance]) -> int:
+def _speak(wavs: Path, batch: list[Utterance]) -> list[str]:
+    """What could not be spoken, and why."""
+    problems = []
     for u in batch:
-        audio.save(wavs / f"{u.id}.wav", speak(u))
-    return len(batch)
+        try:
+            wav = speak(u)
+        except ValueError as problem:  # of another engine
+            problems.append(f"{problem}, saying {show(u.text)}")
+        else:
+            audio.save(wavs / f"{u.id}.wav", wav)
+    return problems
 
 
 # ---- The corpus --------------------------------------------------------------------------------------------
@@ -255,15 +302,20 @@ def prepare(
     readings: int = 0,
     workers: int = 2,
     progress: bool = True,
+    voices: int = 0,
+    held_out: int = 0,
 ) -> None:
     """Makes the corpus in folder `out`, or what is missing of it.
 
     `sentences` is about the number of different sentences recorded for train, most of them questions and
     answers, in equal parts from each family; `renditions` how often questions and statements are recorded, at
     least; `readings` the number of further sentences that only the target speaker reads, once; if there are
-    any, the dialogues have sums beyond the tables, too (`world.beyond`). ValueError or OSError, one line
-    each, when the voice is not installed, a number makes no sense, or a file cannot be written."""
-    numbers = {"sentences": sentences, "renditions": renditions, "readings": readings, "workers": workers}
+    any, the dialogues have sums beyond the tables, too (`world.beyond`); `voices` how many of other engines
+    speak, too, of those that are installed. With `held_out` the corpus is so many questions of either test
+    split by each voice that no training hears, and nothing else. ValueError or OSError, one line each, when
+    the voice is not installed, a number makes no sense, or a file cannot be written."""
+    numbers = {"sentences": sentences, "renditions": renditions, "readings": readings}
+    numbers |= {"workers": workers, "voices": voices}
     load(Options, numbers, "the tiny world")
     need_voice()
     if (Path(out) / "manifest.jsonl").exists():
@@ -273,6 +325,12 @@ def prepare(
                     f"{out} is another corpus, whose manifest this one would replace: choose another"
                 )
     utterances, rows = plan(sentences, renditions, seed, readings)
+    if voices and (numbers := usable(others.TRAINING[:voices])):
+        utterances += by_others(utterances, numbers, seed)
+    if held_out:
+        utterances, rows = plan_held_out(seed, held_out, usable(others.HELD_OUT)), []
+        if not utterances:
+            raise ValueError("no voice that is held out is installed (see data/tiny/voices.py)")
     out, wavs = Path(out), Path(out) / "wav"
     wavs.mkdir(parents=True, exist_ok=True)
     header = 44  # bytes: a file without samples
@@ -288,7 +346,11 @@ def prepare(
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     with bar:
-        _speak_all(wavs, missing, workers, bar)
+        problems = _speak_all(wavs, missing, workers, bar)
+    if problems:
+        print(f"left out: {len(problems)} of {len(utterances)} recordings; the first is {problems[0]}")
+        there = {entry.name for entry in os.scandir(wavs) if entry.stat().st_size > header}
+        utterances = [u for u in utterances if f"{u.id}.wav" in there]
     manifest = [
         {
             "id": u.id,
@@ -309,19 +371,33 @@ def prepare(
     write_manifest(out, manifest)  # last: a folder with a manifest is complete
 
 
-def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) -> None:
+def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) -> list[str]:
+    """What could not be spoken, and why."""
+    problems = []
     if workers == 1 or len(missing) < 50:  # a process takes longer to start than 50 utterances to speak
         if missing:
             load_voice()
         for u in missing:
-            bar.update(_speak(wavs, [u]))
-        return
+            problems += _speak(wavs, [u])
+            bar.update()
+        return problems
     with worker_processes(workers, start_worker) as pool:
         batches = [missing[i : i + 16] for i in range(0, len(missing), 16)]
         with deaf_to_ctrl_c():
-            jobs = [pool.submit(_speak, wavs, batch) for batch in batches]  # starts the processes
+            jobs = {pool.submit(_speak, wavs, batch): len(batch) for batch in batches}  # starts the processes
         for done in as_completed(jobs):
-            bar.update(done.result())
+            problems += done.result()
+            bar.update(jobs[done])
+    return sorted(problems)
+
+
+def usable(wanted: tuple[others.Voice, ...]) -> list[int]:
+    """The numbers of the speakers among `wanted` who can be used; says who cannot."""
+    there = others.installed(wanted)
+    problems = [others.problem(voice) for voice in wanted if others.problem(voice)]
+    if problems:
+        print(f"voices: {len(there)} of {len(wanted)}; {'; '.join(problems)}", flush=True)
+    return [len(SPEAKERS) + number for number in there]
 
 
 def main() -> None:
@@ -331,6 +407,8 @@ def main() -> None:
     add("--sentences", type=int, default=3000, help="about how many different sentences to record")
     add("--renditions", type=int, default=2, help="how often each is recorded, at least")
     add("--readings", type=int, default=0, help="further sentences that only the target speaker reads, once")
+    add("--voices", type=int, default=0, help="of other engines, at most, that speak too (voices.py)")
+    add("--held_out", type=int, default=0, help="make only so many questions of each voice not trained on")
     add("--seed", type=int, default=0, help="of speakers, pace and noise; the splits have none")
     add("--workers", type=int, default=2, help="processes")
     options = vars(parser.parse_args())

@@ -1,0 +1,115 @@
+"""data/tiny/voices.py: other engines' voices, with programs of the test's own in place of the engines."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import audio
+from data.corpus import TARGET_SPEAKER, read_manifest
+from data.tiny import prepare, voices
+
+ENGINE = """#!{python}
+import sys
+sys.path.insert(0, {root!r})
+import numpy as np, soundfile
+arguments = sys.argv[1:]
+wav = next(word for word in arguments if word.endswith(".wav"))
+kind = {kind!r}
+if kind == "crashes" or kind == "picky" and "six" in " ".join(arguments):
+    sys.exit(3)
+t = np.arange(24_000) / 22_050
+x = 0.2 * np.sin(2 * np.pi * 200 * t) if kind != "silent" else 0 * t
+soundfile.write(wav, x, 22_050)
+"""
+
+
+@pytest.fixture
+def engines(tmp_path, monkeypatch):
+    """engines(flite="speaks", ...) puts such programs, and no others, where engines are looked for."""
+    if os.name == "nt":
+        pytest.skip("the programs of this test are scripts")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    root = str(Path(__file__).resolve().parent.parent)
+
+    def put(**programs: str):
+        voices.problem.cache_clear()
+        for name, kind in programs.items():
+            path = folder / voices.PROGRAMS[name.replace("_", "-")]
+            path.write_text(ENGINE.format(python=sys.executable, root=root, kind=kind))
+            path.chmod(0o755)
+
+    yield put
+    voices.problem.cache_clear()
+
+
+def test_training_and_held_out_voices_are_apart():
+    assert not set(voices.TRAINING) & set(voices.HELD_OUT) and len(set(voices.VOICES)) == len(voices.VOICES)
+    assert {v.engine for v in voices.HELD_OUT} - {v.engine for v in voices.TRAINING} == {"festival"}
+    assert {v.engine for v in voices.VOICES} == set(voices.PROGRAMS)
+
+
+def test_a_voice_speaks_at_our_rate_or_says_why_not(engines):
+    engines(flite="speaks", espeak_ng="crashes", festival="silent")
+    flite, espeak, festival = (voices.Voice(engine, "x") for engine in ("flite", "espeak-ng", "festival"))
+    wav = voices.speak(flite, "One.")
+    assert len(wav) == pytest.approx(24_000 / 22_050 * audio.RATE, abs=2)
+    assert np.abs(wav).max() == pytest.approx(0.5) and wav.dtype == np.float32
+    assert voices.problem(flite) == ""
+    for voice, word in ((espeak, "espeak-ng x: ended with code 3"), (festival, "festival x: said nothing")):
+        with pytest.raises(ValueError, match=word) as error:
+            voices.speak(voice, "One.")
+        assert "\n" not in str(error.value) and voices.problem(voice) == str(error.value)
+
+
+def test_an_engine_that_is_not_installed_is_named(engines, capsys):
+    engines(flite="speaks")
+    assert voices.problem(voices.TRAINING[1]) == "espeak-ng en-us+m3: espeak-ng is not installed"
+    assert prepare.usable(voices.TRAINING[:3]) == [5, 7]
+    assert capsys.readouterr().out == "voices: 2 of 3; espeak-ng en-us+m3: espeak-ng is not installed\n"
+
+
+def test_every_training_question_is_said_by_another_voice_and_by_the_target_speaker():
+    before, _ = prepare.plan(sentences=60, renditions=1)
+    more = prepare.by_others(before, [5, 7, 11], seed=0)
+    texts = {u.text for u in before if u.split == "train" and u.kind in ("question", "statement")}
+    assert sorted(u.text for u in more if u.speaker != TARGET_SPEAKER) == sorted(texts)
+    assert {u.speaker for u in more} == {0, 5, 7, 11} and {u.split for u in more} == {"train"}
+    said = [u.text for u in before + more if u.speaker == TARGET_SPEAKER and u.split == "train"]
+    assert texts <= set(said)
+    assert len({u.id for u in before + more}) == len(before + more)
+    assert more == prepare.by_others(before, [5, 7, 11], seed=0)
+    tested = {u.text for u in before if u.split == "heldout"}
+    assert not tested & {u.text for u in more}
+
+
+def test_a_corpus_has_the_voices_that_are_there_and_counts_what_failed(engines, tmp_path, capsys):
+    pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
+    engines(flite="picky")
+    prepare.prepare(tmp_path / "corpus", sentences=1, renditions=1, workers=1, progress=False, voices=3)
+    said = capsys.readouterr().out
+    assert "voices: 2 of 3; espeak-ng en-us+m3: espeak-ng is not installed" in said
+    rows = read_manifest(tmp_path / "corpus")
+    theirs = [row for row in rows if row["speaker"] in (5, 7)]
+    assert theirs and not any("six" in row["text"] for row in theirs)
+    lost = [u for u in prepare.by_others(prepare.plan(1, 1)[0], [5, 7], 0) if u.speaker and "six" in u.text]
+    assert lost and f"left out: {len(lost)} of " in said
+    assert all((tmp_path / "corpus" / row["wav"]).exists() for row in rows)
+
+
+def test_a_corpus_of_voices_that_are_held_out(engines, tmp_path):
+    pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
+    with pytest.raises(ValueError, match="no voice that is held out is installed"):
+        prepare.prepare(tmp_path / "none", workers=1, progress=False, held_out=2)
+    engines(flite="speaks", festival="speaks")
+    prepare.prepare(tmp_path / "corpus", workers=1, progress=False, held_out=2)
+    rows = read_manifest(tmp_path / "corpus")
+    numbers = {5 + voices.VOICES.index(v) for v in voices.HELD_OUT if v.engine != "espeak-ng"}
+    assert {row["speaker"] for row in rows} == numbers and len(rows) == 3 * 4
+    assert {row["split"] for row in rows} == {"rendition", "heldout"} and all(row["answer"] for row in rows)
+    trained = {u.text for u in prepare.plan(5000, 1)[0] if u.split == "train"}
+    assert not {row["text"] for row in rows if row["split"] == "heldout"} & trained
