@@ -2,16 +2,20 @@
 
     y = W x + (alpha / r) B A dropout(x)        A (r, in) random, B (out, r) zero: at first nothing changes
 
+With use_rslora the factor is alpha / sqrt(r), so that a higher rank does not learn less (rank-stabilized).
 The paper adapts the matrices of attention; `apply` works on the linear layers of any module.
 
-Reference: Hu et al. 2021, arXiv:2106.09685. On disk the layout is that of the `peft` library:
+References: Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732 (use_rslora). On disk the
+layout is that of the `peft` library:
 
     folder/adapter_config.json        {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": [..]}
     folder/adapter_model.safetensors  base_model.model.<name of a linear layer>.lora_A.weight, .lora_B.weight
 """
 
 import math
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +24,40 @@ from torch import Tensor, nn
 
 import checkpoint
 from config import Limits, Share
-from files import one_line, write_json
+from files import one_line, show, write_json
 from foreign import Keys, read_table, settings
 from run import rank
 
 Rank = Annotated[int, Limits(1, 4096)]
+Alpha = Annotated[float, Limits(-1e6, 1e6)]
+
+
+@dataclass
+class AdapterConfig:
+    """peft's settings, under its names."""
+
+    r: Rank
+    lora_alpha: Alpha
+    target_modules: tuple[str, ...]
+    lora_dropout: Share = 0.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, Rank] = field(default_factory=dict)  # end of a layer's name: its r
+    alpha_pattern: dict[str, Alpha] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not 1 <= len(self.target_modules) <= 1000:
+            raise ValueError(f"target_modules are {len(self.target_modules)} names; it must be 1 to 1000")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):  # peft takes regular expressions
+            if not re.fullmatch(r"[\w.]{1,200}", pattern):
+                raise ValueError(f"a pattern must be the end of a layer's name, not {show(pattern)}")
+
+    def of(self, layer: str) -> tuple[int, float]:
+        """r and alpha of the layer called so: of the first pattern that fits, as in peft."""
+
+        def value(patterns: dict, usual: float) -> float:
+            return next((n for end, n in patterns.items() if f".{layer}".endswith(f".{end}")), usual)
+
+        return value(self.rank_pattern, self.r), value(self.alpha_pattern, self.lora_alpha)
 
 
 class LoRALinear(nn.Module):
@@ -32,18 +65,20 @@ class LoRALinear(nn.Module):
     in training mode, in which dropout acts, if the base is."""
 
     def __init__(
-        self, base: nn.Module, target: str, r: int, alpha: float, dropout: float, device: str | None = None
+        self, base: nn.Module, name: str, target: str, config: AdapterConfig, device: str | None = None
     ):
         super().__init__()
         device = device or base.weight.device
+        r, alpha = config.of(name)
         self.base_layer = base
         self.target = target  # the name by which it was chosen
         self.r = r
         self.alpha = alpha
-        self.scale = alpha / r
+        self.stable = config.use_rslora
+        self.scale = alpha / (math.sqrt(r) if self.stable else r)
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.lora_dropout)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.train(base.training)
@@ -67,23 +102,20 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 def apply(model: nn.Module, r: int, alpha: float, targets: list[str], dropout: float = 0.0) -> nn.Module:
     """Freezes the model and puts a new adapter on each linear layer whose name ends with one of `targets`
     ("q_proj", "self_attn.q_proj"). Changes the model in place, returns it."""
-    return attach(model, new_adapters(model, r, alpha, targets, dropout))
+    return attach(model, new_adapters(model, AdapterConfig(r, alpha, tuple(targets), dropout)))
 
 
-def new_adapters(
-    model: nn.Module, r: int, alpha: float, targets: list[str], dropout: float, device: str | None = None
-) -> dict[str, LoRALinear]:
+def new_adapters(model: nn.Module, config: AdapterConfig, device: str | None = None) -> dict[str, LoRALinear]:
     """Adapters, not attached yet, for the layers called so; on their layers' devices, or all on `device`."""
-    assert r > 0 and not adapters(model), f"rank {r}, {len(adapters(model))} adapters already there"
+    assert config.r > 0 and not adapters(model), f"{config}, {len(adapters(model))} adapters already there"
+    targets = config.target_modules
     linear = {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
     found = {name: target for target in targets for name in linear if f".{name}".endswith(f".{target}")}
     for target in targets:
         if target not in found.values():
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise ValueError(f"no linear layer is called {target!r:.50}; there are {known}")
-    return {
-        name: LoRALinear(linear[name], target, r, alpha, dropout, device) for name, target in found.items()
-    }
+    return {name: LoRALinear(linear[name], name, target, config, device) for name, target in found.items()}
 
 
 def attach(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
@@ -95,7 +127,7 @@ def attach(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Folds each adapter into its layer, W' = W + (alpha / r) B A, and removes it: equal output, no cost."""
+    """Folds each adapter into its layer, W' = W + scale B A, and removes it: equal output, no cost."""
     for name, m in adapters(model).items():
         if not isinstance(m.base_layer, nn.Linear):
             raise ValueError(f"{name} is int8, too coarse to merge an adapter into: load it without int8")
@@ -108,31 +140,17 @@ def merge(model: nn.Module) -> nn.Module:
 # ---- peft's folder -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class AdapterConfig:
-    r: Rank
-    lora_alpha: Annotated[float, Limits(-1e6, 1e6)]
-    target_modules: tuple[str, ...]
-    lora_dropout: Share = 0.0
-
-    def __post_init__(self):
-        if not 1 <= len(self.target_modules) <= 1000:
-            raise ValueError(f"target_modules are {len(self.target_modules)} names; it must be 1 to 1000")
-
-
 # Initial values of A and B that leave the base as it is; and those that take something out of it, which the
 # weights of the adapter alone do not tell.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KEYS = Keys(
-    {name: name for name in ("r", "lora_alpha", "target_modules", "lora_dropout")},
+    {field.name: field.name for field in fields(AdapterConfig)},
     {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": PLAIN_STARTS}
+    | dict.fromkeys("fan_in_fan_out use_dora use_qalora lora_bias ensure_weight_tying".split(), (False,))
     | dict.fromkeys(
-        "fan_in_fan_out use_rslora use_dora use_qalora lora_bias ensure_weight_tying".split(), (False,)
-    )
-    | dict.fromkeys(
-        "modules_to_save exclude_modules layers_to_transform layers_pattern layer_replication rank_pattern "
-        "alpha_pattern trainable_token_indices target_parameters alora_invocation_tokens use_bdlora "
+        "modules_to_save exclude_modules layers_to_transform layers_pattern layer_replication "
+        "trainable_token_indices target_parameters alora_invocation_tokens use_bdlora "
         "velora_config arrow_config kasa_config monteclora_config megatron_config enable_lora".split(),
         (None, []),  # {} counts as absent
     ),
@@ -155,14 +173,19 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     layers = adapters(model)
     assert layers, "the model has no adapter to save"
-    m = next(iter(layers.values()))  # all have the same settings
+    m = next(iter(layers.values()))  # all have the same dropout, and are all rank-stabilized or none
+    r = Counter(m.r for m in layers.values()).most_common(1)[0][0]
+    alpha = Counter(m.alpha for m in layers.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "r": m.r,
-        "lora_alpha": m.alpha,
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": m.stable,
+        "rank_pattern": {name: m.r for name, m in layers.items() if m.r != r},
+        "alpha_pattern": {name: m.alpha for name, m in layers.items() if m.alpha != alpha},
         "lora_dropout": m.dropout.p,
         "target_modules": sorted({m.target for m in layers.values()}),
         "bias": "none",
@@ -191,9 +214,8 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     weights = folder / "adapter_model.safetensors"
     tensors = checkpoint.read_tensors(weights if weights.exists() else weights.with_suffix(".bin"))
     with one_line(folder):
-        targets = list(config.target_modules)
         # On meta: no memory before the shapes of config and file have been compared.
-        layers = new_adapters(model, config.r, config.lora_alpha, targets, config.lora_dropout, "meta")
+        layers = new_adapters(model, config, "meta")
         for name in sorted(named(layers).keys() ^ tensors.keys()):
             why = "has no place in this model" if name in tensors else "is missing"
             raise ValueError(f"{name:.200} {why}")

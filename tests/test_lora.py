@@ -175,12 +175,16 @@ def test_pefts_loads_here(safe, tmp_path, ids):
         ),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base"),
         ({"init_lora_weights": "mica"}, "init_lora_weights is 'mica'"),
-        ({"use_rslora": True}, "use_rslora"),
+        ({"use_rslora": True}, None),
         ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "lora_only"}, "bias"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 32}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 2}}, None),
+        ({"alpha_pattern": {"q_proj": 32}}, None),
+        ({"rank_pattern": {"layers.1.self_attn.v_proj": 3}, "use_rslora": True}, None),
+        ({"rank_pattern": {"1.self_attn.q_proj": 3, "q_proj": 7}}, None),
+        ({"alpha_pattern": {"_proj": 2, "v_proj": 9}}, None),
+        ({"rank_pattern": {".*q_proj": 2}}, "end of a layer's name"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"layers_to_transform": 1}, "layers_to_transform"),
         ({"exclude_modules": ["model.layers.0.self_attn.q_proj"]}, "exclude_modules"),
@@ -209,7 +213,11 @@ def test_adapters_of_peft_compute_the_same_here_or_are_refused(changes, refused,
         return
     theirs = PeftModel.from_pretrained(their_base(tmp_path), tmp_path / "lora").eval()
     with torch.no_grad():
-        assert torch.allclose(lora.load(base(), tmp_path / "lora")(ids), theirs(ids).logits, atol=1e-4)
+        ours = lora.load(base(), tmp_path / "lora")
+        assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4)
+        lora.save(ours, tmp_path / "again")
+        again = PeftModel.from_pretrained(their_base(tmp_path), tmp_path / "again").eval()
+        assert torch.allclose(ours(ids), again(ids).logits, atol=1e-4)
 
 
 def test_an_adapter_is_in_the_mode_of_its_model(tmp_path, ids):
@@ -242,7 +250,11 @@ def test_an_adapter_is_in_the_mode_of_its_model(tmp_path, ids):
         ({"r": 10**12}, "r: must be 1 to 4096"),
         ({"lora_alpha": None}, "lora_alpha"),
         ({"lora_dropout": 7}, "lora_dropout"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 2}}, r"\[4, 32\]"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern, key 'q_proj': must be 1 to 4096"),
+        ({"rank_pattern": {"(a+)+": 2}}, "end of a layer's name"),
+        ({"alpha_pattern": {"q_proj": "2"}}, "alpha_pattern"),
+        ({"use_rslora": "yes"}, "use_rslora"),
         ({"target_modules": [7]}, "target_modules"),
     ],
 )
