@@ -47,13 +47,14 @@ import checkpoint
 import config
 import run
 import vocoder
-from config import Amount, BatchSize, Count, Limits, Share, Whole
+from config import Amount, BatchSize, Count, Limits, Share, Whole, told_to_end
 from data import audio
 from data.audio import HOP
 from data.codes import Batch, CodeDataset, datasets, rows_of_rank
 from data.corpus import resolve
 from data.units import join_units
 from kmeans import KMeans
+from training import states
 from training.before import check_speakers, rows_of
 from training.loop import SkippedSteps, told_of_memory
 from training.precision import choose_bf16
@@ -219,16 +220,19 @@ def train(
         if not is_good:
             numbers["skipped"] = skipped.total
         log.write(step=step, lr=lr, grad_norm=norm, **numbers)
-        if ((step + 1) % stage.save_every == 0 or step + 1 == total) and run.rank() == 0:
+        told = run.all_reduce_sum(torch.tensor(float(is_told()), device=device)).item() > 0  # any rank
+        if ((step + 1) % stage.save_every == 0 or step + 1 == total or told) and run.rank() == 0:
             meta = settings | {"step": step + 1, "bf16": formats} | skipped.meta
             checkpoint.save_training(state, modules, optimizers, meta)
         bar.update()
+        if told:
+            states.end_after(step + 1)
 
     advice = (
         f"vocoder: lower batch_size (now {stage.batch_size}), segment ({stage.segment}) or, in the steps of "
         f"whole recordings, frame_batch ({stage.frame_batch})"
     )
-    with run.progress(total, done, "vocoder") as bar, told_of_memory(advice):
+    with run.progress(total, done, "vocoder") as bar, told_of_memory(advice), told_to_end() as is_told:
         # ---- Ours: the frame-rate half alone learns the log-mels of whole recordings.
         if done < stage.frame_steps:
             formats["frames"] = choose_bf16(

@@ -280,6 +280,29 @@ def test_a_killed_run_continues_to_the_last_bit(corpus, tmp_path):
         assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("last", [2, 5])  # of whole recordings, of crops
+def test_a_warning_ends_it_after_a_step_that_is_saved(corpus, tmp_path, monkeypatch, last):
+    steps = dict(frame_steps=3, frame_batch=2, steps=4, save_every=100)
+    learn(corpus, tmp_path / "whole", steps)
+    drawn = train_vocoder.random_numbers
+
+    def warned(seed: int, step: int):
+        if step + 1 == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return drawn(seed, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_vocoder, "random_numbers", warned)
+        with pytest.raises(SystemExit) as ended:
+            learn(corpus, tmp_path / "out", steps)
+    assert ended.value.code == 0 and state(tmp_path / "out")[1]["step"] == last
+    learn(corpus, tmp_path / "out", steps)
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(tmp_path / "out").items())
+
+
 def test_a_finished_run_is_not_trained_again_unless_its_state_is_deleted(corpus, tmp_path):
     learn(corpus, tmp_path / "out", dict(steps=2))
     first = weights(tmp_path / "out")["conv_pre.weight"].clone()
