@@ -83,6 +83,8 @@ def test_every_training_question_is_said_by_another_voice_and_by_the_target_spea
     assert texts <= set(said)
     assert len({u.id for u in before + more}) == len(before + more)
     assert more == prepare.by_others(before, [5, 7, 11], seed=0)
+    alone = prepare.by_others(before, [], seed=0)  # no engine is installed
+    assert alone == [u for u in more if u.speaker == TARGET_SPEAKER]
     tested = {u.text for u in before if u.split == "heldout"}
     assert not tested & {u.text for u in more}
 

@@ -116,14 +116,15 @@ def render(
 
 
 def by_others(utterances: list[Utterance], numbers: list[int], seed: int) -> list[Utterance]:
-    """Each training question and statement once more by one of the speakers `numbers`, and by the target
-    speaker where it is not yet."""
+    """Each training question and statement once more by one of the speakers `numbers`, if there are any, and
+    by the target speaker where it is not yet."""
     said = {u.text for u in utterances if u.split == "train" and u.speaker == TARGET_SPEAKER}
     once = {u.text: u for u in utterances if u.split == "train" and u.kind in ("question", "statement")}
     found = []
     for text, u in once.items():
-        speaker = numbers[int(chance(seed, text, "voice") * len(numbers))]
-        found.append(by(u, speaker, seed))
+        if numbers:
+            speaker = numbers[int(chance(seed, text, "voice") * len(numbers))]
+            found.append(by(u, speaker, seed))
         if text not in said:
             found.append(by(u, TARGET_SPEAKER, seed))
     return found
@@ -325,8 +326,8 @@ def prepare(
                     f"{out} is another corpus, whose manifest this one would replace: choose another"
                 )
     utterances, rows = plan(sentences, renditions, seed, readings)
-    if voices and (numbers := usable(others.TRAINING[:voices])):
-        utterances += by_others(utterances, numbers, seed)
+    if voices:
+        utterances += by_others(utterances, usable(others.TRAINING[:voices]), seed)
     if held_out:
         utterances, rows = plan_held_out(seed, held_out, usable(others.HELD_OUT)), []
         if not utterances:
