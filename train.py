@@ -63,7 +63,7 @@ from llama import Llama, LlamaConfig
 from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
-from training import bases, foreign_units, plan
+from training import bases, forecast, foreign_units, plan
 from training.before import (
     check_before,
     check_corpus,
@@ -503,6 +503,7 @@ def run_all(run: Run, config: Config):
     """Every stage. HuBERT and its units need no text, and the vocoder needs nothing of the language model."""
     run_some(("corpus",), run, config)
     check_corpus(STAGES, run, config)
+    forecast.tell(STAGES, run, config)
     with in_background(("hubert", "units"), run, config):
         run_some(("text",), run, config)
     if finished(STAGES, "stage3", run, config) is None:
@@ -563,6 +564,7 @@ def main():
         if known.check:
             run_some(("corpus",), run, config)
             check_corpus(STAGES, run, config)
+            forecast.tell(STAGES, run, config)
         elif stage:
             run_some(names, run, config)
         else:
