@@ -75,15 +75,18 @@ def test_an_engine_that_is_not_installed_is_named(engines, capsys):
 
 def test_every_training_question_is_said_by_another_voice_and_by_the_target_speaker():
     before, _ = prepare.plan(sentences=60, renditions=1)
-    more = prepare.by_others(before, [5, 7, 11], seed=0)
+    more = prepare.by_others(before, [5, 7, 11], 1, seed=0)
     texts = {u.text for u in before if u.split == "train" and u.kind in ("question", "statement")}
     assert sorted(u.text for u in more if u.speaker != TARGET_SPEAKER) == sorted(texts)
     assert {u.speaker for u in more} == {0, 5, 7, 11} and {u.split for u in more} == {"train"}
     said = [u.text for u in before + more if u.speaker == TARGET_SPEAKER and u.split == "train"]
     assert texts <= set(said)
     assert len({u.id for u in before + more}) == len(before + more)
-    assert more == prepare.by_others(before, [5, 7, 11], seed=0)
-    alone = prepare.by_others(before, [], seed=0)  # no engine is installed
+    assert more == prepare.by_others(before, [5, 7, 11], 1, seed=0)
+    twice = prepare.by_others(before, [5, 7, 11], 2, seed=0)
+    assert set(more) < set(twice) and len(twice) - len(more) == len(texts)
+    assert len(prepare.by_others(before, [5, 7], 9, seed=0)) == len(twice)  # there are no more than two
+    alone = prepare.by_others(before, [], 1, seed=0)  # no engine is installed
     assert alone == [u for u in more if u.speaker == TARGET_SPEAKER]
     tested = {u.text for u in before if u.split == "heldout"}
     assert not tested & {u.text for u in more}
@@ -98,7 +101,9 @@ def test_a_corpus_has_the_voices_that_are_there_and_counts_what_failed(engines, 
     rows = read_manifest(tmp_path / "corpus")
     theirs = [row for row in rows if row["speaker"] in (5, 7)]
     assert theirs and not any("six" in row["text"] for row in theirs)
-    lost = [u for u in prepare.by_others(prepare.plan(1, 1)[0], [5, 7], 0) if u.speaker and "six" in u.text]
+    lost = [
+        u for u in prepare.by_others(prepare.plan(1, 1)[0], [5, 7], 1, 0) if u.speaker and "six" in u.text
+    ]
     assert lost and f"left out: {len(lost)} of " in said
     assert all((tmp_path / "corpus" / row["wav"]).exists() for row in rows)
 

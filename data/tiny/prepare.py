@@ -115,16 +115,16 @@ def render(
     return Utterance(text, family, kind, split, answer, speaker, r, speed, margin, noise)
 
 
-def by_others(utterances: list[Utterance], numbers: list[int], seed: int) -> list[Utterance]:
-    """Each training question and statement once more by one of the speakers `numbers`, if there are any, and
+def by_others(utterances: list[Utterance], numbers: list[int], times: int, seed: int) -> list[Utterance]:
+    """Each training question and statement by so many of the speakers `numbers`, as far as there are any, and
     by the target speaker where it is not yet."""
     said = {u.text for u in utterances if u.split == "train" and u.speaker == TARGET_SPEAKER}
     once = {u.text: u for u in utterances if u.split == "train" and u.kind in ("question", "statement")}
     found = []
     for text, u in once.items():
-        if numbers:
-            speaker = numbers[int(chance(seed, text, "voice") * len(numbers))]
-            found.append(by(u, speaker, seed))
+        first = int(chance(seed, text, "voice") * len(numbers))
+        turn = numbers[first:] + numbers[:first]
+        found += [by(u, speaker, seed) for speaker in turn[:times]]
         if text not in said:
             found.append(by(u, TARGET_SPEAKER, seed))
     return found
@@ -327,7 +327,7 @@ def prepare(
                 )
     utterances, rows = plan(sentences, renditions, seed, readings)
     if voices:
-        utterances += by_others(utterances, usable(others.TRAINING[:voices]), seed)
+        utterances += by_others(utterances, usable(others.TRAINING[:voices]), renditions, seed)
     if held_out:
         utterances, rows = plan_held_out(seed, held_out, usable(others.HELD_OUT)), []
         if not utterances:
