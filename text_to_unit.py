@@ -17,6 +17,7 @@ to 3 are <s> <pad> </s> <unk>, then follow those of the file), and the weights, 
 References: Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762
             Szegedy et al. 2016, arXiv:1512.00567 (label smoothing); Xiong et al. 2020, arXiv:2002.04745
             (norms before the branches); Ott et al. 2019, "fairseq", arXiv:1904.01038
+            Tachibana et al. 2018, arXiv:1710.08969 (§4: guided attention)
 """
 
 import dataclasses
@@ -106,14 +107,21 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, heads, T, C / heads)
         return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, kv: KeysValues, mask: Tensor | None) -> Tensor:  # mask: True where to look
+    def forward(
+        self, x: Tensor, kv: KeysValues, mask: Tensor | None, seen: list[Tensor] | None = None
+    ) -> Tensor:
+        """x (B, T, C) -> the same; mask: True where to look. The weights (B, heads, T, S) are appended to
+        `seen`, if there is such a list."""
         q = self.heads(self.q_proj(x))
         k, v = kv
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if seen is not None or x.device.type == "cpu" and torch.is_grad_enabled():
             # Written out: in bfloat16 a step on a CPU takes half as long as with torch's own (2.13).
             weights = q @ k.mT * q.shape[3] ** -0.5  # (B, heads, T, S)
             weights = weights if mask is None else weights.masked_fill(~mask, -math.inf)
-            y = weights.softmax(-1) @ v
+            weights = weights.softmax(-1)
+            if seen is not None:
+                seen.append(weights)
+            y = weights @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, C / heads) -> (B, T, C)
@@ -153,6 +161,7 @@ class LayerCache:
     def __init__(self, text: KeysValues):
         self.text = text  # of B texts
         self.units: KeysValues | None = None  # of B * beam rows of units
+        self.seen: list[Tensor] | None = None  # collects where the decoder looks in the text
 
     def append(self, new: KeysValues) -> KeysValues:
         self.units = new if self.units is None else tuple(torch.cat(pair, 2) for pair in zip(self.units, new))
@@ -180,7 +189,7 @@ class DecoderLayer(EncoderLayer):
         def attend_to_text(x: Tensor) -> Tensor:
             # The beams of one text in a row, (B * beam, T, C) -> (B, beam * T, C), read it without copies.
             rows = x.reshape(len(cache.text[0]), -1, x.shape[2])
-            return self.encoder_attn(rows, cache.text, mask).view_as(x)
+            return self.encoder_attn(rows, cache.text, mask, cache.seen).view_as(x)
 
         x = self.add(x, self.self_attn_layer_norm, attend)
         x = self.add(x, self.encoder_attn_layer_norm, attend_to_text)
@@ -252,23 +261,36 @@ class TextToUnit(nn.Module):
         return self.decoder.output_projection(self.decode(previous, *self.encode(text)))
 
     def losses(
-        self, text: Tensor, target: Tensor, smoothing: float = 0.1, noise: float = 0.0
+        self,
+        text: Tensor,
+        target: Tensor,
+        smoothing: float = 0.1,
+        noise: float = 0.0,
+        guide: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(sum of the label-smoothed losses, sum of -log p, number of targets) for target (B, T): units,
         </s>, padding. The wanted distribution has 1 - smoothing on the target and the rest on all others in
         equal parts, as fairseq's (torch's own gives a part of the rest to the target, too). `noise`: fraction
-        of the units before that are hidden (as <unk>), so that the text must be read to guess the next."""
+        of the units before that are hidden (as <unk>), so that the text must be read to guess the next.
+        `guide` (B, T, S): what it costs to look from a unit at a piece, for half of the heads."""
         previous = F.pad(target[:, :-1], (1, 0), value=Vocabulary.eos)
         if noise:
             previous = previous.masked_fill(
                 torch.rand(previous.shape, device=text.device) < noise, Vocabulary.unk
             )
         real = target.ne(Vocabulary.pad)
-        states = self.decode(previous, *self.encode(text))[real]  # (n, C)
+        mask, caches = self.encode(text)
+        for cache in caches if guide is not None else ():
+            cache.seen = []
+        states = self.decode(previous, mask, caches)[real]  # (n, C)
         log_p = self.decoder.output_projection(states).float().log_softmax(1)  # (n, V)
         plain = F.nll_loss(log_p, target[real], reduction="sum")
         others = -log_p.sum() - plain
         smoothed = (1 - smoothing) * plain + smoothing / (log_p.shape[1] - 1) * others
+        if guide is not None:
+            for weights in (cache.seen[0] for cache in caches):
+                half = weights[:, : -(-weights.shape[1] // 2)].float()
+                smoothed = smoothed + (half.mean(1) * guide).sum() / len(caches)
         return smoothed, plain.detach(), real.sum()
 
     @torch.inference_mode()

@@ -142,3 +142,54 @@ def test_the_spoken_file_is_checked(run):
         run.spoken.write_text(f"{line}\n")
         with pytest.raises(ValueError, match="row 1: must be a text and its units of 0 to 11"):
             documents.read_spoken(run.spoken, UNITS)
+
+
+def test_a_unit_is_expected_where_as_much_of_the_text_is_spoken(run):
+    vocabulary = model_of(run).vocabulary
+    letters = t2u.letters_of(vocabulary)
+    text = torch.tensor([vocabulary.encode("one three")])
+    pieces = [list(vocabulary.text)[i] for i in text[0, :-1]]
+    assert letters[text].tolist() == [[*map(len, pieces), 0]]
+    target = torch.tensor([[*range(4, 12), Vocabulary.eos, Vocabulary.pad]])
+    cost = t2u.off_the_diagonal(text, target, letters)
+    assert cost.shape == (1, 10, text.shape[1]) and not cost[0, 9].any() and 0 <= cost.min() <= cost.max() <= 1
+    nearest = cost[0, :9].argmin(1)
+    assert (nearest.diff() >= 0).all() and nearest[0] == 0 and nearest[-1] >= text.shape[1] - 2
+    # the middle of the first piece, as a fraction of all letters, is where it costs nothing
+    middle = len(pieces[0]) / 2 / sum(map(len, pieces))
+    distance = (torch.arange(9) + 0.5) / 9 - middle
+    assert torch.allclose(cost[0, :9, 0], 1 - torch.exp(-(distance**2) / 0.02), atol=1e-6)
+
+
+def test_half_of_the_heads_pay_for_looking_elsewhere(run):
+    model = model_of(run)
+    ids = t2u.encode(model, documents.pairs(documents.read_tables(run.out, UNITS), "train"), "train")[:4]
+    text, target = t2u.pad(ids)
+    cost = t2u.off_the_diagonal(text, target, t2u.letters_of(model.vocabulary))
+    before = model.losses(text, target)[0]
+    assert torch.allclose(model.losses(text, target, guide=0 * cost)[0], before)
+    paid = model.losses(text, target, guide=cost)[0] - before
+    mask, (cache,) = model.encode(text)
+    cache.seen = []
+    previous = torch.nn.functional.pad(target[:, :-1], (1, 0), value=Vocabulary.eos)
+    model.decode(previous, mask, [cache])
+    (weights,) = cache.seen  # (B, heads, T, S)
+    assert torch.allclose(weights.sum(3), torch.ones(weights.shape[:3]), atol=1e-5)
+    assert torch.allclose(paid, (weights[:, 0] * cost).sum(), rtol=1e-3)
+
+
+def test_guided_it_looks_along_the_text(run):
+    def cost(guide: float) -> float:
+        section = t2u.TextToUnitSection(
+            steps=40, batch_size=16, lr=5e-3, warmup=10, beam=1, eval_every=40, guide=guide,
+            model=TextToUnitConfig(STACK, STACK, dropout=0.0),
+        )  # fmt: skip
+        t2u.train(run, section, UNITS, centers=False)
+        model = TextToUnit.from_pretrained(run.model / "text_to_unit")
+        ids = t2u.encode(model, documents.pairs(documents.read_tables(run.out, UNITS), "heldout"), "heldout")
+        text, target = t2u.pad(ids)
+        costs = t2u.off_the_diagonal(text, target, t2u.letters_of(model.vocabulary))
+        before, _, n = model.losses(text, target)
+        return ((model.losses(text, target, guide=costs)[0] - before) / n).item()
+
+    assert cost(2.0) < 0.9 * cost(0.0)
