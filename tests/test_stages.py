@@ -167,8 +167,9 @@ def test_a_changed_corpus_is_read_again_and_told(run, capsys):
     write_jsonl(run.corpus / "manifest.jsonl", [*ROWS, ROWS[0] | {"id": "b"}])
     said = refused(run, Config())
     assert "has changed since and is read again" in capsys.readouterr().out
-    assert "stage sound was begun with other recordings or texts" in said and "talk beside it" in said
-    assert follow(run, Config()) == 2  # sound, then text
+    assert "stage sound was begun with other recordings or texts" in said
+    assert "and text, talk beside it" in said
+    assert follow(run, Config()) == 1  # all of them are named at once
     for name in ("sound", "text", "talk"):
         assert '"b"' in (run.out / f"{name}.txt").read_text()
 

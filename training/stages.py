@@ -205,10 +205,27 @@ def check_unchanged(stages: dict[str, Stage], name: str, run: Run, config, setti
         if stage != "corpus" and when != after.get(stage):
             raise ValueError(f"stage {name} was begun before stage {stage} was made anew; {anew}")
     if now["corpus"] and table.get("corpus", now["corpus"]) != now["corpus"]:
+        others = [other for other in outdated(stages, run, config) if other != name]
+        anew = f"delete {folder} to begin anew" + (f", and {', '.join(others)} beside it" if others else "")
         raise ValueError(
             f"stage {name} was begun with other recordings or texts than {run.manifest} has now; "
             f"put the old ones back and run --stage corpus, or {anew}"
         )
+
+
+def outdated(stages: dict[str, Stage], run: Run, config) -> list[str]:
+    """The stages that were begun with another corpus than that of now, and those that use their results."""
+    found = set()
+    for name, stage in stages.items():  # they are in order
+        path = run.state(name) / "config.json"
+        if stage.skip(config) or not (path.exists() and begun(path.parent)):
+            continue
+        with damaged(path):
+            before = read_json(path).get("corpus", "")
+        now = read_of_corpus(stage, run, config)
+        if now and before and before != now or found & set(stage.after):
+            found.add(name)
+    return [name for name in stages if name in found]
 
 
 def followers(stages: dict[str, Stage], name: str) -> list[str]:
