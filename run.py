@@ -51,6 +51,11 @@ class Run:
         return self.out / "units.jsonl"
 
     @property
+    def imitated(self) -> Path:
+        """Units of some recordings as other people would say them (train_hubert.py), if there are any."""
+        return self.out / "imitated.jsonl"
+
+    @property
     def spoken(self) -> Path:
         """The units of dialogues that the text-to-unit generator has spoken (train_text_to_unit.py)."""
         return self.out / "t2u.jsonl"

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 import checkpoint
 from config import Amount, BatchSize, Count, Limits, Positive, Share, Whole
+from data import audio
 from data import units as unit_files
-from data.augment import Imitation
+from data.augment import Imitation, draw_of, imitate
 from data.corpus import TARGET_SPEAKER, read_manifest
 from data.crops import Recording, crops, imitated, weighted_crops
 from files import one_line
@@ -77,6 +78,8 @@ class UnitsSection:
     layer: Count = 11
     smooth: Smooth = 1  # an odd number
     cluster_frames: Count = 200_000
+    # training recordings that recognition hears once more, as if from other people in other rooms
+    imitation: Imitation = field(default_factory=Imitation)
     # initialize unit embeddings from the k-means centers (PCA, scaled to this std); 0: random (the paper)
     embed_centers: Annotated[float, Limits(0, 100)] = 0.0
 
@@ -258,8 +261,30 @@ def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalize
     if rank() == 0:
         rows = read_manifest(run.manifest)
         unit_files.extract(run.corpus, rows, run.units, extractor, run.device, folder)
+        imitate_recordings(run, section.imitation, rows, extractor, folder / "imitated")
         extractor.save_pretrained(run.model / "hubert")
     barrier()
+
+
+def imitate_recordings(run: Run, how: Imitation, rows: list[dict], extractor: UnitExtractor, work: Path):
+    """Writes run.imitated, the units of a share of the training recordings as imitated: none, no file."""
+    if not how.share:
+        run.imitated.unlink(missing_ok=True)
+        return
+    rows = [row for row in rows if row["split"] == "train" and row["text"] and row["kind"] != "answer"]
+    paths = [run.corpus / row["wav"] for row in rows]
+    rows = [row for row in rows if draw_of(run.seed, "heard again", row["id"]).random() < how.share]
+
+    def babble(draw: np.random.Generator) -> np.ndarray:
+        return audio.load(paths[draw.integers(len(paths))])
+
+    def heard(wav: Tensor) -> tuple[list[int], list[int]]:
+        samples = wav.cpu().numpy()
+        draw = draw_of(run.seed, "imitated", zlib.crc32(samples.tobytes()))
+        return extractor(torch.from_numpy(imitate(samples, draw, how, babble).wav).to(run.device))
+
+    work.mkdir(exist_ok=True)
+    unit_files.extract(run.corpus, rows, run.imitated, heard, run.device, work)
 
 
 def find_units(run: Run, section: UnitsSection, hubert: HubertSection) -> UnitExtractor:

@@ -41,10 +41,11 @@ import tokenizer
 from data import batches
 from data.batches import Document
 from data.corpus import SPLITS, TARGET_SPEAKER, read_dialogues, read_manifest, text_key
-from data.units import read_units
+from data.units import read_table, read_units
 from files import read_jsonl, show
 
 READING = "reading"  # the family of sentences to read aloud
+HEARD = ("units", "imitated")  # of a row: what there is of it to be recognized
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
 DIALOGUE_KINDS = (*MODES, "chain", "standard")
 KINDS = ("text", "speech", "asr", "tts", *DIALOGUE_KINDS)
@@ -60,6 +61,7 @@ class Pair(NamedTuple):
     units: list[int]
     text: str
     speaker: int
+    imitated: bool = False  # to be recognized alone
 
 
 class Exchange(NamedTuple):
@@ -98,6 +100,11 @@ def read_tables(folder: str | Path, n_units: int | None) -> Tables:
         rows = [row | {"units": []} for row in read_manifest(folder)]
         return Tables(folder, rows, dialogues)
     rows = read_units(folder / "manifest.jsonl", folder / "units.jsonl", n_units)
+    by_id = {row["id"]: row for row in rows}
+    imitated = folder / "imitated.jsonl"
+    for found in read_table(imitated, n_units) if imitated.exists() else ():
+        if found["id"] in by_id:
+            by_id[found["id"]]["imitated"] = found["units"]
     return Tables(folder, rows, dialogues)
 
 
@@ -137,6 +144,13 @@ def pairs(tables: Tables, split: str) -> list[Pair]:
     return [Pair(row["units"], row["text"], row["speaker"]) for row in rows]
 
 
+def heard(tables: Tables, split: str) -> list[Pair]:
+    """`pairs`, and those of them that were imitated, which are to be recognized alone."""
+    again = [row for row in tables.rows if row["split"] == split and "imitated" in row]
+    more = [Pair(row["imitated"], row["text"], row["speaker"], imitated=True) for row in again]
+    return pairs(tables, split) + more
+
+
 def exchanges(tables: Tables, split: str) -> list[Exchange]:
     """All dialogues of a split. `rendition`: training dialogues, with other recordings of their questions.
 
@@ -145,7 +159,7 @@ def exchanges(tables: Tables, split: str) -> list[Exchange]:
     answers: dict[str, list[list[int]]] = {}
     for row in tables.rows:
         if row["split"] == split:
-            questions.setdefault(row["text"], []).append(row["units"])
+            questions.setdefault(row["text"], []).extend([row[key] for key in HEARD if key in row])
         if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER:
             answers.setdefault(row["text"], []).append(row["units"])
     questions_by_key, answers_by_key = by_key(questions), by_key(answers)
@@ -198,7 +212,7 @@ NEEDS = {  # what a kind lacks where there is nothing of it
 )
 READERS: dict[Callable, tuple[str, ...]] = {
     sentences: ("text",),
-    pairs: ("speech", "asr", "tts"),
+    heard: ("speech", "asr", "tts"),
     exchanges: DIALOGUE_KINDS,
 }
 
@@ -265,6 +279,8 @@ def fits(kind: str, family: str, source: str | Pair | Exchange) -> bool:
         has_answer = bool(source.answer_units) or kind not in ("s2s", "t2s")
         return has_question and has_answer and family in ("", source.family)
     if isinstance(source, Pair) and kind in ("asr", "tts") and not source.text:
+        return False
+    if isinstance(source, Pair) and source.imitated and kind != "asr":
         return False
     return not family and (kind != "tts" or source.speaker == TARGET_SPEAKER)
 

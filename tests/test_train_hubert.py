@@ -12,7 +12,7 @@ from runs import metrics, stages, train
 import checkpoint
 from checkpoint import read_tensors
 from config import load
-from data import audio, corpus, units
+from data import audio, corpus, documents, units
 from data.corpus import TARGET_SPEAKER
 from data.tiny import prepare
 from files import write_json, write_jsonl
@@ -89,6 +89,35 @@ def test_hubert_learns_to_give_a_sentence_the_units_of_the_own_voice_whoever_say
     done = train("configs/ci.toml", "--out", out, "--stage", "units", *flags)
     assert done.returncode == 1 and "was begun with other recordings" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_recognition_hears_a_share_of_the_recordings_again_from_other_rooms(out):
+    flags = ["--units.imitation.share", 0.5]
+    shutil.rmtree(out / "state/units")
+    stages(out, "units", flags=flags)
+    rows = units.read_units(out / "manifest.jsonl", out / "units.jsonl", 20)
+    again = {row["id"]: row["units"] for row in units.read_table(out / "imitated.jsonl", 20)}
+    could = {row["id"]: row for row in rows if row["split"] == "train" and row["kind"] != "answer"}
+    assert again.keys() < could.keys() and 0.3 < len(again) / len(could) < 0.7
+    assert sum(again[id] != could[id]["units"] for id in again) > 0.8 * len(again)
+
+    tables = documents.read_tables(out, 20)
+    sources = documents.sources_of(tables, "train", {"asr": 1.0, "tts": 1.0, "speech": 1.0, "s2t": 1.0})
+    more = [pair for pair in sources["asr"] if pair.imitated]
+    assert len(more) == len(again) and all(pair.units in again.values() and pair.text for pair in more)
+    assert not any(pair.imitated for kind in ("tts", "speech") for pair in sources[kind])
+    asked = {exchange.question: exchange.question_units for exchange in sources["s2t"]}
+    questions = [row for id, row in could.items() if id in again and row["text"] in asked]
+    assert questions and all(again[row["id"]] in asked[row["text"]] for row in questions)
+    assert not any(pair.imitated for pair in documents.pairs(tables, "train"))
+
+    before = (out / "imitated.jsonl").read_bytes()
+    shutil.rmtree(out / "state/units")
+    stages(out, "units", flags=flags)
+    assert (out / "imitated.jsonl").read_bytes() == before
+    shutil.rmtree(out / "state/units")
+    stages(out, "units")
+    assert not (out / "imitated.jsonl").exists()
 
 
 def test_a_run_with_other_clusters_beside_the_first_disturbs_nothing(spoken, tmp_path):

@@ -152,7 +152,9 @@ def test_a_unit_is_expected_where_as_much_of_the_text_is_spoken(run):
     assert letters[text].tolist() == [[*map(len, pieces), 0]]
     target = torch.tensor([[*range(4, 12), Vocabulary.eos, Vocabulary.pad]])
     cost = t2u.off_the_diagonal(text, target, letters)
-    assert cost.shape == (1, 10, text.shape[1]) and not cost[0, 9].any() and 0 <= cost.min() <= cost.max() <= 1
+    assert (
+        cost.shape == (1, 10, text.shape[1]) and not cost[0, 9].any() and 0 <= cost.min() <= cost.max() <= 1
+    )
     nearest = cost[0, :9].argmin(1)
     assert (nearest.diff() >= 0).all() and nearest[0] == 0 and nearest[-1] >= text.shape[1] - 2
     # the middle of the first piece, as a fraction of all letters, is where it costs nothing
