@@ -74,6 +74,7 @@ class HubertSection(Optimization):
 class UnitsSection:
     """The k-means whose cluster numbers are the units, and how embeddings of units are initialized."""
 
+    speaker: int | str | None = None  # the clusters are of this speaker's recordings; None: of everybody's
     clusters: Clusters = 1000
     layer: Count = 11
     smooth: Smooth = 1  # an odd number
@@ -297,7 +298,7 @@ def find_units(run: Run, section: UnitsSection, hubert: HubertSection) -> UnitEx
     checkpoint.assign(model, tensors, str(weights))
     model.to(run.device).eval()
     features = partial(layer_features, model, section.layer, section.smooth)
-    rows = [row for row in read_manifest(run.manifest) if row["split"] == "train"]
+    rows = training_rows(run.manifest, section.speaker, "units.speaker")
     kmeans = fit_kmeans(run, rows, features, section.clusters, section.cluster_frames)
     return UnitExtractor(model, kmeans, section.layer, section.smooth)
 

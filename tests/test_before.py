@@ -79,6 +79,7 @@ def test_how_many_dialogues_are_spoken_is_said(run, capsys):
         (["--stage2.mix", "{ asr = 1 }"], "stage3.mix: .* nothing of kind 'chain' or 'standard'"),
         ([*NO_DIALOGUES, "--hubert.speaker", "9"], "hubert.speaker is 9, who has no training recording"),
         ([*NO_DIALOGUES, "--vocoder_model.num_speakers", "1"], "vocoder_model.num_speakers to at least 2"),
+        ([*NO_DIALOGUES, "--units.speaker", "9"], "units.speaker is 9, who has no training recording"),
         ([*NO_DIALOGUES, "--vocoder.speaker", "9"], "vocoder.speaker is 9, who has no training recording"),
     ],
 )

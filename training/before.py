@@ -92,6 +92,7 @@ def check_corpus(stages: dict[str, Stage], run: Run, config):
         check_unchanged(stages, name, run, config)
     tables = documents.read_tables(run.out, None)
     training_rows(run.manifest, config.hubert.speaker)
+    training_rows(run.manifest, config.units.speaker, "units.speaker")
     theirs = rows_of(tables.rows, run.manifest, "vocoder.speaker", config.vocoder.speaker)
     check_speakers(config.vocoder_model, theirs)
     lines = documents.describe_dialogues(tables)
@@ -110,13 +111,15 @@ def check_corpus(stages: dict[str, Stage], run: Run, config):
         print("\n".join(lines), flush=True)
 
 
-def training_rows(manifest: Path, speaker: int | str | None = None) -> list[dict]:
+def training_rows(
+    manifest: Path, speaker: int | str | None = None, key: str = "hubert.speaker"
+) -> list[dict]:
     """Rows of the manifest to train on: of all, or of one speaker (a name, or a number, 0 the target
     speaker's)."""
     rows = [row for row in read_manifest(manifest) if row["split"] == "train"]
     if not rows:
         raise ValueError(f"{manifest}: no recording is to be trained on; give some the split 'train'")
-    return rows_of(rows, manifest, "hubert.speaker", speaker)
+    return rows_of(rows, manifest, key, speaker)
 
 
 def rows_of(rows: list[dict], manifest: Path, key: str, speaker: int | str | None) -> list[dict]:
