@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -139,6 +140,8 @@ def autocast(where: torch.device, wanted: bool = True) -> torch.autocast:
 
 BEAT = 2.0  # seconds between two additions
 PATIENCE = 40.0  # seconds after which a process whose counter stands still is given up
+FOREVER = timedelta(days=20)  # of one that waits for what another does
+JOINING = 300.0  # seconds that processes wait for each other at the beginning
 LOST = "the others end, and the same command continues from the last saved state"
 
 KEPT_BY_TORCHRUN = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -158,9 +161,51 @@ def init_distributed(where: torch.device):
         backend = "nccl" if where.type == "cuda" else "gloo"
         if KEPT_BY_TORCHRUN:
             _open_board()  # first, because another may have failed already and would be waited for
-        dist.init_process_group(backend, timeout=timedelta(days=20))
+        if KEPT_BY_TORCHRUN:
+            dist.init_process_group(backend, timeout=FOREVER)
+        else:
+            group = {"store": _meet(), "rank": rank(), "world_size": world_size()}
+            dist.init_process_group(backend, timeout=FOREVER, **group)
         if _board is None:
             _open_board()  # rank 0 keeps it now
+
+
+class Unreachable(ConnectionError):
+    """Process 0 cannot be found, or some have not come to it: each process tells it for itself."""
+
+
+def _meet() -> dist.Store:
+    """The store of process 0, when all processes have found it. Unreachable, one line, if they have not after
+    JOINING seconds."""
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        advice = "start them with torchrun, or set both to where process 0 is"
+        raise Unreachable(f"{world_size()} processes need MASTER_ADDR and MASTER_PORT; {advice}") from None
+    until = time.monotonic() + JOINING
+    place = f"process 0 at MASTER_ADDR {address}, MASTER_PORT {port}"
+    while rank() > 0:
+        try:
+            socket.create_connection((address, port), 5).close()
+            break
+        except OSError as problem:
+            if isinstance(problem, socket.gaierror) or time.monotonic() > until:
+                raise Unreachable(f"process {rank()} cannot reach {place}: {problem}") from None
+            time.sleep(0.2)
+    try:
+        patience = timedelta(seconds=PATIENCE)
+        store = dist.TCPStore(address, port, world_size(), rank() == 0, patience, wait_for_workers=False)
+        store.add("here", 1)
+        while (here := store.add("here", 0)) < world_size():
+            if time.monotonic() > until:
+                few = f"{here} of {world_size()} processes"
+                raise Unreachable(f"only {few} have come to {place} in {JOINING:.0f} seconds")
+            time.sleep(0.05)
+    except dist.DistError as problem:
+        what = str(problem).splitlines()[0][:120]
+        raise Unreachable(f"process {rank()} has no connection to {place}: {what}") from None
+    store.set_timeout(FOREVER)
+    return dist.PrefixStore("group", store)
 
 
 def _open_board():
@@ -206,7 +251,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as problem:
         if world_size() > 1:
-            if not _is_first():
+            if not isinstance(problem, Unreachable) and not _is_first():
                 _end_in_silence()
             if rank() == 0 and _board is not None:  # it may keep the board: the others are to read it first
                 time.sleep(1.5 * BEAT)

@@ -249,6 +249,52 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(tmp_path):
     assert all(torch.equal(one[name], other[name]) and one[name].isfinite().all() for name in one)
 
 
+ALONE = """
+import config, torch, run
+run.JOINING = 1
+@run.together()
+def main():
+    run.init_distributed(torch.device("cpu"))
+config.command_line(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "rank, place, said",
+    [
+        (
+            1,
+            {"MASTER_ADDR": "127.0.0.1"},
+            "error: process 1 cannot reach process 0 at MASTER_ADDR 127.0.0.1, ",
+        ),
+        (
+            1,
+            {"MASTER_ADDR": "no.such.host.invalid"},
+            "error: process 1 cannot reach process 0 at MASTER_ADDR no",
+        ),
+        (
+            0,
+            {"MASTER_ADDR": "127.0.0.1"},
+            "error: only 1 of 2 processes have come to process 0 at MASTER_ADDR",
+        ),
+        (1, {}, "error: 2 processes need MASTER_ADDR and MASTER_PORT; start them with torchrun"),
+    ],
+)
+def test_who_cannot_find_the_others_says_so(rank, place, said):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | variables | place,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stderr.startswith(said) and done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize(
     "when, what, cause",
