@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple, NoReturn
 
 from files import harmless, show
+from starting import INTERRUPTED, TERMINATED, end_at_once, on_signal
 
 MOST_BYTES = 65_536  # of a config file; an honest one has 5 kB
 MOST_COLUMNS = 4096  # of a line in it: the time that tomllib takes is the square of a dotted key's length
@@ -198,8 +199,6 @@ class Parser(argparse.ArgumentParser):
 # Whatever ends it early is one line, the last one, and a code: 1 a mistake or a full disk, 130 Ctrl-C, 143
 # SIGTERM; 0 if SIGTERM has come between two steps of training, which are then saved first.
 
-INTERRUPTED = "interrupted; what was finished is kept, the same command continues"
-TERMINATED = "terminated; what was finished is kept, the same command continues"
 STOPPED = "told to end; step {step} is saved, the same command continues"
 AGAIN = 5.0  # seconds: a signal that soon after the first is the same one on another way (of torchrun)
 # What a cluster sends before it takes a machine back. Windows has only the first.
@@ -216,21 +215,6 @@ NO_MEMORY = (
 
 class Terminated(BaseException):
     """SIGTERM, as KeyboardInterrupt is SIGINT: what is open is closed, and child processes are ended."""
-
-
-def starting():
-    """What a program calls before its slow imports: a Ctrl-C during these is one line, too."""
-    if not os.environ.get("DEBUG"):
-        # Of a connection that is lost torch would print what its functions are called, thirty lines.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        on_signal(signal.SIGINT, signal.default_int_handler, end_at_once)
-        on_signal(signal.SIGTERM, signal.SIG_DFL, end_at_once)
-
-
-def on_signal(number: int, before, handler: Callable):
-    """Installs `handler` where `before` was, in the main thread; a signal that is ignored stays so."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == before:
-        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -298,12 +282,6 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def end_at_once(number: int, frame):
-    line, code = (INTERRUPTED, 130) if number == signal.SIGINT else (TERMINATED, 143)
-    os.write(2, f"\n{line}\n".encode())
-    os._exit(code)
-
-
 def terminate(number: int, frame):
     signal.signal(number, signal.SIG_IGN)  # once is enough
     raise Terminated
@@ -319,10 +297,11 @@ def command_line(main: Callable[[], None]):
             stream.reconfigure(errors="replace")
     if os.environ.get("DEBUG"):
         return main()
-    on_signal(signal.SIGINT, end_at_once, signal.default_int_handler)
-    for number in WARNINGS:
-        for before in (signal.SIG_DFL, end_at_once):
-            on_signal(number, before, terminate)
+    if threading.current_thread() is threading.main_thread():
+        on_signal(signal.SIGINT, end_at_once, signal.default_int_handler)
+        for number in WARNINGS:
+            for before in (signal.SIG_DFL, end_at_once):
+                on_signal(number, before, terminate)
     try:
         main()
         if sys.stdout:

@@ -22,10 +22,10 @@ that is killed goes on where it was (evaluation/kept.py). A corpus without dialo
 that it allows.
 """
 
-import config
+from starting import starting
 
 if __name__ == "__main__":
-    config.starting()
+    starting()
 
 import functools
 import random
@@ -40,6 +40,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import config
 import run
 from data import audio
 from data.corpus import read_dialogues, resolve

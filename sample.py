@@ -18,7 +18,7 @@ draws its speech up to eight times (`SpeechGPT.redraw`).
 References: SpeechGPT, https://arxiv.org/abs/2305.11000; official code, https://github.com/0nutation/SpeechGPT
 """
 
-from config import command_line, starting
+from starting import starting
 
 if __name__ == "__main__":
     starting()
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import lora
 import run
 import tokenizer
-from config import Parser, folder
+from config import Parser, command_line, folder
 from data import audio
 from files import harmless, write_json
 from generate import (

@@ -24,7 +24,7 @@ Here are the stages of the language model (paper §4.2), the table of all stages
 loop that they share is training/loop.py; what is skipped, resumed and run in parallel, training/stages.py.
 """
 
-from config import command_line, starting
+from starting import starting
 
 if __name__ == "__main__":
     starting()
@@ -49,7 +49,7 @@ import lora
 import train_hubert
 import train_text_to_unit
 import train_vocoder
-from config import Amount, BatchSize, Count, Limits, Parser, Positive, Share, Whole, read
+from config import Amount, BatchSize, Count, Limits, Parser, Positive, Share, Whole, command_line, read
 from data import batches, corpus, documents
 from data.codes import datasets
 from data.tiny import prepare

@@ -23,7 +23,7 @@ A step whose losses or gradients are not finite changes nothing; if these are th
 discriminators have learned from it.
 """
 
-from config import command_line, starting
+from starting import starting
 
 if __name__ == "__main__":
     starting()  # a Ctrl-C during the imports below is one line, too
@@ -47,7 +47,7 @@ import checkpoint
 import config
 import run
 import vocoder
-from config import Amount, BatchSize, Count, Limits, Share, Whole, told_to_end
+from config import Amount, BatchSize, Count, Limits, Share, Whole, command_line, told_to_end
 from data import audio
 from data.audio import HOP
 from data.codes import Batch, CodeDataset, datasets, rows_of_rank

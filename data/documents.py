@@ -24,7 +24,7 @@ renditions drawn anew in every epoch. To see some, with their targets, and how t
     python -m data.documents --show 5 --run out/tiny --mix '{ asr = 0.5, "t2t/minus" = 0.5 }'
 """
 
-from config import command_line, starting
+from starting import starting
 
 if __name__ == "__main__":
     starting()  # a Ctrl-C during the imports below is one line, too
@@ -546,4 +546,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    config.command_line(main)

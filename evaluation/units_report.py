@@ -14,7 +14,7 @@ phone ends:
 References: Hsu et al. 2021, arXiv:2106.07447 §IV.E (PNMI); Gat et al. 2023, arXiv:2209.15483 (UED)
 """
 
-from config import command_line, starting
+from starting import starting
 
 if __name__ == "__main__":
     starting()
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import Parser
+from config import Parser, command_line
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest, text_key
 from data.units import map_speech

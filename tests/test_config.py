@@ -213,8 +213,9 @@ def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
 # ---- How a program ends ------------------------------------------------------------------------------------
 
 PROGRAM = """
+import starting
+starting.starting()
 import sys, time, config
-config.starting()
 if "imports" in sys.argv:
     print("ready", flush=True)
     for _ in range(400): time.sleep(0.05)

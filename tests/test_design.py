@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A module may import those before its own line; those of one line never each other, but
 # for data.
 LEVELS = (
-    ("files", "data.containers"),
+    ("files", "data.containers", "starting"),
     ("config", "run", "pickles", "data.audio"),
     ("checkpoint", "foreign"),
     ("kmeans", "hubert_formats", "llama_formats"),

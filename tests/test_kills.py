@@ -20,7 +20,7 @@ import run
 from training import states
 from training.loop import Optimization, optimize
 
-os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as config.starting does
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as starting.starting does
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kill -9, /proc")
 SAVE_EVERY = 2
 STEPS = 10_000  # more than any of the runs comes to
