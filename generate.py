@@ -295,8 +295,8 @@ class one_thread:
     decoding 20 times slower.
     """
 
-    def __init__(self, model: Llama):
-        self.single = model.lm_head.weight.device.type == "cpu" and is_small(model)
+    def __init__(self, model: nn.Module):
+        self.single = next(model.parameters()).device.type == "cpu" and is_small(model)
 
     def __enter__(self):
         self.before = torch.get_num_threads()

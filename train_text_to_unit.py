@@ -24,6 +24,7 @@ from config import Amount, Count, Share, Whole
 from data import batches, documents
 from data.corpus import text_key
 from files import write_jsonl
+from generate import one_thread
 from kmeans import KMeans
 from run import Run, barrier, progress, rank, world_size
 from text_to_unit import Search, TextToUnit, TextToUnitConfig, Vocabulary
@@ -201,7 +202,7 @@ def speak(model: TextToUnit, texts: list[str], search: Search, portion: int = 64
     """Rows of t2u.jsonl. A text that the model cannot read, or does not end to speak, is left out."""
     rows, longer, endless = [], 0, 0
     order = sorted(texts, key=len)
-    with progress(len(texts), title="t2u: speech of dialogues", unit="text") as bar:
+    with progress(len(texts), title="t2u: speech of dialogues", unit="text") as bar, one_thread(model):
         for start in range(0, len(order), portion):
             chosen = order[start : start + portion]
             fit = [text for text in chosen if len(model.vocabulary.encode(text)) <= model.config.max_source]

@@ -50,6 +50,8 @@ def test_modules_of_the_same_name_as_ours_are_no_trap(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--stages"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("corpus\n"), done.stderr
+    for name in ("run", "files", "data"):
+        (tmp_path / f"{name}.py").unlink()
     (tmp_path / "config.py").write_text("")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", "import train"]
