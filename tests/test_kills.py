@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import sys
@@ -57,6 +58,9 @@ def prepare_death(out: Path, ranks: int, plan: dict):
             if left[0] == 0:
                 kill(out, plan["who"], ranks)
 
+    if plan["when"] == "full disk":  # no file of this process may grow beyond that
+        resource.setrlimit(resource.RLIMIT_FSIZE, (plan["after"], resource.RLIM_INFINITY))
+        return
     if plan["when"] == "save":
         sys.addaudithook(watch)
         return
@@ -90,7 +94,7 @@ def one_of(rank: int, ranks: int, port: int, out: Path, plan: dict):
         where = run.Run(out, out, 0, torch.device("cpu"))
         first[0] = states.meta(out / "state").get("step", 0)
         settings = dict(steps=STEPS, batch_size=6, warmup=0, bf16=False, save_every=SAVE_EVERY)
-        section = Optimization(**settings, sharding=plan["sharding"])
+        section = Optimization(**settings, sharding=plan["sharding"], muon=plan.get("muon", False))
         optimize(where, "name", out / "state", new_model(), loss, batch_at, section)
 
     config.command_line(main)
@@ -114,6 +118,12 @@ def start(out: Path, ranks: int, plan: dict) -> tuple[list[int], float, str]:
         process.join()
     said = "".join((out / f"err{i}").read_text() for i in range(ranks))
     return [process.exitcode for process in processes], time.monotonic() - began, said
+
+
+def told(said: str) -> list[str]:
+    """The lines of stderr, without the progress bar."""
+    lines = re.sub(r"name: .*?(\]|$)", "", said, flags=re.M).split("\n")
+    return [line for line in lines if line.strip()]
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -142,8 +152,7 @@ def endure(out: Path, kills: int, ranks: int, rng: random.Random) -> dict[str, l
         assert codes[plan["rank"]] == -9, place
         assert set(codes) == {-9} if who == "all" else sorted(codes) == [-9] + [1] * (ranks - 1), place
         assert seconds < 60, place
-        lines = re.sub(r"name: .*?(\]|$)", "", said, flags=re.M).split("\n")  # without the progress bar
-        lines = [line for line in lines if line.strip()]
+        lines = told(said)
         assert len(lines) == (who == "one") and all("lost the connection" in line for line in lines), place
         lasted.setdefault(way, []).append(seconds)
         done = max(losses(out)) + 1
@@ -166,16 +175,28 @@ def test_a_run_that_is_killed_again_and_again_learns_what_an_undisturbed_one_doe
     assert max(abs(found[step] - expected[step]) for step in found) < 1e-5
 
 
-def test_four_two_one_and_four_processes_go_on_with_the_same_samples(tmp_path):
+@pytest.mark.parametrize("muon", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_four_two_one_and_four_processes_go_on_with_the_same_samples(tmp_path, muon):
     out, whole = tmp_path / "run", tmp_path / "whole"
     out.mkdir(), whole.mkdir()
     for ranks in (4, 2, 1, 4):
-        codes, _, said = start(out, ranks, {"steps": 6, "sharding": "fsdp" if ranks > 1 else "auto"})
+        codes, _, said = start(
+            out, ranks, {"steps": 6, "sharding": "fsdp" if ranks > 1 else "auto", "muon": muon}
+        )
         assert codes == [130] * ranks, said
     found = losses(out)
-    start(whole, 1, {"steps": max(found) + 1, "sharding": "auto"})
+    start(whole, 1, {"steps": max(found) + 1, "sharding": "auto", "muon": muon})
     expected = losses(whole)
     assert [*found] == [*range(len(found))] == [*expected] and len(found) >= 16
     assert max(abs(found[step] - expected[step]) for step in found) < 1e-5
     once = {line for line in (out / "order.jsonl").read_text().splitlines()}  # some steps twice
     assert once == {*(whole / "order.jsonl").read_text().splitlines()}
+
+
+def test_a_process_that_cannot_write_its_part_says_so_and_all_end(tmp_path):
+    plan = {"when": "full disk", "rank": 1, "after": 1000, "steps": 40, "sharding": "fsdp"}
+    codes, seconds, said = start(tmp_path, 2, plan)
+    assert codes == [1, 1] and seconds < 30, said
+    file = "state/shards/step-2/rank-1-of-2.safetensors"
+    assert told(said) == [f"error: {tmp_path}/{file}: File too large"], said
+    assert states.meta(tmp_path / "state") == {}  # no mark
