@@ -112,7 +112,7 @@ def meta(folder: Path) -> dict:
     optimizers; {} if there is none."""
     for path in newest_first(folder):
         with contextlib.suppress(ValueError, OSError):
-            return checkpoint.load_state(path)[1] if path.suffix else read_mark(path)["meta"]
+            return checkpoint.load_state(path, checked=False)[1] if path.suffix else read_mark(path)["meta"]
     return {}
 
 
