@@ -502,8 +502,9 @@ def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextli
 def run_all(run: Run, config: Config):
     """Every stage. HuBERT and its units need no text, and the vocoder needs nothing of the language model."""
     run_some(("corpus",), run, config)
-    check_corpus(STAGES, run, config)
-    forecast.tell(STAGES, run, config)
+    tables = check_corpus(STAGES, run, config)
+    forecast.tell(STAGES, run, config, tables)
+    del tables  # of a large corpus much memory
     with in_background(("hubert", "units"), run, config):
         run_some(("text",), run, config)
     if finished(STAGES, "stage3", run, config) is None:
@@ -563,8 +564,7 @@ def main():
         init_distributed(run.device)
         if known.check:
             run_some(("corpus",), run, config)
-            check_corpus(STAGES, run, config)
-            forecast.tell(STAGES, run, config)
+            forecast.tell(STAGES, run, config, check_corpus(STAGES, run, config))
         elif stage:
             run_some(names, run, config)
         else:

@@ -86,14 +86,14 @@ def test_the_longer_of_two_stages_side_by_side_counts(run, monkeypatch, capsys):
     minutes = {"hubert": 5.0, "units": 1.0, "text": 4.0, "stage2": 3.0, "vocoder": 30.0, "evaluate": 2.0}
     monkeypatch.setattr(forecast, "minutes", lambda *what: dict(minutes))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    forecast.tell(train.STAGES, run, configured("--parallel_stages", "true"))
+    forecast.tell(train.STAGES, run, configured("--parallel_stages", "true"), tables_of(run))
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("time: about 38 min on these 2 cores")
     assert first.endswith(
         "hubert 5 min, units 1 min beside text 4 min; vocoder 30 min beside stage2 3 min; evaluate 2 min"
     )
     assert re.fullmatch(rf"disk: about \d+ MB in {run.out}, where [\d.]+ [GM]B are free", second)
-    forecast.tell(train.STAGES, run, configured("--parallel_stages", "false"))
+    forecast.tell(train.STAGES, run, configured("--parallel_stages", "false"), tables_of(run))
     assert capsys.readouterr().out.startswith("time: about 45 min")
 
 

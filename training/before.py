@@ -85,14 +85,14 @@ def check_divisions(stages: dict[str, Stage], names: Iterable[str], config, rank
 LANGUAGE = ("text", "stage1", "stage2", "stage3")
 
 
-def check_corpus(stages: dict[str, Stage], run: Run, config):
+def check_corpus(stages: dict[str, Stage], run: Run, config) -> documents.Tables:
     """Says how many documents each stage of the language model will read; ValueError if one of them, HuBERT
-    or the vocoder asks for what the corpus does not have."""
+    or the vocoder asks for what the corpus does not have. Returns its tables, as yet without units."""
     for name in stages:  # all of them: a later stage need not wait to tell that the corpus has changed
         check_unchanged(stages, name, run, config)
     tables = documents.read_tables(run.out, None)
-    training_rows(run.manifest, config.hubert.speaker)
-    training_rows(run.manifest, config.units.speaker, "units.speaker")
+    for key, section in (("hubert.speaker", config.hubert), ("units.speaker", config.units)):
+        rows_to_train(tables.rows, run.manifest, key, section.speaker)
     theirs = rows_of(tables.rows, run.manifest, "vocoder.speaker", config.vocoder.speaker)
     check_speakers(config.vocoder_model, theirs)
     lines = documents.describe_dialogues(tables)
@@ -109,6 +109,7 @@ def check_corpus(stages: dict[str, Stage], run: Run, config):
             lines.append(f"{name}: documents to train on: {counts}")
     if rank() == 0:
         print("\n".join(lines), flush=True)
+    return tables
 
 
 def training_rows(
@@ -116,7 +117,12 @@ def training_rows(
 ) -> list[dict]:
     """Rows of the manifest to train on: of all, or of one speaker (a name, or a number, 0 the target
     speaker's)."""
-    rows = [row for row in read_manifest(manifest) if row["split"] == "train"]
+    return rows_to_train(read_manifest(manifest), manifest, key, speaker)
+
+
+def rows_to_train(rows: list[dict], manifest: Path, key: str, speaker: int | str | None) -> list[dict]:
+    """training_rows of all rows of a manifest; the `key` of the config asks for the speaker."""
+    rows = [row for row in rows if row["split"] == "train"]
     if not rows:
         raise ValueError(f"{manifest}: no recording is to be trained on; give some the split 'train'")
     return rows_of(rows, manifest, key, speaker)

@@ -29,7 +29,7 @@ from llama import next_token_losses
 from run import Run, autocast, world_size
 from text_to_unit import TextToUnit
 from training import plan
-from training.before import LANGUAGE, to_be_spoken, training_rows
+from training.before import LANGUAGE, rows_to_train, to_be_spoken
 from training.loop import Optimization, make_optimizers
 from training.precision import has_bf16
 from training.stages import Stage, finished
@@ -260,7 +260,7 @@ def work(name: str, run: Run, config, tables: documents.Tables) -> list[Stretch]
     fitting = Stretch(section.cluster_frames * sum(section.clusters), CLUSTERING)
     step = step_seconds(model, loss, section, device) * section.accumulate
     rounds = len(section.clusters)
-    theirs = training_rows(run.manifest, section.speaker)
+    theirs = rows_to_train(tables.rows, run.manifest, "hubert.speaker", section.speaker)
     heard = Stretch((rounds - 1) * sum(row["seconds"] for row in theirs), listening)  # the first hears MFCCs
     return [Stretch(rounds * section.steps, step), heard, fitting]
 
@@ -300,10 +300,9 @@ def disk(run: Run, config, tables: documents.Tables) -> float:
     return language + hubert + 7 * weights[1] + table
 
 
-def tell(stages: dict[str, Stage], run: Run, config):
+def tell(stages: dict[str, Stage], run: Run, config, tables: documents.Tables):
     """Prints the two lines; of several processes, which share the work, nobody tries."""
     if world_size() == 1:
-        tables = documents.read_tables(run.out, None)
         # As many units as there will be about; none of them is looked at.
         rows = [row | {"units": range(round(UNITS * row["seconds"]))} for row in tables.rows]
         print("\n".join(describe(stages, run, config, tables._replace(rows=rows))), flush=True)
