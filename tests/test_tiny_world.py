@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,6 +326,23 @@ def test_a_finished_corpus_is_left_alone(corpus, monkeypatch):
     monkeypatch.setattr(prepare, "speak", None)  # would fail if anything were spoken
     prepare.prepare(corpus, sentences=1, progress=False)
     assert {path: path.stat().st_mtime_ns for path in corpus.glob("wav/*")} == before
+
+
+@pytest.mark.parametrize("content, said", [(bytes(400), "sound"), (None, "no such file")])
+def test_a_recording_that_is_damaged_or_vanishes_is_one_line(corpus, tmp_path, monkeypatch, content, said):
+    shutil.copytree(corpus, tmp_path / "tiny")
+    damaged = sorted((tmp_path / "tiny/wav").iterdir())[3]
+    damaged.write_bytes(content or bytes(400))
+
+    def vanish(*what) -> list[str]:
+        if content is None:
+            damaged.unlink()
+        return []
+
+    monkeypatch.setattr(prepare, "_speak_all", vanish)
+    with pytest.raises((ValueError, OSError)) as error:
+        prepare.prepare(tmp_path / "tiny", sentences=1, progress=False)
+    assert damaged.name in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the workers in /proc")

@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 from tqdm import tqdm
 
@@ -359,7 +358,7 @@ def prepare(
             "text": u.text,
             **({"answer": u.answer} if u.answer else {}),
             "speaker": u.speaker,
-            "seconds": soundfile.info(wavs / f"{u.id}.wav").frames / audio.RATE,
+            "seconds": audio.seconds(wavs / f"{u.id}.wav"),
             "kind": u.kind,
             "split": u.split,
             "family": u.family,
