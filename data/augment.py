@@ -29,7 +29,7 @@ from config import Limits, Share
 from data.audio import HOP, RATE, change_pace_and_pitch
 
 Decibels = Annotated[float, Limits(-20, 60)]
-Octaves = Annotated[float, Limits(0, 0.7)]  # bounds of the logarithm of a factor
+Spread = Annotated[float, Limits(0, 0.7)]  # s: a factor is drawn log-uniformly from [e^-s, e^s]
 Seconds = Annotated[float, Limits(0, 5)]
 Decay = Annotated[float, Limits(0.01, 5)]
 Draw = np.random.Generator
@@ -41,11 +41,13 @@ class Imitation:
     """How far a recording is changed, and how often in each way."""
 
     share: Share = 0.0  # of recordings that are changed at all
-    pace: Octaves = 0.2  # log-uniform in [e^-p, e^p], as are the next two
-    pitch: Octaves = 0.3
-    formants: Octaves = 0.15
+    # of whole recordings alone ([units.imitation]); crops have `perturb` for it
+    pace: Spread = 0.2
+    pitch: Spread = 0.3
     silence: Seconds = 0.5  # at most so much before and after
-    level: Decibels = 12.0  # at most so much softer or louder
+    # of both
+    formants: Spread = 0.15
+    level: Annotated[float, Limits(0, 60)] = 12.0  # at most so many dB softer or louder
     room: Share = 0.3  # how often there is one
     decay: tuple[Decay, Decay] = (0.1, 0.6)  # seconds to -60 dB
     noise: Share = 0.5
