@@ -63,7 +63,7 @@ from llama import Llama, LlamaConfig
 from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
-from training import bases, forecast, foreign_units, plan
+from training import bases, forecast, foreign_units, plan, shard
 from training.before import (
     check_before,
     check_corpus,
@@ -220,7 +220,9 @@ def train_language(name: str, run: Run, config: Config):
     section: Language = getattr(config, name)
     tok = make_tokenizer(name, run, config)
     torch.manual_seed(run.seed)
-    model = LANGUAGE[name].model(run, config, tok).to(run.device)
+    model = LANGUAGE[name].model(run, config, tok)
+    if not shard.is_sharded(name, model, section, run.device):  # else a GPU never has all of it
+        model.to(run.device)
     tables = documents.read_tables(run.out, None if name == "text" else tok.n_units)
     if reads_generated(section):
         tables = tables._replace(spoken=documents.read_spoken(run.spoken, tok.n_units))
