@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import checkpoint
 from config import Limits, Size
 from files import write_json
-from llama_formats import join, read_folder, to_hugging_face
+from llama_formats import Matrix, read_folder, to_hugging_face
 from run import rank
 
 Maybe = Tensor | None  # an argument that may be left out
@@ -234,7 +234,11 @@ class Llama(nn.Module):
             if p.dim() == 2 and not p.is_meta:  # on meta there is nothing to draw, and 1.7 s to import
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if into_residual else 0.02)
-        if config.tie_embeddings:
+        self.tie()
+
+    def tie(self) -> None:
+        """With config.tie_embeddings lm_head and embed_tokens have one matrix: the latter's."""
+        if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(
@@ -290,8 +294,7 @@ class Llama(nn.Module):
         self.model.embed_tokens.num_embeddings = n
         self.lm_head.out_features = n
         self.config.vocab_size = n
-        if self.config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int = 5_000_000_000) -> None:
         """Writes folder/config.json and folder/model.safetensors (with more bytes: several, and an index) in
@@ -355,27 +358,38 @@ def write_hf(model: Llama, folder: Path, max_shard_size: int) -> None:
         write_json(folder / "config.json", to_hugging_face(model.config, model.model.norm.weight.dtype))
 
 
+def open_folder(folder: Path) -> tuple[LlamaConfig, dict[str, Matrix]]:
+    """The config of a LLaMA in `folder`, and the matrix of each of its parameters, none missing and none left
+    over; numbers are not read yet."""
+    config, matrices = read_folder(LlamaConfig, folder)
+    with torch.device("meta"):  # takes neither time nor memory
+        wanted = {name for name, _ in Llama(config).named_parameters()}  # a tied matrix once
+    tied = matrices.pop("lm_head.weight", None) if config.tie_embeddings else None
+    for name in sorted(wanted ^ matrices.keys()):
+        raise ValueError(f"{folder}: {name} is {'missing' if name in wanted else 'no part of this LLaMA'}")
+    if tied and not same(tied, matrices["model.embed_tokens.weight"]):
+        raise ValueError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
+    return config, matrices
+
+
+def same(a: Matrix, b: Matrix) -> bool:
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a.parts, b.parts))
+
+
 def load(folder: Path, dtype: torch.dtype | None, device, int8: bool) -> Llama:
     """See Llama.from_pretrained."""
-    config, pieces = read_folder(LlamaConfig, folder)
-    with torch.device("meta"):  # takes neither time nor memory
+    config, matrices = open_folder(folder)
+    with torch.device("meta"):
         model = Llama(config)
     leaves = {f"{name}.weight": m for name, m in model.named_modules() if hasattr(m, "weight")}
-    if config.tie_embeddings:
-        del leaves["lm_head.weight"]
-        tied = zip(*(pieces.get(name, [[]])[0] for name in ("lm_head.weight", "model.embed_tokens.weight")))
-        if any(a.dtype != b.dtype or not torch.equal(a, b) for a, b in tied):
-            raise ValueError(f"{folder}: lm_head.weight differs from the embedding that it is tied to")
-        pieces.pop("lm_head.weight", None)
-    for name in sorted(leaves.keys() ^ pieces.keys()):
-        raise ValueError(f"{folder}: {name} is {'missing' if name in leaves else 'no part of this LLaMA'}")
     devices = device if isinstance(device, list) else [device]
-    for name, leaf in leaves.items():
+    for name, matrix in matrices.items():
+        leaf = leaves[name]
         in_layer = name.startswith("model.layers.")
         layer = int(name.split(".")[2]) if in_layer else 0
         where = devices[layer * len(devices) // config.n_layers]
         try:
-            weight = join(*pieces[name])
+            weight = matrix.whole()
         except (RuntimeError, IndexError):
             raise ValueError(f"{folder}: the pieces of {name} do not fit together") from None
         if not (int8 and in_layer and isinstance(leaf, nn.Linear)):

@@ -9,6 +9,7 @@ llama.LlamaConfig.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,52 @@ from torch import Tensor
 import checkpoint
 from foreign import NO_DECODER, TRANSFORMERS, Keys, read_table, settings
 
-Pieces = tuple[list[Tensor], int | None, int | None]  # of one matrix: the arguments of `join`
+
+class Matrix(NamedTuple):
+    """A tensor of a checkpoint: views of memory maps, put together when it is asked for, whole or some rows.
+
+    parts: the slices that the files have; dim: along which of its dimensions (None: the first is all of it);
+    heads: of W_q and W_k in Meta's order, else 0. Meta's RoPE turns neighboring rows (2j, 2j + 1) of a head,
+    ours (j, j + head_dim / 2): these matrices with their rows in that order give the same scores."""
+
+    parts: list[Tensor]
+    dim: int | None = None
+    heads: int = 0
+
+    @property
+    def shape(self) -> torch.Size:
+        shape = list(self.parts[0].shape)
+        if self.dim is not None:
+            shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
+        return torch.Size(shape)
+
+    def whole(self) -> Tensor:
+        return self.rows(0, self.shape[0])
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows [begin, end) in Hugging Face's order: a view of one file, or as many numbers as there are.
+        RuntimeError or IndexError if the parts do not fit together."""
+        if self.dim is None or len(self.parts) == 1 and not self.heads:
+            return self.parts[0][begin:end]
+        if self.dim == 1:
+            return torch.cat([part[begin:end] for part in self.parts], 1)
+        theirs = torch.arange(self.shape[0])
+        if self.heads:
+            pairs = theirs.view(self.heads, -1, 2)  # (heads, head_dim / 2, 2)
+            theirs = pairs.transpose(1, 2).flatten()
+        theirs = theirs[begin:end]  # of our row begin + i: its number in the files
+        found = self.parts[0].new_empty(end - begin, *self.parts[0].shape[1:])
+        first = 0
+        for part in self.parts:
+            last = first + len(part)
+            here = (theirs >= first) & (theirs < last)
+            found[here] = part[theirs[here] - first]
+            first = last
+        return found
 
 
 def read_folder(cls, folder: Path) -> tuple:
-    """(a `cls`, {our name: the pieces of a tensor, views of memory maps})."""
+    """(a `cls`, {our name: a Matrix})."""
     read = read_hugging_face if (folder / "config.json").exists() else read_meta
     return read(cls, folder)
 
@@ -73,11 +115,11 @@ def read_config(cls, path: Path):
 
 def read_hugging_face(cls, folder: Path) -> tuple:
     config = read_config(cls, folder / "config.json")
-    pieces = {}
+    matrices = {}
     for name, tensor in checkpoint.read_tensors(folder).items():
         if not name.endswith("rotary_emb.inv_freq"):  # angles of RoPE in old files: rope_table computes them
-            pieces[name] = ([tensor], None, None)
-    return config, pieces
+            matrices[name] = Matrix([tensor])
+    return config, matrices
 
 
 # ---- Meta's folder: params.json and consolidated.00.pth, consolidated.01.pth, ... --------------------------
@@ -121,27 +163,17 @@ def read_meta(cls, folder: Path) -> tuple:
     if "norm_eps" not in table:  # Meta's default is not ours
         raise ValueError(f"{path}: norm_eps is missing; is this a LLaMA in Meta's layout?")
     config = settings(cls, META, table, path, vocab_size=vocab_size, hidden_dim=hidden_dim)
-    pieces = {}
+    matrices = {}
     for theirs, (ours, dim) in META_KEYS.items():
-        heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(theirs[-2:])
+        heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(theirs[-2:], 0)
         for i in range(config.n_layers) if "*" in theirs else [0]:
             name = theirs.replace("*", str(i)) + ".weight"
             for file, shard in zip(files, shards):
                 if name not in shard:
                     raise ValueError(f"{file}: {name} is missing")
             parts = [shard.pop(name) for shard in shards]
-            pieces[ours.replace("*", str(i)) + ".weight"] = (parts, dim, heads)
+            matrices[ours.replace("*", str(i)) + ".weight"] = Matrix(parts, dim, heads)
     for file, shard in zip(files, shards):
         for name in shard.keys() - {"rope.freqs"}:  # angles of RoPE, as in read_hugging_face
             raise ValueError(f"{file}: {name!r:.100} is no part of a LLaMA")
-    return config, pieces
-
-
-def join(parts: list[Tensor], dim: int | None, heads: int | None) -> Tensor:
-    """One matrix in Hugging Face's layout. Meta's RoPE turns neighboring rows (2j, 2j + 1) of a head, ours
-    (j, j + head_dim / 2): W_q and W_k with their rows in that order give the same scores."""
-    W = parts[0] if dim is None else torch.cat(parts, dim)
-    if heads:
-        pairs = W.view(heads, -1, 2, W.shape[1])  # (heads, head_dim / 2, 2, C)
-        W = pairs.transpose(1, 2).reshape(W.shape)
-    return W
+    return config, matrices

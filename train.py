@@ -211,7 +211,7 @@ class Config:
 class LanguageStage(NamedTuple):
     """How the model of one stage is made and saved. What requires a gradient is what the stage trains."""
 
-    model: Callable[[Run, Config, Tokenizer], Llama]
+    base: Callable[[Run, Config, Tokenizer], bases.Base]
     save: Callable[[Run, Config, Llama, Tokenizer], None]
 
 
@@ -220,9 +220,9 @@ def train_language(name: str, run: Run, config: Config):
     section: Language = getattr(config, name)
     tok = make_tokenizer(name, run, config)
     torch.manual_seed(run.seed)
-    model = LANGUAGE[name].model(run, config, tok)
-    if not shard.is_sharded(name, model, section, run.device):  # else a GPU never has all of it
-        model.to(run.device)
+    base = LANGUAGE[name].base(run, config, tok)
+    is_sharded = shard.is_sharded(name, base.model, section, run.device)
+    model = base.model if is_sharded else base.load(run.device)
     tables = documents.read_tables(run.out, None if name == "text" else tok.n_units)
     if reads_generated(section):
         tables = tables._replace(spoken=documents.read_spoken(run.spoken, tok.n_units))
@@ -247,7 +247,7 @@ def train_language(name: str, run: Run, config: Config):
 
     held_out = fitting_examples(tables, "heldout", name, section, tok)
     probe = held_out_probe(run, section, tok, model, loss, held_out)
-    optimize(run, name, run.state(name), model, loss, batch_at, section, probe)
+    optimize(run, name, run.state(name), model, loss, batch_at, section, probe, base.fill)
     if checkpoint.takes_part(model):
         LANGUAGE[name].save(run, config, model, tok)
     barrier()

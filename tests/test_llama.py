@@ -21,13 +21,13 @@ from llama import (
     Llama,
     LlamaConfig,
     PackedAttention,
-    join,
     next_token_loss,
     next_token_losses,
     packed_attention,
     rope_table,
     rotate,
 )
+from llama_formats import Matrix
 
 CONFIG = dict(vocab_size=101, dim=48, n_layers=3, n_heads=6, hidden_dim=80, max_len=96)
 GROUPED = CONFIG | dict(n_kv_heads=2, rope_theta=5000.0, norm_eps=1e-5)
@@ -541,7 +541,7 @@ def test_metas_rotation_of_neighbors_is_ours_after_the_permutation():
         for W in (Wq, Wk)
     )
     rope = rope_table(torch.arange(T)[None], dim, 1e4, torch.float32)
-    q2, k2 = (rotate((x @ join([W], None, heads).T).view(1, T, heads, dim), rope) for W in (Wq, Wk))
+    q2, k2 = (rotate((x @ Matrix([W], 0, heads).whole().T).view(1, T, heads, dim), rope) for W in (Wq, Wk))
     scores, scores2 = (torch.einsum("bthd,bshd->bhts", a, b) for a, b in ((q, k), (q2, k2)))
     assert torch.allclose(scores, scores2, atol=1e-4)
 

@@ -13,7 +13,7 @@ import dataclasses
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torch import Tensor
+import torch
 
 from data import units as unit_files
 from hubert import UnitExtractor
@@ -67,19 +67,17 @@ def read_foreign(folder: str) -> tuple[Tokenizer, UnitExtractor]:
     return known, extractor
 
 
-def translate_embeddings(
-    tables: list[tuple[Tensor, Tensor]], run: Run, folder: str, tok: Tokenizer, n_units: int
-):
-    """Fills in the rows of units and markers in each (old, new) pair of embedding tables (V, C), (V', C)."""
+def translate_embeddings(tables: list, run: Run, folder: str, tok: Tokenizer, n_units: int):
+    """Fills in the new rows, of units and markers, of embedding tables (training/bases.py: Grown)."""
     known, extractor = read_foreign(folder)
     rows = unit_files.read_units(run.manifest, run.units, n_units)
     p_old = unit_files.cooccurrence(run.corpus, rows, extractor, n_units)  # (n_units, K)
-    for old, new in tables:
-        old_units = old[known.unit_ids.start : known.unit_ids.stop]
-        new[tok.unit_ids.start : tok.unit_ids.stop] = p_old @ old_units
+    for old, first, new in tables:
+        old_units = old.rows(known.unit_ids.start, known.unit_ids.stop).to(torch.float32, copy=True)
+        new[tok.unit_ids.start - first : tok.unit_ids.stop - first] = p_old @ old_units
         for token, i in tok.added.items():
             if i not in tok.unit_ids and token in known.added:
-                new[i] = old[known.added[token]]
+                new[i - first] = old.rows(known.added[token], known.added[token] + 1)[0]
 
 
 def unlike(folder: str, k: int, other: str) -> str:
