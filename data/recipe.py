@@ -407,5 +407,5 @@ class Found:
         return "\n".join(lines)
 
 
-def counts_of(reasons: Counter) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+def counts_of(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in Counter(reasons).most_common())

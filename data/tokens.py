@@ -35,7 +35,7 @@ from tqdm import tqdm
 from config import Parser, command_line, deaf_to_ctrl_c, end_with_parent
 from data.batches import Document
 from data.documents import IDS, Example
-from data.recipe import worker_processes
+from data.recipe import counts_of, worker_processes
 from files import MAX_JSON, one_line, read_json, show, write_atomic, write_json
 from tokenizer import Tokenizer, text_to_units
 
@@ -341,7 +341,7 @@ def tokenize(
         tokens += table["tokens"]
         skipped.update(table["skipped"])
     if not documents:
-        raise ValueError(f"{source} has no document that can be used ({counts(skipped)})")
+        raise ValueError(f"{source} has no document that can be used ({counts_of(skipped)})")
     totals = Totals(documents, tokens, dict(skipped))
     write_json(folder / "tokens.json", {"vocab_size": vocab_size, "parts": len(jobs), **totals._asdict()})
     return totals
@@ -371,10 +371,6 @@ def is_made(job: Job, vocab_size: int) -> bool:
     return isinstance(table, dict) and expected.items() <= table.items()
 
 
-def counts(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items(), key=lambda pair: -pair[1]))
-
-
 def main() -> None:
     parser = Parser("Cuts a SpeechInstruct file into token ids, once.", prog="python -m data.tokens")
     parser.add_argument("source", help='JSON lines with "prefix" and "plain_text"')
@@ -390,7 +386,7 @@ def main() -> None:
     totals = tokenize(options.source, options.out, options.tokenizer, options.max_len, options.workers)
     print(f"{options.out}: {totals.documents:,} documents, {totals.tokens:,} tokens")
     if totals.skipped:
-        print(f"left out: {counts(totals.skipped)}")
+        print(f"left out: {counts_of(totals.skipped)}")
 
 
 if __name__ == "__main__":

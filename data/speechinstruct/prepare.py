@@ -46,11 +46,11 @@ import tokenizer
 from config import Parser, command_line
 from data import audio
 from data.corpus import MARKER, TARGET_SPEAKER
+from data.documents import MODES
 from files import read_json, show, stream_atomic, stream_jsonl, write_jsonl
 from tokenizer import units_to_text
 
 HERE = Path(__file__).parent
-MODES = ("s2s", "s2t", "t2s", "t2t")
 WORDS = 35  # "whose response length is shorter than 35 words" (§3.2)
 AT_ONCE = 64  # texts that the text-to-unit generator turns into units in one batch
 
