@@ -168,6 +168,7 @@ SPEAKER_COLUMNS = {
     "recognizer on the source": ("source", ""),
     "resynthesis": ("resynthesis", ""),
     "speech to text": ("asr", ""),
+    "spoken question answered right": ("answer", ""),
 }
 FAMILY_COLUMNS = {
     "spoken, new renditions": ("answer", "rendition"),
@@ -199,7 +200,7 @@ def markdown(facts: dict, rows: list[Row], items: list[Item], examples: list[dic
     text += row_table(rows)
     text += "Speech is scored by its word error rate, answers by the share that is exactly right; both after "
     text += "`normalize_text` of evaluation/judge.py.\nEvery item: items.jsonl.\n\n"
-    text += "## By speaker\n\nWord error rates.\n\n"
+    text += "## By speaker\n\nWord error rates; of answers, the share that is exactly right.\n\n"
     text += group_table(items, "speaker", SPEAKER_COLUMNS)
     answers = [item for item in items if item.measure in ("answer", "text")]
     if answers:
