@@ -15,6 +15,8 @@ replaces the scores.
     t2u                      the text-to-unit generator and the vocoder (§3.2), if the model has a generator
     bits                     -log2 p of the next unit of held-out speech (eq. 3), after all stages and stage 1
     first                    seconds from typing `python sample.py question.wav` to the reply's waveform
+    asr, answer .unheard     of voices that no training heard, the worst of them, in noise and by telephone,
+                             with --voices FOLDER, or of a --corpus of voices alone (evaluation/voices.py)
 
 evaluation/judge.py is the recognizer, evaluation/measures.py has the measures with intervals and baselines,
 and evaluation/report.py writes the files: report.md, report.json, items.jsonl, examples/, curve-*.png. One
@@ -30,6 +32,7 @@ if __name__ == "__main__":
 import functools
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,7 +47,7 @@ import config
 import run
 from data import audio
 from data.corpus import read_dialogues, resolve
-from evaluation import measures, report
+from evaluation import measures, report, voices
 from evaluation.judge import Recognizer, need_extra, normalize_text
 from evaluation.kept import Kept, stamps
 from evaluation.measures import Item, LookupBaselines, Row
@@ -226,11 +229,34 @@ def answer_in_speech(session: Session, rows: list[dict]) -> tuple[list[Reply], F
     return replies, recognized
 
 
+def understand(session: Session, rows: list[dict], paths: list[Path], kind: str):
+    """Recordings of many voices -> text, and answers in text; paths: of the rows, as they are or changed."""
+    replies = session.ask(paths, "s2t", task="asr")
+    session.add_texts(f"asr.{kind}", rows, "text", [reply.text for reply in replies])
+    asked = [i for i, row in enumerate(rows) if row.get("answer")]
+    replies = session.ask([paths[i] for i in asked], "s2t")
+    session.add_texts(f"answer.{kind}", [rows[i] for i in asked], "answer", [reply.text for reply in replies])
+
+
+def listen(session: Session, group: str, rows: list[dict]):
+    """Recordings of the voices of one group -> text and answers; of voices never heard in noise, too."""
+    paths = values(rows, "path")
+    session.add_speech(f"source.{group}", rows, "text", [audio.load(path) for path in paths])
+    understand(session, rows, paths, group)
+    for condition in measures.VOICE_CONDITIONS if group == "unheard" else ():
+        with tempfile.TemporaryDirectory() as folder:
+            changed = [Path(folder) / f"{i}.wav" for i in range(len(rows))]
+            for row, path in zip(rows, changed):
+                audio.save(path, voices.disguise(audio.load(row["path"]), condition, row["id"]))
+            understand(session, rows, changed, f"{group}.{condition}")
+
+
 class Drawn(NamedTuple):
-    """The rows of the manifest that are measured, by split."""
+    """The rows of the manifest that are measured, by split; of many voices, by group."""
 
     speech: dict[str, list[dict]]  # all but answers
     questions: dict[str, list[dict]]  # those with an answer to compare with
+    voices: dict[str, list[dict]]
 
     def paths(self) -> list[Path]:
         return [row["path"] for table in self for rows in table.values() for row in rows]
@@ -241,7 +267,7 @@ def draw(manifest: list[dict], n: int, seed: int, problems: list[str]) -> Drawn:
     renditions is measured on recordings of its train split, in rows of that name."""
     there = {row["split"] for row in manifest}
     first = "rendition" if "rendition" in there else "train"
-    drawn = Drawn({}, {})
+    drawn = Drawn({}, {}, {})
     for split in (first, "heldout"):
         rows = [row for row in manifest if row["split"] == split and row["text"]]
         kinds = (
@@ -251,6 +277,20 @@ def draw(manifest: list[dict], n: int, seed: int, problems: list[str]) -> Drawn:
         for table, rows in kinds:
             rows = random.Random(f"{seed} {split}").sample(rows, min(n, len(rows)))
             table[split] = [row for row in rows if is_readable(row, problems)]
+    return drawn
+
+
+def draw_voices(
+    groups: dict[str, list[dict]], n: int, seed: int, problems: list[str]
+) -> dict[str, list[dict]]:
+    """At most n random rows of each voice of each group, without what cannot be decoded."""
+    drawn = {}
+    for group, rows in groups.items():
+        found = []
+        for voice in sorted(set(values(rows, "speaker"))):
+            said = [row for row in rows if row["speaker"] == voice]
+            found += random.Random(f"{seed} {voice}").sample(said, min(n, len(said)))
+        drawn[group] = [row for row in found if is_readable(row, problems)]
     return drawn
 
 
@@ -290,6 +330,8 @@ def ask_all(
         steps += 2 * len(rows) + (4 + bool(before) + bool(generator)) * len(rows[:half])
     for rows in drawn.questions.values():
         steps += 2 * len(rows) + 3 * len(rows[:half])
+    for group, rows in drawn.voices.items():
+        steps += len(rows) + 2 * len(rows) * (3 if group == "unheard" else 1)
     recognizer = Recognizer()
     background = ThreadPoolExecutor(1)
     encoded = {}
@@ -306,6 +348,8 @@ def ask_all(
             for rows in drawn.questions.values():
                 answer_in_text(session, rows, half)
                 talks.append((rows[:half], *answer_in_speech(session, rows[:half])))
+            for group, rows in drawn.voices.items():
+                listen(session, group, rows)
             items = session.items()
     finally:  # Ctrl-C does not wait for what is in the queue
         background.shutdown(wait=False, cancel_futures=True)
@@ -344,11 +388,14 @@ def evaluate(
     metrics: str | Path | None = None,
     takes: int | None = None,
     targets: dict[str, float] | None = None,
+    voices_corpus: str | Path | None = None,
 ) -> dict[str, float | None]:
     """Evaluates the model in `folder` on `corpus`, writes the report to `out`, returns the rows' values.
 
-    items: at most so many in a row (0: all there are); metrics: the folder of training curves (None: the one
-    next to `folder`); takes: as in `SpeechGPT.reply_batch`; targets: row's key -> what it should reach."""
+    items: at most so many in a row, or of a voice (0: all there are); metrics: the folder of training curves
+    (None: the one next to `folder`); takes: as in `SpeechGPT.reply_batch`; targets: row's key -> what it
+    should reach; voices_corpus: of many voices (evaluation/voices.py), to be evaluated, too. `corpus` may be
+    such a one, and is then all there is."""
     need_extra()
     targets = targets or {}
     measures.check_targets(targets)
@@ -364,8 +411,15 @@ def evaluate(
 
     # ---- all that is read, the tables first
     lookup = LookupBaselines([row for row in read_dialogues(corpus) if row["split"] == "train"])
-    manifest = [row | {"path": corpus / row["wav"]} for row in resolve(corpus, folder.parent)]
+    manifest = []
+    if voices.is_of_voices(corpus):
+        voices_corpus = corpus
+    else:
+        manifest = [row | {"path": corpus / row["wav"]} for row in resolve(corpus, folder.parent)]
     drawn = draw(manifest, items or sys.maxsize, seed, problems)
+    if voices_corpus:
+        groups = voices.read_rows(Path(voices_corpus))
+        drawn.voices.update(draw_voices(groups, items or sys.maxsize, seed, problems))
     if not drawn.paths():
         raise ValueError(f"{corpus} has no recording that can be measured; {report.summary(problems)}")
     model, before = load_models(folder, device)
@@ -383,12 +437,13 @@ def evaluate(
     with one_thread(model.llama):  # the recognizer has the other cores
         models = (model, before, generator)
         scored, speech, spoken = ask_all(models, drawn, items or sys.maxsize, seed, takes, kept, problems)
-    rows = measures.score_all(scored, lookup)
+    rows = measures.score_all(scored, lookup) + voices.rows_of_voices(scored)
     rows += measures.bits_rows(measured, speech, train)
     rows = [row for row in rows if row.n]
     facts = {
         "model": str(folder),
         "corpus": str(corpus),
+        "voices": voices.describe(Path(voices_corpus)) if voices_corpus else "",
         "seed": seed,
         "items": f"up to {items} a row" if items else "all",
         "takes": f"up to {takes or model.takes} of what is spoken",
@@ -437,6 +492,7 @@ def main():
     add = parser.add_argument
     add("--model", type=config.folder, default=default_model(), help="folder with llama/, hubert/, vocoder/")
     add("--corpus", type=config.folder, default="out/tiny/corpus", help="folder with manifest.jsonl")
+    add("--voices", type=config.folder, help="folder of a corpus of voices never heard")
     add("--out", type=config.folder, default="out/report", help="folder for the report")
     add("--items", type=int, default=120, help="items in a row; 0: all there are")
     add("--seed", type=int, default=0, help="of the choice of items, and of sampled speech")
@@ -451,6 +507,7 @@ def main():
     args = parser.parse_args()
     targets = measures.read_targets(args.targets) if args.targets else None
     options = {"metrics": args.metrics, "takes": args.takes, "targets": targets}
+    options["voices_corpus"] = args.voices
     evaluate(args.model, args.corpus, args.out, args.items, args.seed, args.device, **options)
 
 

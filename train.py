@@ -148,6 +148,8 @@ class CorpusSection:
 class EvaluateSection:
     items: Whole = 120  # at most so many items for a row of the report; 0: all there are
     takes: Count | None = None  # spoken answers drawn at most; None: as sample.py does
+    # of the tiny world: so many questions in each voice that no training hears, as far as any is installed
+    voices: Annotated[int, Limits(0, 1000)] = 0
     # a row's key: what it should reach, as in configs/tiny.toml
     targets: dict[str, Amount] = field(default_factory=dict)
 
@@ -354,6 +356,10 @@ def evaluate_stage(run: Run, config: Config):
     import evaluate  # its recognizer is an optional extra
 
     if rank() == 0:
+        many = None
+        if config.evaluate.voices and config.corpus.name == "tiny":
+            options = {"voices": config.corpus.options.voices, "workers": config.corpus.options.workers}
+            many = prepare.make_voices(run.out / "voices", config.evaluate.voices, run.seed, **options)
         evaluate.evaluate(
             run.model,
             run.corpus,
@@ -363,6 +369,7 @@ def evaluate_stage(run: Run, config: Config):
             device=run.device,
             takes=config.evaluate.takes,
             targets=config.evaluate.targets,
+            voices_corpus=many,
         )
 
 

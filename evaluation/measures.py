@@ -111,7 +111,51 @@ MEASURES = (
         baselines={"its text": "spoken.text"},
     ),
 )
+VOICE_GROUPS = {"unheard": "voices never heard", "heard": "other engines trained on"}
+VOICE_CONDITIONS = {"noise": "in noise", "telephone": "by telephone"}
+VOICE_MEASURES = (  # of a corpus of voices (evaluation/voices.py)
+    Measure("source.unheard", "recognizer, voices never heard", per_split=False),
+    Measure("source.heard", "recognizer, other engines trained on", per_split=False),
+    Measure(
+        "asr.unheard", "ASR, voices never heard", per_split=False, baselines={"recognizer": "source.unheard"}
+    ),
+    Measure(
+        "asr.unheard.noise",
+        "ASR, voices never heard, in noise",
+        per_split=False,
+        baselines={"without": "asr.unheard"},
+    ),
+    Measure(
+        "asr.unheard.telephone",
+        "ASR, voices never heard, by telephone",
+        per_split=False,
+        baselines={"without": "asr.unheard"},
+    ),
+    Measure(
+        "asr.heard",
+        "ASR, other engines trained on",
+        per_split=False,
+        baselines={"recognizer": "source.heard"},
+    ),
+    Measure("answer.unheard", "spoken question, voices never heard", wer=False, per_split=False),
+    Measure(
+        "answer.unheard.noise",
+        "spoken question, voices never heard, in noise",
+        wer=False,
+        per_split=False,
+        baselines={"without": "answer.unheard"},
+    ),
+    Measure(
+        "answer.unheard.telephone",
+        "spoken question, voices never heard, by telephone",
+        wer=False,
+        per_split=False,
+        baselines={"without": "answer.unheard"},
+    ),
+    Measure("answer.heard", "spoken question, other engines trained on", wer=False, per_split=False),
+)
 OTHER_ROWS = ("bits", "bits.1", "first", "first.factor")  # not computed from items
+OTHER_ROWS += ("asr.unheard.worst", "asr.unheard.loss", "answer.unheard.worst", "answer.unheard.loss")
 
 
 class Item(NamedTuple):
@@ -120,7 +164,7 @@ class Item(NamedTuple):
     measure: str
     id: str  # of the recording in the manifest
     split: str
-    speaker: int
+    speaker: int | str  # a name in a corpus of voices
     family: str
     question: str
     expected: str
@@ -143,7 +187,9 @@ class Row:
     def show(self, value: float | None) -> str:
         if value is None:
             return "-"
-        return f"{100 * value:.1f} %" if self.unit == "%" else f"{value:.2f} {self.unit}"
+        if self.unit in ("%", "points"):
+            return f"{100 * value:.1f} {self.unit}"
+        return f"{value:.2f} {self.unit}"
 
     @property
     def reached(self) -> bool | None:
@@ -245,9 +291,9 @@ def score(measure: Measure, items: list[Item]) -> Interval:
 
 
 def score_all(items: list[Item], lookup: LookupBaselines) -> list[Row]:
-    """The rows of all MEASURES, whether or not there are items of them."""
+    """The rows of all measures, whether or not there are items of them."""
     rows = []
-    for measure in MEASURES:
+    for measure in (*MEASURES, *VOICE_MEASURES):
         for key, name, split in measure.rows():
             own = select(items, measure.key, split)
             value, low, high = score(measure, own)
@@ -370,7 +416,7 @@ def read_targets(path: str | Path) -> dict[str, float]:
 
 def check_targets(targets: dict):
     """Raises ValueError for a target that belongs to no row, or that is no number."""
-    keys = [key for measure in MEASURES for key, _, _ in measure.rows()]
+    keys = [key for measure in (*MEASURES, *VOICE_MEASURES) for key, _, _ in measure.rows()]
     keys += OTHER_ROWS
     for key, target in targets.items():
         if key not in keys:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data import audio
-from evaluation.measures import MEASURES, Item, Row, score, select
+from evaluation.measures import MEASURES, VOICE_GROUPS, VOICE_MEASURES, Item, Row, score, select
 from files import harmless, read_json, write_atomic, write_json, write_jsonl
 from request import Reply
 
@@ -151,7 +151,7 @@ def row_table(rows: list[Row]) -> str:
 
 def group_table(items: list[Item], group: str, columns: dict[str, tuple[str, str]]) -> str:
     """One line for each speaker or family; columns: title -> (measure, split or "" for both)."""
-    measures = {measure.key: measure for measure in MEASURES}
+    measures = {measure.key: measure for measure in (*MEASURES, *VOICE_MEASURES)}
     columns = {title: column for title, column in columns.items() if select(items, *column)}
     lines = []
     for value in sorted({getattr(item, group) for item in items}):
@@ -169,6 +169,17 @@ SPEAKER_COLUMNS = {
     "resynthesis": ("resynthesis", ""),
     "speech to text": ("asr", ""),
     "spoken question answered right": ("answer", ""),
+}
+VOICE_COLUMNS = {  # of a corpus of voices: measure of a group -> split
+    "recognizer": ("source.{}", ""),
+    "words wrong, new": ("asr.{}", "rendition"),
+    "held out": ("asr.{}", "heldout"),
+    "in noise": ("asr.{}.noise", ""),
+    "by telephone": ("asr.{}.telephone", ""),
+    "answers right, new": ("answer.{}", "rendition"),
+    "held out ": ("answer.{}", "heldout"),
+    "in noise ": ("answer.{}.noise", ""),
+    "by telephone ": ("answer.{}.telephone", ""),
 }
 FAMILY_COLUMNS = {
     "spoken, new renditions": ("answer", "rendition"),
@@ -200,8 +211,16 @@ def markdown(facts: dict, rows: list[Row], items: list[Item], examples: list[dic
     text += row_table(rows)
     text += "Speech is scored by its word error rate, answers by the share that is exactly right; both after "
     text += "`normalize_text` of evaluation/judge.py.\nEvery item: items.jsonl.\n\n"
-    text += "## By speaker\n\nWord error rates; of answers, the share that is exactly right.\n\n"
-    text += group_table(items, "speaker", SPEAKER_COLUMNS)
+    for group, name in VOICE_GROUPS.items():
+        columns = {title: (key.format(group), split) for title, (key, split) in VOICE_COLUMNS.items()}
+        found = [item for item in items if item.measure in {key for key, _ in columns.values()}]
+        if found:
+            text += f"## By voice: {name}\n\n"
+            text += group_table(found, "speaker", columns)
+    numbered = [item for item in items if isinstance(item.speaker, int)]
+    if numbered:
+        text += "## By speaker\n\nWord error rates; of answers, the share that is exactly right.\n\n"
+        text += group_table(numbered, "speaker", SPEAKER_COLUMNS)
     answers = [item for item in items if item.measure in ("answer", "text")]
     if answers:
         text += "## By family\n\nShares of exact answers.\n\n"

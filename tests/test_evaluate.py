@@ -12,6 +12,7 @@ from test_measures import DIALOGUES, OnlyLogits
 
 import evaluate
 from data import audio
+from evaluation import voices
 from evaluation.measures import MEASURES
 from request import Reply
 
@@ -288,6 +289,114 @@ def test_the_report_lists_groups_examples_items_and_curves(reported):
     assert [p.name for p in out.glob("*.png")] == ["curve-stage1.png"], "a curve without points is not drawn"
     items = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     assert {item["measure"] for item in items} >= {m.key for m in MEASURES}
+
+
+# ---- Many voices -------------------------------------------------------------------------------------------
+
+
+def write_voices(folder, names=("flite awb", "pico en-GB", "flite slt")):
+    """A corpus of voices, which say "What is one plus one?" and "Tom is here."; training hears the last."""
+    rows = []
+    for voice in names:
+        for split, text in (("rendition", "What is one plus one?"), ("heldout", "Tom is here.")):
+            wav = f"{voice}-{split}.wav"
+            row = {"wav": wav, "text": text, "speaker": voice, "kind": "question", "split": split}
+            rows.append(row | ({"answer": ANSWERS[text]} if text in ANSWERS else {}))
+            audio.save(folder / wav, sound_of(text))
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = {"unheard": list(names[:-1]), "heard": [names[-1]], "missing": {"x y": "x is not installed"}}
+    (folder / "voices.json").write_text(json.dumps(known | {"failed": {"flite awb": 2}}))
+
+
+class Misunderstands(KnownModel):
+    """One voice, and whatever comes by telephone."""
+
+    def answer_each(self, prompts, request):
+        replies = super().answer_each(prompts, request)
+        for i, prompt in enumerate(prompts):
+            if request.mode[0] == "s" and "pico" in str(prompt):
+                replies[i] = Reply("wrong", "wrong", [], None)
+        return replies
+
+
+def misunderstand_the_telephone(wav, condition, name):
+    return wav if condition == "noise" else sound_of("Lucy has a red hat.")
+
+
+VOICE_ROWS = {
+    "source.unheard": 0,
+    "source.heard": 0,
+    "asr.unheard": 1 / 2,
+    "asr.unheard.worst": 1,
+    "asr.unheard.noise": 0,
+    "asr.heard": 0,
+    "answer.unheard": 1 / 2,
+    "answer.unheard.worst": 0,
+    "answer.unheard.noise": 1,
+    "answer.unheard.telephone": 0,
+    "answer.unheard.loss": 1 / 2,
+    "answer.heard": 1,
+}
+
+
+def test_voices_that_no_training_heard_have_rows_and_a_table(tmp_path, monkeypatch, capsys):
+    write_world(tmp_path)
+    write_voices(tmp_path / "voices")
+    monkeypatch.setattr(evaluate.voices, "disguise", misunderstand_the_telephone)
+    targets = {"asr.unheard.worst": 0.3, "answer.unheard.loss": 0.08, "answer.heard": 0.9}
+    options = {"voices_corpus": tmp_path / "voices", "targets": targets}
+    numbers = report_on(tmp_path, monkeypatch, Misunderstands(), **options)
+    for key, value in VOICE_ROWS.items():
+        assert numbers[key] == pytest.approx(value), key
+    assert numbers["asr.rendition"] == 0, "the corpus has its own rows"
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert "- voices: 2 never heard, 1 heard in training; without x y (x is not installed); " in text
+    assert "2 recordings of flite awb failed" in text
+    assert "- targets: 1 of 3 reached; not asr.unheard.worst, answer.unheard.loss\n" in text
+    assert "| flite awb | 0 % of 2 | 0 % of 1 | 0 % of 1 | 0 % of 2 |" in text
+    assert "| pico en-GB | 0 % of 2 | 100 % of 1 | 100 % of 1 | 0 % of 2 |" in text
+    assert "| flite slt | 0 % of 2 | 0 % of 1 | 0 % of 1 | 100 % of 1 |" in text
+    assert (
+        "| noise -50.0 points; telephone 50.0 points |" in text and "the worst: pico en-GB | 100.0 %" in text
+    )
+
+
+def test_a_corpus_of_voices_alone_has_no_other_rows(tmp_path, monkeypatch):
+    write_world(tmp_path)
+    shutil.rmtree(tmp_path / "corpus")
+    write_voices(tmp_path / "corpus")
+    monkeypatch.setattr(evaluate.voices, "disguise", misunderstand_the_telephone)
+    numbers = report_on(tmp_path, monkeypatch, Misunderstands())
+    assert {key for key in numbers if not key.startswith("first")} == {
+        *VOICE_ROWS,
+        "asr.unheard.loss",
+        "asr.unheard.telephone",
+    }
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert "By speaker" not in text and "By family" not in text
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"unheard": "flite awb"}'])
+def test_damaged_voices_are_one_line(tmp_path, monkeypatch, content):
+    write_world(tmp_path)
+    write_voices(tmp_path / "voices")
+    (tmp_path / "voices/voices.json").write_text(content)
+    with pytest.raises(ValueError, match="voices.json") as error:
+        report_on(tmp_path, monkeypatch, voices_corpus=tmp_path / "voices")
+    assert "\n" not in str(error.value)
+
+
+def test_noise_and_telephone_are_the_same_for_each_model():
+    draw = np.random.default_rng(0)
+    wav = (0.1 * draw.standard_normal(16_000)).astype(np.float32)
+    noisy = voices.disguise(wav, "noise", "a")
+    np.testing.assert_array_equal(noisy, voices.disguise(wav, "noise", "a"))
+    assert (noisy != voices.disguise(wav, "noise", "b")).any()
+    ratio = 10 * np.log10((wav**2).mean() / ((noisy - wav) ** 2).mean())
+    assert ratio == pytest.approx(15, abs=0.1)
+    spectrum = np.abs(np.fft.rfft(voices.disguise(wav, "telephone", "a"))) ** 2
+    hertz = np.fft.rfftfreq(len(wav), 1 / audio.RATE)
+    assert spectrum[hertz > 4000].mean() < 0.01 * spectrum[(hertz > 500) & (hertz < 3000)].mean()
 
 
 # ---- Corpora that have less, and evaluations that fail in part ---------------------------------------------

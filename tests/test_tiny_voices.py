@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest
 from data.tiny import prepare, voices
+from files import read_json
 
 ENGINE = """#!{python}
 import sys
@@ -74,7 +76,8 @@ def test_a_voice_speaks_at_our_rate_or_says_why_not(engines):
 def test_an_engine_that_is_not_installed_is_named(engines, capsys):
     engines(flite="speaks")
     assert voices.problem(voices.TRAINING[1]) == "espeak-ng en-us+m3: espeak-ng is not installed"
-    assert prepare.usable(voices.TRAINING[:3]) == [5, 7]
+    missing = {"espeak-ng en-us+m3": "espeak-ng is not installed"}
+    assert prepare.usable(voices.TRAINING[:3]) == ([5, 7], missing)
     assert capsys.readouterr().out == "voices: 2 of 3; espeak-ng en-us+m3: espeak-ng is not installed\n"
 
 
@@ -143,17 +146,37 @@ def test_a_corpus_has_the_voices_that_are_there_and_counts_what_failed(engines, 
     ]
     assert lost and f"left out: {len(lost)} of " in said
     assert all((tmp_path / "corpus" / row["wav"]).exists() for row in rows)
+    known = read_json(tmp_path / "corpus/voices.json")
+    assert known["heard"] == ["flite slt", "flite rms"] and not known["unheard"]
+    assert known["numbers"] == {"flite slt": 5, "flite rms": 7}
+    assert known["missing"] == {"espeak-ng en-us+m3": "espeak-ng is not installed"}
+    assert sum(known["failed"].values()) == len(lost) and known["failed"].keys() <= known["numbers"].keys()
 
 
 def test_a_corpus_of_voices_that_are_held_out(engines, tmp_path):
     pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
     with pytest.raises(ValueError, match="no voice that is held out is installed"):
-        prepare.prepare(tmp_path / "none", workers=1, progress=False, held_out=2)
+        prepare.prepare(tmp_path / "none", workers=1, progress=False, held_out=4)
+    assert prepare.make_voices(tmp_path / "none", 4, seed=0, voices=2, workers=1) is None
+    with pytest.raises(ValueError, match="held_out is -1"):
+        prepare.prepare(tmp_path / "none", held_out=-1)
     engines(flite="speaks", festival="speaks")
-    prepare.prepare(tmp_path / "corpus", workers=1, progress=False, held_out=2)
+    prepare.prepare(tmp_path / "corpus", workers=1, progress=False, held_out=4, voices=2)
     rows = read_manifest(tmp_path / "corpus")
-    numbers = {5 + voices.VOICES.index(v) for v in voices.HELD_OUT if v.engine in ("flite", "festival")}
-    assert {row["speaker"] for row in rows} == numbers and len(rows) == 3 * 4
-    assert {row["split"] for row in rows} == {"rendition", "heldout"} and all(row["answer"] for row in rows)
+    unheard = [str(v) for v in voices.HELD_OUT if v.engine in ("flite", "festival")]
+    assert Counter(row["speaker"] for row in rows) == {name: 4 for name in unheard} | {"flite slt": 2}
+    assert Counter(row["split"] for row in rows) == {"rendition": 7, "heldout": 7}
+    assert all(row["answer"] for row in rows)
     trained = {u.text for u in prepare.plan(5000, 1)[0] if u.split == "train"}
     assert not {row["text"] for row in rows if row["split"] == "heldout"} & trained
+    assert {row["text"] for row in rows if row["split"] == "rendition"} <= trained
+    known = read_json(tmp_path / "corpus/voices.json")
+    assert known["unheard"] == unheard and known["heard"] == ["flite slt"] and not known["failed"]
+    assert known["missing"]["pico en-US"] == "the package py-nanotts is not installed"
+    first = (tmp_path / "corpus/manifest.jsonl").read_bytes()
+    prepare.prepare(tmp_path / "again", workers=1, progress=False, held_out=4, voices=2)
+    assert (tmp_path / "again/manifest.jsonl").read_bytes() == first
+    for row in rows:
+        assert (tmp_path / "again" / row["wav"]).read_bytes() == (
+            tmp_path / "corpus" / row["wav"]
+        ).read_bytes()

@@ -2,7 +2,7 @@
 
     python data/tiny/prepare.py out/corpus
     python data/tiny/prepare.py out/ci --sentences 20      # three minutes of audio, for a quick test
-    python data/tiny/prepare.py out/voices --held_out 60   # questions in voices that no training hears
+    python data/tiny/prepare.py out/voices --held_out 60   # 60 questions in each voice that no training hears
 
 This stands in for the speech of the paper (LibriLight, Gigaspeech, CommonVoice; §4.1, §5.1) and for its
 spoken instructions (§3.2, made from text with a TTS, as here). The voice is hibari (Apache-2.0, inside its
@@ -10,7 +10,8 @@ wheel). Further speakers are the same voice resampled by a factor r: pitch and f
 a shorter or longer vocal tract, while the pace is set independently. Speaker 0 (r = 1) is the target speaker,
 in whose voice the model answers: it speaks every answer, at an even pace. Everything else is spoken by all
 speakers, faster and slower. With `voices`, other engines' voices (voices.py) say the training questions and
-statements, too, each of which the target speaker then says once, for the speech normalizer to compare.
+statements, too, each of which the target speaker then says once, for the speech normalizer to compare. A
+corpus of voices is of other engines alone, and their names are its speakers (evaluation/voices.py reads it).
 
     OUT/wav/ID.wav        16 kHz, 16 bit, mono
     OUT/manifest.jsonl    {"id": "plus-5b0c81d2f3a4e697", "wav": "wav/plus-5b0c81d2f3a4e697.wav",
@@ -19,6 +20,7 @@ statements, too, each of which the target speaker then says once, for the speech
                            "family": "plus"}
                           kind: question (with its answer), answer, statement, or reading: a statement that
                           only the target speaker reads, so that TTS sees sentences that are no answers
+    OUT/voices.json       the voices of other engines that speak, and those that do not, with reasons
     OUT/dialogues.jsonl   {"question": ..., "answer": ..., "family": ..., "split": ..., "spoken": true}
                           every wording of every question; only some of them have recordings ("spoken")
 
@@ -33,6 +35,7 @@ are missing.
 import os
 import re
 import sys
+from collections import Counter
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -54,7 +57,7 @@ from data.recipe import worker_processes
 from data.tiny import voices as others
 from data.tiny import world
 from data.tiny.world import chance
-from files import show, write_jsonl
+from files import show, write_json, write_jsonl
 
 SPEAKERS = (1.0, 0.88, 1.07, 1.14, 1.21)  # r of each; a recognizer understands all of them, but not r < 0.85
 # (hibari runs phones together when speed / r is above 1.33: speaker 1 at a pace of 1.17 and more; LOG.md)
@@ -137,14 +140,18 @@ def by(u: Utterance, speaker: int, seed: int) -> Utterance:
     return u._replace(speaker=speaker, r=1.0, speed=speed, margin=(0.1, 0.1), noise=noise)
 
 
-def plan_held_out(seed: int, questions: int, numbers: list[int]) -> list[Utterance]:
-    """Up to so many test questions of either split by each of the speakers `numbers`, at their own pace."""
+def plan_held_out(seed: int, questions: int, unheard: list[int], heard: list[int]) -> list[Utterance]:
+    """So many test questions, half of either split, by each of the speakers `unheard`, at their own pace; a
+    quarter of them by each of `heard`, whom training hears saying other things."""
     asked = [u for u in plan(seed=seed)[0] if u.split != "train" and u.kind == "question"]
     found = []
     for split in ("rendition", "heldout"):
         once = {u.text: u for u in asked if u.split == split}
-        chosen = sorted(once, key=lambda text: chance("held out", text))[:questions]
-        found += [by(once[text], number, seed)._replace(speed=1.0) for text in chosen for number in numbers]
+        chosen = sorted(once, key=lambda text: chance("held out", text))[: -(-questions // 2)]
+        few = chosen[: -(-questions // 8)]
+        turns = [(text, number) for text in chosen for number in unheard]
+        turns += [(text, number) for text in few for number in heard]
+        found += [by(once[text], number, seed)._replace(speed=1.0) for text, number in turns]
     return found
 
 
@@ -278,14 +285,14 @@ def trim(wav: np.ndarray, before: float, after: float) -> np.ndarray:
     return np.pad(wav[max(0, start) : stop], (max(0, -start), max(0, stop - len(wav))))
 
 
-def _speak(wavs: Path, batch: list[Utterance]) -> list[str]:
-    """What could not be spoken, and why."""
+def _speak(wavs: Path, batch: list[Utterance]) -> list[tuple[str, int]]:
+    """What could not be spoken, and why; and whose number it was."""
     problems = []
     for u in batch:
         try:
             wav = speak(u)
         except ValueError as problem:  # of another engine
-            problems.append(f"{problem}, saying {show(u.text)}")
+            problems.append((f"{problem}, saying {show(u.text)}", u.speaker))
         else:
             audio.save(wavs / f"{u.id}.wav", wav)
     return problems
@@ -311,11 +318,13 @@ def prepare(
     answers, in equal parts from each family; `renditions` how often questions and statements are recorded, at
     least; `readings` the number of further sentences that only the target speaker reads, once; if there are
     any, the dialogues have sums beyond the tables, too (`world.beyond`); `voices` how many of other engines
-    speak, too, of those that are installed. With `held_out` the corpus is so many questions of either test
-    split by each voice that no training hears, and nothing else. ValueError or OSError, one line each, when
-    the voice is not installed, a number makes no sense, or a file cannot be written."""
+    speak, too, of those that are installed. With `held_out` the corpus is so many test questions by each
+    voice that no training hears, and some by each of the `voices`, and nothing else. ValueError or OSError,
+    one line each, when the voice is not installed, a number makes no sense, or a file cannot be written."""
     numbers = {"sentences": sentences, "renditions": renditions, "readings": readings}
     numbers |= {"workers": workers, "voices": voices}
+    if not 0 <= held_out <= 1000:
+        raise ValueError(f"held_out is {held_out}; it must be from 0 to 1000")
     load(Options, numbers, "the tiny world")
     need_voice()
     if (Path(out) / "manifest.jsonl").exists():
@@ -324,13 +333,17 @@ def prepare(
                 raise ValueError(
                     f"{out} is another corpus, whose manifest this one would replace: choose another"
                 )
-    utterances, rows = plan(sentences, renditions, seed, readings)
-    if voices:
-        utterances += by_others(utterances, usable(others.TRAINING[:voices]), renditions, seed)
+    wanted = (*others.TRAINING[:voices], *(others.HELD_OUT if held_out else ()))
+    there, missing_voices = usable(wanted)
+    unheard = [number for number in there if name_of(number) in map(str, others.HELD_OUT)]
+    heard = [number for number in there if number not in unheard]
     if held_out:
-        utterances, rows = plan_held_out(seed, held_out, usable(others.HELD_OUT)), []
-        if not utterances:
+        utterances, rows = plan_held_out(seed, held_out, unheard, heard), []
+        if not unheard:
             raise ValueError("no voice that is held out is installed (see data/tiny/voices.py)")
+    else:
+        utterances, rows = plan(sentences, renditions, seed, readings)
+        utterances += by_others(utterances, heard, renditions, seed) if voices else []
     out, wavs = Path(out), Path(out) / "wav"
     wavs.mkdir(parents=True, exist_ok=True)
     header = 44  # bytes: a file without samples
@@ -347,17 +360,22 @@ def prepare(
     )
     with bar:
         problems = _speak_all(wavs, missing, workers, bar)
+    failed = Counter(name_of(speaker) for _, speaker in problems)
     if problems:
-        print(f"left out: {len(problems)} of {len(utterances)} recordings; the first is {problems[0]}")
-        there = {entry.name for entry in os.scandir(wavs) if entry.stat().st_size > header}
-        utterances = [u for u in utterances if f"{u.id}.wav" in there]
+        counts = ", ".join(f"{n} of {voice}" for voice, n in failed.items())
+        print(
+            f"left out: {len(problems)} of {len(utterances)} recordings ({counts}); "
+            f"the first is {problems[0][0]}"
+        )
+        finished = {entry.name for entry in os.scandir(wavs) if entry.stat().st_size > header}
+        utterances = [u for u in utterances if f"{u.id}.wav" in finished]
     manifest = [
         {
             "id": u.id,
             "wav": f"wav/{u.id}.wav",
             "text": u.text,
             **({"answer": u.answer} if u.answer else {}),
-            "speaker": u.speaker,
+            "speaker": name_of(u.speaker) if held_out else u.speaker,
             "seconds": audio.seconds(wavs / f"{u.id}.wav"),
             "kind": u.kind,
             "split": u.split,
@@ -365,14 +383,32 @@ def prepare(
         }
         for u in utterances
     ]
+    spoken = {u.speaker for u in utterances}
+    known = {
+        "unheard": [name_of(number) for number in unheard if number in spoken],
+        "heard": [name_of(number) for number in heard if number in spoken],
+        "numbers": {name_of(number): number for number in there},
+        "missing": missing_voices,
+        "failed": dict(failed),
+    }
+    write_json(out / "voices.json", known)
     write_jsonl(out / "dialogues.jsonl", rows)
     for half in wavs.glob(".*.tmp"):  # what a killed run was writing
         half.unlink(missing_ok=True)
     write_manifest(out, manifest)  # last: a folder with a manifest is complete
 
 
-def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) -> list[str]:
-    """What could not be spoken, and why."""
+def make_voices(out: Path, questions: int, seed: int, voices: int, workers: int) -> Path | None:
+    """A corpus of voices in the folder `out`, if any voice that no training hears is installed."""
+    if not others.installed(others.HELD_OUT):
+        print("no voice that is held out is installed (data/tiny/voices.py)", flush=True)
+        return None
+    prepare(out, seed=seed, held_out=questions, voices=voices, workers=workers)
+    return out
+
+
+def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) -> list[tuple[str, int]]:
+    """As `_speak`."""
     problems = []
     if workers == 1 or len(missing) < 50:  # a process takes longer to start than 50 utterances to speak
         if missing:
@@ -391,13 +427,20 @@ def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) ->
     return sorted(problems)
 
 
-def usable(wanted: tuple[others.Voice, ...]) -> list[int]:
-    """The numbers of the speakers among `wanted` who can be used; says who cannot."""
+def usable(wanted: tuple[others.Voice, ...]) -> tuple[list[int], dict[str, str]]:
+    """(the numbers of the speakers among `wanted` who can be used, why the others cannot); says so, too."""
     there = others.installed(wanted)
-    problems = [others.problem(voice) for voice in wanted if others.problem(voice)]
-    if problems:
-        print(f"voices: {len(there)} of {len(wanted)}; {'; '.join(problems)}", flush=True)
-    return [len(SPEAKERS) + number for number in there]
+    missing = {str(voice): others.problem(voice) for voice in wanted if others.problem(voice)}
+    if missing:
+        print(f"voices: {len(there)} of {len(wanted)}; {'; '.join(missing.values())}", flush=True)
+    missing = {voice: why.removeprefix(f"{voice}: ") for voice, why in missing.items()}
+    return [len(SPEAKERS) + number for number in there], missing
+
+
+def name_of(speaker: int) -> str:
+    """Of a speaker's number."""
+    own = len(SPEAKERS)
+    return f"hibari {speaker}" if speaker < own else str(others.VOICES[speaker - own])
 
 
 def main() -> None:
@@ -408,7 +451,7 @@ def main() -> None:
     add("--renditions", type=int, default=2, help="how often each is recorded, at least")
     add("--readings", type=int, default=0, help="further sentences that only the target speaker reads, once")
     add("--voices", type=int, default=0, help="of other engines, at most, that speak too (voices.py)")
-    add("--held_out", type=int, default=0, help="make only so many questions of each voice not trained on")
+    add("--held_out", type=int, default=0, help="make only so many questions in each voice never heard")
     add("--seed", type=int, default=0, help="of speakers, pace and noise; the splits have none")
     add("--workers", type=int, default=2, help="processes")
     options = vars(parser.parse_args())
