@@ -15,8 +15,8 @@ replaces the scores.
     t2u                      the text-to-unit generator and the vocoder (§3.2), if the model has a generator
     bits                     -log2 p of the next unit of held-out speech (eq. 3), after all stages and stage 1
     first                    seconds from typing `python sample.py question.wav` to the reply's waveform
-    asr, answer .unheard     of voices that no training heard, the worst of them, in noise and by telephone,
-                             with --voices FOLDER, or of a --corpus of voices alone (evaluation/voices.py)
+    asr, answer .unheard     of voices that no training heard, the worst of them, in noise and by telephone:
+                             of a --corpus of voices, or of voices/ next to the model (evaluation/voices.py)
 
 evaluation/judge.py is the recognizer, evaluation/measures.py has the measures with intervals and baselines,
 and evaluation/report.py writes the files: report.md, report.json, items.jsonl, examples/, curve-*.png. One
@@ -388,14 +388,13 @@ def evaluate(
     metrics: str | Path | None = None,
     takes: int | None = None,
     targets: dict[str, float] | None = None,
-    voices_corpus: str | Path | None = None,
 ) -> dict[str, float | None]:
     """Evaluates the model in `folder` on `corpus`, writes the report to `out`, returns the rows' values.
 
     items: at most so many in a row, or of a voice (0: all there are); metrics: the folder of training curves
     (None: the one next to `folder`); takes: as in `SpeechGPT.reply_batch`; targets: row's key -> what it
-    should reach; voices_corpus: of many voices (evaluation/voices.py), to be evaluated, too. `corpus` may be
-    such a one, and is then all there is."""
+    should reach. `corpus` may be one of voices (evaluation/voices.py); else that in `voices`, next to the
+    model's `folder`, is evaluated, too, if there is one."""
     need_extra()
     targets = targets or {}
     measures.check_targets(targets)
@@ -411,14 +410,13 @@ def evaluate(
 
     # ---- all that is read, the tables first
     lookup = LookupBaselines([row for row in read_dialogues(corpus) if row["split"] == "train"])
-    manifest = []
-    if voices.is_of_voices(corpus):
-        voices_corpus = corpus
-    else:
+    manifest, of_voices = [], corpus
+    if not voices.is_of_voices(corpus):
+        of_voices = folder.parent / "voices"
         manifest = [row | {"path": corpus / row["wav"]} for row in resolve(corpus, folder.parent)]
     drawn = draw(manifest, items or sys.maxsize, seed, problems)
-    if voices_corpus:
-        groups = voices.read_rows(Path(voices_corpus))
+    if voices.is_of_voices(of_voices):
+        groups = voices.read_rows(of_voices)
         drawn.voices.update(draw_voices(groups, items or sys.maxsize, seed, problems))
     if not drawn.paths():
         raise ValueError(f"{corpus} has no recording that can be measured; {report.summary(problems)}")
@@ -443,7 +441,7 @@ def evaluate(
     facts = {
         "model": str(folder),
         "corpus": str(corpus),
-        "voices": voices.describe(Path(voices_corpus)) if voices_corpus else "",
+        "voices": voices.describe(of_voices) if drawn.voices else "",
         "seed": seed,
         "items": f"up to {items} a row" if items else "all",
         "takes": f"up to {takes or model.takes} of what is spoken",
@@ -492,7 +490,6 @@ def main():
     add = parser.add_argument
     add("--model", type=config.folder, default=default_model(), help="folder with llama/, hubert/, vocoder/")
     add("--corpus", type=config.folder, default="out/tiny/corpus", help="folder with manifest.jsonl")
-    add("--voices", type=config.folder, help="folder of a corpus of voices never heard")
     add("--out", type=config.folder, default="out/report", help="folder for the report")
     add("--items", type=int, default=120, help="items in a row; 0: all there are")
     add("--seed", type=int, default=0, help="of the choice of items, and of sampled speech")
@@ -507,7 +504,6 @@ def main():
     args = parser.parse_args()
     targets = measures.read_targets(args.targets) if args.targets else None
     options = {"metrics": args.metrics, "takes": args.takes, "targets": targets}
-    options["voices_corpus"] = args.voices
     evaluate(args.model, args.corpus, args.out, args.items, args.seed, args.device, **options)
 
 

@@ -356,10 +356,9 @@ def evaluate_stage(run: Run, config: Config):
     import evaluate  # its recognizer is an optional extra
 
     if rank() == 0:
-        many = None
         if config.evaluate.voices and config.corpus.name == "tiny":
             options = {"voices": config.corpus.options.voices, "workers": config.corpus.options.workers}
-            many = prepare.make_voices(run.out / "voices", config.evaluate.voices, run.seed, **options)
+            prepare.make_voices(run.out / "voices", config.evaluate.voices, run.seed, **options)
         evaluate.evaluate(
             run.model,
             run.corpus,
@@ -369,7 +368,6 @@ def evaluate_stage(run: Run, config: Config):
             device=run.device,
             takes=config.evaluate.takes,
             targets=config.evaluate.targets,
-            voices_corpus=many,
         )
 
 

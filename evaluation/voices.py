@@ -1,7 +1,7 @@
 """Many voices: how well each is understood, as it is, in noise and by telephone.
 
     python data/tiny/prepare.py out/voices --held_out 60 --voices 15
-    python evaluate.py --corpus out/voices --out out/report-voices
+    python evaluate.py --model weights/tiny --corpus out/voices --out out/report-voices
 
 A corpus of voices is one whose speakers have names; its voices.json says which of them no training hears:
 

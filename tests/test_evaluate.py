@@ -344,8 +344,7 @@ def test_voices_that_no_training_heard_have_rows_and_a_table(tmp_path, monkeypat
     write_voices(tmp_path / "voices")
     monkeypatch.setattr(evaluate.voices, "disguise", misunderstand_the_telephone)
     targets = {"asr.unheard.worst": 0.3, "answer.unheard.loss": 0.08, "answer.heard": 0.9}
-    options = {"voices_corpus": tmp_path / "voices", "targets": targets}
-    numbers = report_on(tmp_path, monkeypatch, Misunderstands(), **options)
+    numbers = report_on(tmp_path, monkeypatch, Misunderstands(), targets=targets)
     for key, value in VOICE_ROWS.items():
         assert numbers[key] == pytest.approx(value), key
     assert numbers["asr.rendition"] == 0, "the corpus has its own rows"
@@ -382,7 +381,7 @@ def test_damaged_voices_are_one_line(tmp_path, monkeypatch, content):
     write_voices(tmp_path / "voices")
     (tmp_path / "voices/voices.json").write_text(content)
     with pytest.raises(ValueError, match="voices.json") as error:
-        report_on(tmp_path, monkeypatch, voices_corpus=tmp_path / "voices")
+        report_on(tmp_path, monkeypatch)
     assert "\n" not in str(error.value)
 
 

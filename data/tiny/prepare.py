@@ -398,13 +398,12 @@ def prepare(
     write_manifest(out, manifest)  # last: a folder with a manifest is complete
 
 
-def make_voices(out: Path, questions: int, seed: int, voices: int, workers: int) -> Path | None:
-    """A corpus of voices in the folder `out`, if any voice that no training hears is installed."""
-    if not others.installed(others.HELD_OUT):
-        print("no voice that is held out is installed (data/tiny/voices.py)", flush=True)
-        return None
-    prepare(out, seed=seed, held_out=questions, voices=voices, workers=workers)
-    return out
+def make_voices(out: Path, questions: int, seed: int, voices: int, workers: int) -> None:
+    """A corpus of voices in the folder `out`, if any that no training hears is installed; else says so."""
+    if others.installed(others.HELD_OUT):
+        prepare(out, seed=seed, held_out=questions, voices=voices, workers=workers)
+    else:
+        print("no voice that is held out is installed (see data/tiny/voices.py)", flush=True)
 
 
 def _speak_all(wavs: Path, missing: list[Utterance], workers: int, bar: tqdm) -> list[tuple[str, int]]:
