@@ -441,6 +441,7 @@ def evaluate(
     facts = {
         "model": str(folder),
         "corpus": str(corpus),
+        "speakers": voices.count_speakers(folder.parent) or "",
         "voices": voices.describe(of_voices) if drawn.voices else "",
         "seed": seed,
         "items": f"up to {items} a row" if items else "all",

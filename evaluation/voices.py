@@ -60,6 +60,16 @@ def describe(corpus: Path) -> str:
     return "; ".join(parts)
 
 
+def count_speakers(run_folder: Path) -> int | None:
+    """How many speakers a run has in its corpus, if it says so (data/corpus.py)."""
+    record = run_folder / "corpus.json"
+    if not record.is_file():
+        return None
+    found = read_json(record)
+    speakers = found.get("speakers") if isinstance(found, dict) else None
+    return len(speakers) if isinstance(speakers, dict) else None
+
+
 def disguise(wav: np.ndarray, condition: str, name: str) -> np.ndarray:
     """wav (N,) in noise, white or pink, of the same power in all of a recording, or by telephone."""
     if condition == "telephone":
