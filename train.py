@@ -32,7 +32,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -51,6 +50,7 @@ import train_text_to_unit
 import train_vocoder
 from config import Amount, BatchSize, Count, Limits, Parser, Positive, Share, Whole, command_line, read
 from data import batches, corpus, documents
+from data.batches import Document
 from data.codes import datasets
 from data.tiny import prepare
 from data.units import read_units
@@ -63,15 +63,8 @@ from llama import Llama, LlamaConfig
 from run import Run, barrier, init_distributed, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
-from training import bases, forecast, foreign_units, plan, shard
-from training.before import (
-    check_before,
-    check_corpus,
-    check_lengths,
-    fitting_examples,
-    reads_generated,
-    rows_of,
-)
+from training import bases, forecast, foreign_units, plan, reading, shard
+from training.before import check_before, check_corpus, check_lengths, rows_of
 from training.loop import Loss, Optimization, optimize
 from training.stages import Stage, begun, finished, in_parallel, run_stage, sound_alone
 from vocoder import VocoderConfig
@@ -221,24 +214,13 @@ def train_language(name: str, run: Run, config: Config):
     """Stage text, stage1, stage2 or stage3: they differ in model, documents and settings alone."""
     section: Language = getattr(config, name)
     tok = make_tokenizer(name, run, config)
+    document_at, held_out = reading.stage_documents(name, run, section, tok)
     torch.manual_seed(run.seed)
     base = LANGUAGE[name].base(run, config, tok)
     is_sharded = shard.is_sharded(name, base.model, section, run.device)
     model = base.model if is_sharded else base.load(run.device)
-    tables = documents.read_tables(run.out, None if name == "text" else tok.n_units)
-    if reads_generated(section):
-        tables = tables._replace(spoken=documents.read_spoken(run.spoken, tok.n_units))
-    examples = fitting_examples(tables, "train", name, section, tok)
-    render = partial(documents.render, tok, noise=section.noise)
     batch_at = batches.documents(
-        render,
-        examples,
-        run.seed,
-        section.batch_size,
-        section.max_len,
-        section.accumulate,
-        rank(),
-        world_size(),
+        document_at, section.batch_size, section.max_len, section.accumulate, rank(), world_size()
     )
     weight = token_weights(model, tok, section.unit_weight).to(run.device)
 
@@ -247,7 +229,6 @@ def train_language(name: str, run: Run, config: Config):
         total, weights = llama.next_token_losses(model, ids, mask, positions, docs, weight)  # eq. 3 and 4
         return Loss(total, weights, (docs >= 0).sum(), {})
 
-    held_out = fitting_examples(tables, "heldout", name, section, tok)
     probe = held_out_probe(run, section, tok, model, loss, held_out)
     optimize(run, name, run.state(name), model, loss, batch_at, section, probe, base.fill)
     if checkpoint.takes_part(model):
@@ -264,20 +245,18 @@ def token_weights(model: Llama, tok: Tokenizer, unit_weight: float) -> torch.Ten
 
 
 def held_out_probe(
-    run: Run, section: Language, tok: Tokenizer, model: Llama, loss: Callable, held_out: list
+    run: Run, section: Language, tok: Tokenizer, model: Llama, loss: Callable, held_out: list[Document]
 ) -> Callable:
-    """The loss on up to 64 held-out documents; and what the model answers to three of them."""
-    held_out = random.Random(run.seed).sample(held_out, min(64, len(held_out)))
-    rendered = [documents.render(tok, example, random.Random(i)) for i, example in enumerate(held_out)]
+    """The loss on held-out documents; and what the model answers to three of them."""
 
     @torch.no_grad()
     def probe() -> tuple[dict, str]:
-        if not rendered:
+        if not held_out:
             return {}, ""
-        packed = batches.pack(rendered, section.max_len)
+        packed = batches.pack(held_out, section.max_len)
         found = loss(model, [t.to(run.device) for t in packed])
         lines = ""
-        for ids, mask in rendered[:3]:
+        for ids, mask in held_out[:3]:
             prompt = mask.index(True) if not mask[1] else len(ids) // 2  # half of a document without a prompt
             draws = torch.Generator().manual_seed(run.seed)  # the same on all ranks
             answer = generate(model, [ids[:prompt]], tok, Decoding(max_new=len(ids)), draws)[0]
@@ -451,7 +430,7 @@ STAGES = {
         work=t2u_stage,
         after=("units", "text"),
         sections=("t2u", "pretrained"),
-        skip=lambda config: not reads_generated(config.stage3),
+        skip=lambda config: not reading.reads_generated(config.stage3),
     ),
     "stage3": Stage(
         starts_from="stage 2's model, frozen",

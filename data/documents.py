@@ -49,7 +49,6 @@ HEARD = ("units", "imitated")  # of a row: what there is of it to be recognized
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
 DIALOGUE_KINDS = (*MODES, "chain", "standard")
 KINDS = ("text", "speech", "asr", "tts", *DIALOGUE_KINDS)
-IDS = "ids"  # the kind of what has been rendered before (data/tokens.py)
 
 
 # ---- What documents are made from --------------------------------------------------------------------------
@@ -77,8 +76,8 @@ class Exchange(NamedTuple):
 class Example(NamedTuple):
     """A document to be rendered."""
 
-    kind: str  # of KINDS, or IDS
-    source: str | Pair | Exchange | Document
+    kind: str  # of KINDS
+    source: str | Pair | Exchange
 
 
 class Tables(NamedTuple):
@@ -292,8 +291,6 @@ def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, nois
     """(ids, which of them are targets). `noise`: fraction of input speech units dropped, and the same
     fraction replaced at random; without this augmentation a small corpus is memorized."""
     kind, source = example
-    if kind == IDS:
-        return source
 
     def input_speech(units: list[int]) -> str:
         if noise:
@@ -325,6 +322,12 @@ def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, nois
         mode, text_i=source.question, text_r=source.answer, speech_i=speech_i, speech_r=speech_r
     )
     return tok.document(prompt, answer)
+
+
+def draw_example(found: list[Example], index: int, seed: int) -> tuple[Example, random.Random]:
+    """(example, its random numbers) that training with this seed reads as its `index`-th."""
+    item, epoch = batches.order(index, len(found), seed)
+    return found[item], random.Random(f"{seed} {epoch} {item}")
 
 
 class Longest:
@@ -470,15 +473,6 @@ def show_rows(documents: list[Document], packed: batches.Packed, width: int = 72
     return lines
 
 
-def choose_examples(found: list[Example], count: int, seed: int) -> list[tuple[Example, random.Random]]:
-    """(example, its random numbers): the first `count` that training with this seed reads."""
-    chosen = []
-    for index in range(count):
-        item, epoch = batches.order(index, len(found), seed)
-        chosen.append((found[item], random.Random(f"{seed} {epoch} {item}")))
-    return chosen
-
-
 def main() -> None:
     parser = config.Parser(
         "Shows documents as the language model is trained on them: the targets and the packed rows.",
@@ -521,7 +515,7 @@ def main() -> None:
         found = examples(read_tables(run, tok.n_units), options.split, mix)
         if not found:
             raise ValueError(f"{run}: split '{options.split}' has nothing of the kinds {', '.join(mix)}")
-        chosen = choose_examples(found, options.show, options.seed)
+        chosen = [draw_example(found, index, options.seed) for index in range(options.show)]
     else:
         print(f"built-in examples: {run} has no units yet (`python train.py configs/tiny.toml` makes them)")
         chosen = [(BUILT_IN[i % len(BUILT_IN)], random.Random(i)) for i in range(options.show)]

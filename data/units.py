@@ -26,7 +26,7 @@ import torch
 import run
 from data import audio
 from data.corpus import read_manifest
-from files import show, stream_jsonl, write_atomic
+from files import fingerprint, show, stream_jsonl, write_atomic
 
 MOST_FRAMES = audio.MAX_SECONDS * audio.RATE // audio.HOP  # of a recording
 
@@ -78,6 +78,15 @@ def _problem(row: dict, n_units: int) -> str:
         outside = max(units) if max(units) >= n_units else min(units)
         return f"unit {show(outside)} is not one of 0 to {n_units - 1}: it is of another HuBERT's clusters"
     return ""
+
+
+def clusters_of(folder: str | Path) -> str:
+    """The fingerprint of a HuBERT with its k-means, as stage units saves them: what the units are of. "" if
+    there is none."""
+    folder = Path(folder)
+    if not (folder / "kmeans.safetensors").is_file():
+        return ""
+    return fingerprint(*(folder / name for name in ("kmeans.safetensors", "model.safetensors", "units.json")))
 
 
 def map_speech(

@@ -29,6 +29,7 @@ TIMES = {"tokens_per_s", "seconds", "finished"}  # keys of metrics and tables th
 TIMED_ROWS = {"first", "first.factor"}  # of the report
 FILES_RENAMED = {r"^ci/corpus/units\.jsonl$": "ci/units.jsonl"}  # a path under out/ then: path now
 FILES_ADDED = {"ci/manifest.jsonl", "ci/dialogues.jsonl", "ci/skipped.jsonl"}  # that were not there then
+FOLDERS_ADDED = ("ci/tokens/",)
 KEYS_RENAMED: dict[str, str] = {}  # of metrics and of items
 
 TALK = """
@@ -106,6 +107,7 @@ def results(out: Path) -> dict[str, object]:
 
 def differences(then: dict, now: dict) -> list[str]:
     alone = sorted((then.keys() ^ now.keys()) - FILES_ADDED)
+    alone = [name for name in alone if not name.startswith(FOLDERS_ADDED)]
     lines = [f"{name}: only {'then' if name in then else 'now'}" for name in alone]
     for name in sorted(then.keys() & now.keys()):
         if then[name] != now[name]:

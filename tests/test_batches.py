@@ -25,6 +25,38 @@ def test_epochs_and_seeds_differ():
     assert epoch(0, 0) != epoch(1, 0) and epoch(0, 0) != epoch(0, 1)
 
 
+@given(st.integers(1, 3000), st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_a_permutation_without_a_table_has_every_item_once(n, epoch):
+    assert sorted(batches.permute(i, n, f"0 {epoch}") for i in range(n)) == list(range(n))
+
+
+def test_a_permutation_without_a_table_is_well_mixed():
+    n = 10_000
+    drawn = np.array([batches.permute(i, n, "0 0") for i in range(n)])
+    places = np.arange(n)
+    # where an item goes says nothing of where it was, nor of where its neighbor goes; 3 standard deviations
+    assert abs(np.corrcoef(places, drawn)[0, 1]) < 3 / n**0.5
+    assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 3 / n**0.5
+    steps = np.diff(np.sort(drawn[:100]))  # the first hundred are spread over all
+    assert steps.max() < 800 and len(set((drawn[:1000] // 100).tolist())) == 100
+    assert (drawn == places).sum() < 8  # of which a random one has one, on average
+    # the cells of a 10 x 10 table of (before, after), of 100 each: chi-squared with 81 degrees of freedom
+    cells = np.bincount(places // 1000 * 10 + drawn // 1000, minlength=100)
+    assert 40 < ((cells - 100) ** 2 / 100).sum() < 140
+    others = np.array([batches.permute(i, n, "0 1") for i in range(n)])
+    assert (drawn == others).sum() < 8
+
+
+def test_a_large_epoch_has_no_table():
+    n = batches.SMALL + 1
+    drawn = [batches.order(index, n, 3) for index in range(n - 500, n + 500)]
+    assert [epoch for _, epoch in drawn] == [0] * 500 + [1] * 500
+    assert all(len({item for item, epoch in drawn if epoch == wanted}) == 500 for wanted in (0, 1))
+    assert not any(key[1] == n for key in batches._epochs)
+    assert batches.order(5, 10**12, 0)[0] < 10**12  # of any size
+
+
 document_lists = st.lists(
     st.integers(2, 30).flatmap(
         lambda n: st.tuples(
@@ -89,7 +121,7 @@ def test_a_batch_is_split_exactly(batch_size, accumulate, world_size, step):
 def test_too_small_a_batch_is_told_when_the_batch_function_is_made(tmp_path):
     recording = Recording(tmp_path / "x.wav", np.zeros(9), (0.0, 0.0), 1.0)
     for make in (
-        lambda: batches.documents(None, [1, 2], 0, 3, 16, 2, rank=0, world_size=2),
+        lambda: batches.documents(None, 3, 16, 2, rank=0, world_size=2),
         lambda: crops([tmp_path / "x.wav"], [np.zeros(9)], 4, 0, 3, 2, rank=1, world_size=2),
         lambda: weighted_crops([recording], 4, 0, 3, 4),
     ):
@@ -102,13 +134,11 @@ def test_too_small_a_batch_is_told_when_the_batch_function_is_made(tmp_path):
     "batch_size", [8, 10, 11]
 )  # the last two are divided by neither ranks nor accumulate
 def test_ranks_share_the_documents_of_a_step(batch_size):
-    examples = list(range(20))
-
-    def render(example, draw):
-        return [example + 3, 1], [False, True]
+    def read(index):
+        return [batches.order(index, 20, 0)[0] + 3, 1], [False, True]
 
     def drawn(world_size, rank, step):
-        packs = batches.documents(render, examples, 0, batch_size, 16, 2, rank, world_size)(step)
+        packs = batches.documents(read, batch_size, 16, 2, rank, world_size)(step)
         return sorted(
             i - 3 for p in packs for i in p.ids[p.positions == 0][p.docs[p.positions == 0] >= 0].tolist()
         )

@@ -1,8 +1,6 @@
 """training/before.py: what a corpus lacks for a stage is told before any step; what is too long, counted."""
 
-import dataclasses
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -10,11 +8,11 @@ import torch
 
 import config
 import train
-from data import documents, tokens
-from files import write_json, write_jsonl
+from data import documents
+from files import write_json
 from run import Run
 from tokenizer import Tokenizer
-from training import before
+from training import before, reading
 from training.stages import record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,12 +112,12 @@ def test_a_changed_corpus_is_told_for_every_stage_before_any_of_them_works(run):
 def test_long_recordings_are_counted_and_left_out_before_the_first_step(run, tok, capsys):
     c = settings(*NO_DIALOGUES)
     tables = documents.read_tables(run.out, 20)
-    found = before.fitting_examples(tables, "train", "stage2", c.stage2, tok)
+    found = reading.fitting_examples(tables, "train", "stage2", c.stage2, tok)
     assert {len(example.source.units) for example in found if example.kind == "asr"} == {30}
     (asr,) = capsys.readouterr().out.splitlines()
     assert asr.startswith("stage2, train: 2 of 10 documents of kind 'asr', of up to 4")
     assert asr.endswith("are longer than stage2.max_len = 256: they are left out; raise it to use them")
-    held_out = before.fitting_examples(tables, "heldout", "stage2", c.stage2, tok)
+    held_out = reading.fitting_examples(tables, "heldout", "stage2", c.stage2, tok)
     assert {example.source.units[-1] for example in held_out if example.kind == "asr"} == {9}
     assert "stage2, heldout: 1 of 2 documents of kind 'asr'" in capsys.readouterr().out
 
@@ -132,24 +130,3 @@ def test_a_later_stage_without_short_documents_is_told_before_stage_1(run, tok):
     ):
         before.check_lengths(run, settings(*NO_DIALOGUES, *flags), tok)
     before.check_lengths(run, settings(*NO_DIALOGUES, *flags, "--stage3.steps", "0"), tok)
-
-
-def test_documents_that_are_ids_already_are_read_instead_of_the_mix(run, tok, capsys):
-    rows = [
-        {"prefix": "", "plain_text": f"[Human]: {i}<eoh>. [SpeechGPT]: {i * 'x '}<eoa>."} for i in range(200)
-    ]
-    write_jsonl(run.out / "lines.jsonl", rows)
-    tokens.tokenize(run.out / "lines.jsonl", run.out / "map", run.out / "tokenizer", max_len=1000)
-    c = settings("--stage2.tokens", f'{{ "{run.out / "map"}" = 1 }}', *NO_DIALOGUES[2:])
-    tables = documents.read_tables(run.out, tok.n_units)
-    before.check_corpus(train.STAGES, run, c)
-    assert f"stage2: documents to train on: 200 of {run.out / 'map'}" in capsys.readouterr().out
-    found = before.fitting_examples(tables, "train", "stage2", c.stage2, tok)
-    assert "documents are longer than stage2.max_len" in capsys.readouterr().out and 0 < len(found) < 198
-    for i in (0, len(found) - 1):
-        ids, mask = documents.render(tok, found[i], random.Random(0), noise=0.5)
-        assert (ids, mask) == tokens.to_document(rows[i], tok)
-    held_out = before.fitting_examples(
-        tables, "heldout", "stage2", dataclasses.replace(c.stage2, max_len=5000), tok
-    )
-    assert len(held_out) == 2

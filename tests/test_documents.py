@@ -417,7 +417,11 @@ def test_show_prints_the_documents_that_training_reads(corpus, tok, tok_folder):
     done = show("--show", "6", "--max-len", "80", *flags)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     examples = documents.examples(tables(corpus), "train", {"asr": 0.5, "t2t": 0.5})
-    (batch,) = documents.batches.documents(partial(documents.render, tok), examples, 3, 6, 80, 1)(0)
+
+    def read(index: int) -> documents.Document:
+        return documents.render(tok, *documents.draw_example(examples, index, 3))
+
+    (batch,) = documents.batches.documents(read, 6, 80, 1)(0)
     assert f"{batch.ids.shape[0]} rows of {batch.ids.shape[1]} columns" in done.stdout
     assert done.stdout.count("document ") >= 12
     for row in range(len(batch.ids)):  # every column is some document's, or padding

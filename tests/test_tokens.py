@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +34,10 @@ def rows(n: int, seed: int = 0) -> list[dict]:
         prefix = tokenizer.META if style == "released" else ""
         found.append({"prefix": prefix, "plain_text": prompt[len(prefix) :] + answer})
     return found
+
+
+def lengths_of(table: TokenMap) -> np.ndarray:
+    return np.concatenate([table.lengths(number) for number in range(len(table.sizes))])
 
 
 def test_a_line_is_the_document_of_its_template(tok):
@@ -82,9 +89,9 @@ def test_the_map_is_what_was_written(tmp_path, tok, part):
     expected = [to_document(row, tok) for row in table]
     found = TokenMap(tmp_path / "map", len(tok))
     assert [found[i] for i in range(len(found))] == expected
-    assert found.lengths().tolist() == [len(ids) for ids, _ in expected]
+    assert lengths_of(found).tolist() == [len(ids) for ids, _ in expected]
     assert totals == (40, sum(len(ids) for ids, _ in expected), {})
-    assert found.parts[0].ids.dtype == np.uint16
+    assert found.part(0).ids.dtype == np.uint16
     with pytest.raises(IndexError):
         found[40]
 
@@ -103,7 +110,7 @@ def test_what_cannot_be_used_is_counted_and_nothing_is_cut(tmp_path, tok):
     assert sum(totals.skipped.values()) == 2
     found = TokenMap(tmp_path / "map")
     kept = [n for n in lengths if n != longest]
-    assert found.lengths().tolist() == kept
+    assert lengths_of(found).tolist() == kept
 
 
 def test_a_killed_run_makes_only_what_is_missing(tmp_path, monkeypatch):
@@ -183,7 +190,7 @@ def test_ends_and_ids_of_a_damaged_map(tmp_path, tok):
     ends = tmp_path / "map" / "00000.ends"
     ends.write_bytes(np.fromfile(ends, np.uint64)[::-1].tobytes())
     with pytest.raises(ValueError, match="do not follow each other"):
-        TokenMap(tmp_path / "map")
+        TokenMap(tmp_path / "map")[0]
     with pytest.raises(ValueError, match="this one has 7"):
         TokenMap(tmp_path / "map", 7)
 
@@ -202,10 +209,10 @@ def test_a_mixture_has_each_map_whole_and_by_its_share(tmp_path):
         tokenize(tmp_path / f"{name}.jsonl", tmp_path / name, TINY, part=9000)
         maps[TokenMap(tmp_path / name)] = share
     a, b = maps
-    limit = int(np.sort(a.lengths())[-3]) - 1
-    long = set(np.flatnonzero(a.lengths() > limit).tolist()) - set(range(297, 300))
+    limit = int(np.sort(lengths_of(a))[-3]) - 1
+    long = set(np.flatnonzero(lengths_of(a) > limit).tolist()) - set(range(297, 300))
     mixture = Mixture(maps, limit)
-    found = [mixture[i].source for i in range(len(mixture))]
+    found = [mixture[i] for i in range(len(mixture))]
     trained = [a[i] for i in range(297) if i not in long]  # three are held out
     assert found[: len(trained)] == trained and mixture.too_long >= len(long) > 0
     short = [b[i] for i in range(20) if len(b[i][0]) <= limit]
@@ -213,8 +220,110 @@ def test_a_mixture_has_each_map_whole_and_by_its_share(tmp_path):
     assert all(document in found for document in short)
     assert len(found) - len(trained) == round(len(trained) / 3)
     held_out = Mixture(maps, 1 << 20, held_out=True)
-    assert [held_out[i].source for i in range(len(held_out))] == [a[297], a[298], a[299]]
+    assert [held_out[i] for i in range(len(held_out))] == [a[297], a[298], a[299]]
     with pytest.raises(ValueError, match="no document of at most 3 tokens"):
         Mixture(maps, 3)
     with pytest.raises(IndexError):
         mixture[len(mixture)]
+
+
+# ---- Of any size -------------------------------------------------------------------------------------------
+
+
+def test_speech_alone_is_all_target(tok):
+    text = tokenizer.units_to_text([3, 7, 999])
+    ids, mask = to_document({"prefix": "", "plain_text": text}, tok)
+    assert ids == tok.encode(text) and all(mask) and len(mask) == len(ids)
+    with pytest.raises(ValueError, match="a unit outside"):
+        to_document({"prefix": "", "plain_text": "<sosp><1000><eosp>"}, tok)
+
+
+def test_noise_is_drawn_for_input_units_alone_anew_in_each_epoch(tmp_path, tok):
+    source = tmp_path / "a.jsonl"
+    table = []
+    for i in range(6):
+        speech = tokenizer.units_to_text(range(100 * i, 100 * i + 80))
+        slots = ("Recognize this.", speech, "Hi.") if i % 2 else ("Read this.", "Hi.", speech)
+        table.append({"prefix": "", "plain_text": "".join(tokenizer.cross_modal(*slots))})
+    write_jsonl(source, table)
+    tokenize(source, tmp_path / "map", TINY)
+    mixture = Mixture({TokenMap(tmp_path / "map"): 1.0}, 1024)
+    read = tokens.shuffled(mixture, 5, 0.1, tok.unit_ids)
+    changed = []
+    for index in range(2 * len(mixture)):
+        item, epoch = tokens.order(index, len(mixture), 5)
+        (ids, mask), (noisy, noisy_mask) = mixture[item], read(index)
+        assert read(index) == (noisy, noisy_mask) and len(noisy) == len(noisy_mask)
+        targets = [token for token, target in zip(ids, mask) if target]
+        assert targets == [token for token, target in zip(noisy, noisy_mask) if target]
+        others = [token for token in ids if token not in tok.unit_ids]
+        assert others == [token for token in noisy if token not in tok.unit_ids]
+        if item % 2:  # speech is input
+            assert noisy != ids and all(a != b for a, b in zip(noisy, noisy[1:]) if a in tok.unit_ids)
+            changed.append((item, epoch, noisy))
+        else:
+            assert (noisy, noisy_mask) == (ids, mask)
+    assert len(changed) == 6 and len({str(noisy) for *_, noisy in changed}) == 6
+
+
+def test_a_map_has_no_more_files_open_than_it_needs(tmp_path, tok, monkeypatch):
+    source = tmp_path / "a.jsonl"
+    table = rows(60)
+    write_jsonl(source, table)
+    tokenize(source, tmp_path / "map", TINY, part=600)
+    monkeypatch.setattr(TokenMap, "OPEN", 3)
+    found = TokenMap(tmp_path / "map")
+    assert len(found.sizes) > 10
+    assert [found[i] for i in range(60)] == [to_document(row, tok) for row in table]
+    assert found.part.cache_info().currsize == 3
+
+
+def test_a_map_of_another_tokenizer_or_other_units_is_refused_by_name(tmp_path):
+    source = tmp_path / "a.jsonl"
+    write_jsonl(source, rows(5))
+    (tmp_path / "made_of.json").write_text('{"units": "abc"}')
+    tokenize(source, tmp_path / "map", TINY)
+    found = TokenMap(tmp_path / "map")
+    for clusters in ("abc", ""):
+        tokens.check_map(found, TINY, clusters)
+    with pytest.raises(ValueError, match="map was made of units of another HuBERT"):
+        tokens.check_map(found, TINY, "abd")
+    other = Tokenizer.train(["Some words of another text."] * 20, tmp_path / "tokenizer", 700, 1000)
+    assert other.n_units == 1000
+    with pytest.raises(ValueError, match="map was made with another tokenizer than .* --tokenizer") as error:
+        tokens.check_map(found, tmp_path / "tokenizer", "")
+    assert "\n" not in str(error.value)
+
+
+MILLION = """
+import sys, time
+from data import batches, tokens
+
+def anonymous():  # bytes that are this process's own; what is mapped belongs to the disk
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
+
+before, began = anonymous(), time.perf_counter()
+mixture = tokens.Mixture({tokens.TokenMap(sys.argv[1], 33006): 1.0}, 1024)
+batch_at = batches.documents(tokens.shuffled(mixture, 0), 64, 1024, 1)
+(batch,) = batch_at(0)
+assert len(mixture) == 1_998_000 and batch.ids.shape == (64, 1000)
+print(time.perf_counter() - began, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory as Linux tells it")
+def test_two_million_documents_are_opened_in_no_time_and_no_memory(tmp_path):
+    n, length = 2_000_000, 1000  # 4 GB of ids, all 0: files of nothing but their size
+    for suffix, size in ((".ids", 2 * n * length), (".mask", n * length // 8)):
+        with open(tmp_path / f"00000{suffix}", "wb") as file:
+            file.truncate(size)
+    np.arange(length, (n + 1) * length, length, dtype=np.uint64).tofile(tmp_path / "00000.ends")
+    record = {"documents": n, "tokens": n * length, "longest": length}
+    (tmp_path / "00000.json").write_text(json.dumps(record))
+    (tmp_path / "tokens.json").write_text(json.dumps({"vocab_size": 33006, "parts": 1, "documents": n}))
+    command = [sys.executable, "-c", MILLION, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, taken = map(float, done.stdout.split())
+    assert seconds < 10 and taken < 64 << 20

@@ -6,14 +6,13 @@ and, as soon as there is a corpus, with the corpus.
 """
 
 from collections.abc import Iterable
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 import lora
-from data import documents, tokens
+from data import documents
 from data.corpus import read_manifest
 from data.tiny import prepare
 from files import one_line, read_json, show
@@ -21,8 +20,9 @@ from hubert import HuBERT
 from llama import Llama
 from run import Run, rank, world_size
 from tokenizer import Tokenizer
-from training import foreign_units, shard
+from training import foreign_units, reading, shard
 from training.loop import Optimization, check_ranks
+from training.reading import fitting_examples, reads_generated
 from training.stages import Stage, check_unchanged, finished, followers
 from vocoder import MultiPeriodDiscriminator, MultiScaleDiscriminator, UnitVocoder, VocoderConfig
 
@@ -99,8 +99,7 @@ def check_corpus(stages: dict[str, Stage], run: Run, config) -> documents.Tables
     for name in LANGUAGE:
         section = getattr(config, name)
         if section.tokens:
-            counts = {folder: len(tokens.TokenMap(folder)) for folder in section.tokens}
-            read = ", ".join(f"{n:,} of {folder}" for folder, n in counts.items())
+            read = ", ".join(f"{len(found):,} of {found.folder}" for found in reading.open_maps(run, section))
             lines.append(f"{name}: documents to train on: {read}")
         elif not stages[name].skip(config):
             with one_line(f"{name}.mix"):
@@ -158,16 +157,12 @@ def check_speakers(model: VocoderConfig, rows: list[dict]):
 def check_lengths(run: Run, config, tok: Tokenizer):
     """ValueError, before stage 1 and when there are units, if a later stage has no document that is short
     enough."""
-    tables = documents.read_tables(run.out, tok.n_units)
-    for name in LANGUAGE[1:]:
-        if name != "stage3" or config.stage3.steps:
-            section = getattr(config, name)
+    sections = {name: getattr(config, name) for name in LANGUAGE[1:]}
+    sections = {name: section for name, section in sections.items() if not section.tokens}
+    tables = documents.read_tables(run.out, tok.n_units) if sections else None
+    for name, section in sections.items():
+        if name != "stage3" or section.steps:
             fitting_examples(to_be_spoken(tables, section), "train", name, section, tok, quiet=True)
-
-
-def reads_generated(section) -> bool:
-    """Whether a stage of the language model reads speech of the text-to-unit generator."""
-    return getattr(section, "speech", "recorded") == "t2u" and section.steps > 0 and not section.tokens
 
 
 def to_be_spoken(tables: documents.Tables, section) -> documents.Tables:
@@ -176,36 +171,3 @@ def to_be_spoken(tables: documents.Tables, section) -> documents.Tables:
         return tables
     spoken = {row[side]: [] for row in tables.dialogues for side in ("question", "answer")}
     return tables._replace(spoken=spoken)
-
-
-def fitting_examples(
-    tables: documents.Tables, split: str, name: str, section, tok: Tokenizer, quiet: bool = False
-) -> list[documents.Example]:
-    """The documents of a stage that are not longer than its max_len. How many are longer is said, before the
-    first step; it is an error if nothing of a kind is left to train on."""
-
-    if section.tokens:
-        return mixture(section, name, len(tok), split, quiet)
-
-    def report(longer: str, n_left: int):
-        line = f"{name}, {split}: {longer}, are longer than {name}.max_len = {section.max_len}"
-        if split == "train" and not n_left:
-            raise ValueError(f"{line}, and nothing is left of them: raise it, or cut long recordings")
-        if rank() == 0 and not quiet:
-            print(f"{line}: they are left out; raise it to use them", flush=True)
-
-    fits = partial(documents.short_enough, tok, section.max_len, report)
-    return documents.examples(tables, split, section.mix, fits)
-
-
-def mixture(section, name: str, vocab_size: int, split: str, quiet: bool) -> tokens.Mixture:
-    """fitting_examples of documents that are ids already."""
-    maps = {tokens.TokenMap(folder, vocab_size): share for folder, share in section.tokens.items()}
-    found = tokens.Mixture(maps, section.max_len, held_out=split != "train")
-    if found.too_long and rank() == 0 and not quiet:
-        print(
-            f"{name}, {split}: {found.too_long:,} documents are longer than {name}.max_len = "
-            f"{section.max_len}: they are left out; raise it to use them",
-            flush=True,
-        )
-    return found

@@ -6,10 +6,12 @@ CORPUS is a folder with manifest.jsonl (data/corpus.py) and, for the second half
 are as the released ones, one object a line, and `python -m data.tokens` makes ids of them for training:
 
     OUT/manifest.jsonl, OUT/units.jsonl      the recordings and their units (§3.1); with --hubert alone
+    OUT/speech.jsonl                         speech alone, for stage 1 (§4.2)
     OUT/cross_modal_instruction.jsonl        ASR and TTS instructions (§3.1)
     OUT/quadruplets.jsonl                    SpeechI, TextI, TextR, SpeechR of every dialogue (§3.2)
     OUT/chain_of_modality_instruction.jsonl  the four formats of Appendix C, and of Appendix E (--standard)
     OUT/left_out.jsonl                       what was left out, by reason
+    OUT/made_of.json                         which HuBERT and k-means the units are of, if that is known
 
     {"prefix": "", "plain_text": "[Human]: Recognize this speech. This is input: <sosp><17><4><eosp><eoh>. \
                                   [SpeechGPT]: Good morning.<eoa>."}
@@ -47,7 +49,8 @@ from config import Parser, command_line
 from data import audio
 from data.corpus import MARKER, TARGET_SPEAKER
 from data.documents import MODES
-from files import read_json, show, stream_atomic, stream_jsonl, write_jsonl
+from data.units import clusters_of
+from files import read_json, show, stream_atomic, stream_jsonl, write_json, write_jsonl
 from tokenizer import units_to_text
 
 HERE = Path(__file__).parent
@@ -77,7 +80,7 @@ class Skipped:
 
 
 def unit_text_pairs(
-    manifest: Path, units: Path, n_units: int, split: str, skipped: Skipped
+    manifest: Path, units: Path, n_units: int, split: str, skipped: Skipped, needs_text: bool = True
 ) -> Iterator[tuple[dict, list[int], str]]:
     """(row of the manifest, its units U, its transcription T) of one split, row by row.
 
@@ -94,7 +97,7 @@ def unit_text_pairs(
         if row.get("split", "train") != split:
             continue
         text = row["text"]
-        if reason := problem(text) or problem_of_units(row_units, n_units):
+        if reason := (needs_text and problem(text)) or problem_of_units(row_units, n_units):
             skipped.add("cross-modal", name, reason)
             continue
         yield row, row_units, text
@@ -269,12 +272,14 @@ def prepare(
     def all_files(file: BinaryIO) -> None:
         skipped.file = file
         manifest, dialogues = corpus / "manifest.jsonl", corpus / "dialogues.jsonl"
+        known = Skipped()  # is counted below
+        pairs = unit_text_pairs(manifest, units, n_units, options.split, known, needs_text=False)
+        write("speech.jsonl", (line(units_to_text(found), "") for _, found, _ in pairs))
         pairs = unit_text_pairs(manifest, units, n_units, options.split, skipped)
         rows = cross_modal(pairs, options.asr, options.style, options.seed)
         write("cross_modal_instruction.jsonl", rows)
         if not dialogues.is_file():
             return
-        known = Skipped()  # has been counted above
         texts = {text for pair in short_dialogues(dialogues, options, known) for text in pair}
         pairs = unit_text_pairs(manifest, units, n_units, options.split, known)
         spoken = recordings(pairs, texts, TARGET_SPEAKER)
@@ -341,6 +346,8 @@ def main() -> None:
         from text_to_unit import TextToUnit
 
         generator = TextToUnit.from_pretrained(options.t2u)
+    hubert = options.hubert or units.parent / "model/hubert"  # beside the units of a run
+    write_json(options.out / "made_of.json", {"units": clusters_of(hubert)})
     written, left_out = prepare(corpus, options.out, units, n_units, generator, options)
     for name, count in written.items():
         print(f"{options.out / name}: {count:,} lines")
