@@ -118,7 +118,7 @@ class TokenMap:
                 f"{self.folder} was made with a tokenizer of {self.vocab_size} tokens, this one has "
                 f"{vocab_size}; make it anew with --tokenizer"
             )
-        parts = range(_number(self.table, "parts", path, 1))
+        parts = range(_number(self.table, "parts", path))
         self.sizes = [self._size(number) for number in parts]  # (documents, tokens, longest) of each part
         self.starts = np.cumsum([0, *(documents for documents, _, _ in self.sizes)])  # first document of each
         self.part = lru_cache(self.OPEN)(self._open)
@@ -353,7 +353,8 @@ def make(
     title: str = "tokens",
     unit: str = "B",
 ) -> Totals:
-    """Writes the map `folder` of a source of this `size`, in parts; goes on where it was stopped."""
+    """Writes the map `folder` of a source of this `size`, in parts; goes on where it was stopped. If nothing
+    of the source can be used, the map is not complete."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokens.json").unlink(missing_ok=True)
     jobs = []
@@ -381,7 +382,7 @@ def make(
         tokens += table["tokens"]
         skipped.update(table["skipped"])
     totals = Totals(documents, tokens, dict(skipped))
-    if documents:
+    if documents or not size:
         record = {"vocab_size": vocab_size, "parts": len(jobs), **totals._asdict()}
         write_json(folder / "tokens.json", record | origin)
     return totals
