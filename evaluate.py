@@ -460,8 +460,10 @@ def evaluate(
 
     # ---- the rest: a fault in it does not lose them
     examples = attempt(problems, "examples", report.write_examples, out, spoken) or []
-    question = out / examples[0]["question"] if examples else drawn.paths()[0]
-    first = attempt(problems, "first reply", measures.first_reply, folder, question, str(device))
+    first = None
+    if manifest:  # not of voices alone
+        question = out / examples[0]["question"] if examples else drawn.paths()[0]
+        first = attempt(problems, "first reply", measures.first_reply, folder, question, str(device))
     if first:
         rows.append(Row("first", "time to a spoken reply, fresh process", first[0], None, None, 2, "s"))
         rows.append(Row("first.factor", "the same per second of speech", first[1], None, None, 2, "s"))

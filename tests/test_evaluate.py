@@ -366,11 +366,7 @@ def test_a_corpus_of_voices_alone_has_no_other_rows(tmp_path, monkeypatch):
     write_voices(tmp_path / "corpus")
     monkeypatch.setattr(evaluate.voices, "disguise", misunderstand_the_telephone)
     numbers = report_on(tmp_path, monkeypatch, Misunderstands())
-    assert {key for key in numbers if not key.startswith("first")} == {
-        *VOICE_ROWS,
-        "asr.unheard.loss",
-        "asr.unheard.telephone",
-    }
+    assert numbers.keys() == {*VOICE_ROWS, "asr.unheard.loss", "asr.unheard.telephone"}
     text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
     assert "By speaker" not in text and "By family" not in text
 
