@@ -303,7 +303,7 @@ def score_all(items: list[Item], lookup: LookupBaselines) -> list[Row]:
                 others = select(items, other, split)
                 equal = [item for item in others if item.id in ids]
                 row.baseline[label] = score(measure, equal if len(equal) == len(ids) else others)[0]
-            if not measure.wer:
+            if not measure.wer and lookup.questions:
                 row.baseline |= lookup.score(own)
             rows.append(row)
     return rows
