@@ -2,7 +2,7 @@
 
     imitate(wav, draw, section, babble)
       a speaker        pace, pitch and formants, each by its own factor; silence around
-      a place          level, room response, noise of 5 to 30 dB: white, pink or other people talking
+      a place          level, tone, room response, noise of 5 to 30 dB: white, pink or other people talking
       a line           telephone band, low bit rate, clipping
 
 Each is a pure function of the samples and of what `draw` draws, and is small enough to be read. A place and a
@@ -55,6 +55,8 @@ class Imitation:
     telephone: Share = 0.1
     codec: Share = 0.1
     clipping: Share = 0.05
+    tone: Share = 0.0  # another microphone or voice: some octaves louder, others softer
+    octave: Annotated[float, Limits(0, 40)] = 10.0  # each by at most so many dB
 
     def __post_init__(self):
         for name, (least, most) in (("decay", self.decay), ("ratio", self.ratio)):
@@ -105,7 +107,10 @@ def place(wav: np.ndarray, draw: Draw, how: Imitation, babble: Babble | None = N
         wav = telephone(wav)
     if draw.random() < how.codec:
         wav = encode(wav, draw.choice([*CODECS]))
-    return louder(wav, draw.uniform(-how.level, how.level))
+    wav = louder(wav, draw.uniform(-how.level, how.level))
+    if draw.random() < how.tone:
+        wav = equalize(wav, draw.uniform(-how.octave, how.octave, len(OCTAVES)))
+    return wav
 
 
 # ---- A speaker ---------------------------------------------------------------------------------------------
@@ -145,6 +150,22 @@ def warp_formants(wav: np.ndarray, factor: float) -> np.ndarray:
 
 def louder(wav: np.ndarray, decibels: float) -> np.ndarray:
     return wav * np.float32(10 ** (decibels / 20))
+
+
+OCTAVES = 62.5 * 2.0 ** np.arange(8)  # Hz: 62.5 to 8,000
+
+
+def equalize(wav: np.ndarray, decibels: np.ndarray) -> np.ndarray:
+    """wav (N,) with each of OCTAVES so many decibels (8,) louder, and in between what lies between; as loud
+    as before."""
+    if not len(wav):
+        return wav
+    spectrum = np.fft.rfft(wav)
+    octave = np.log2(np.fft.rfftfreq(len(wav), 1 / RATE).clip(OCTAVES[0]))
+    gain = 10 ** (np.interp(octave, np.log2(OCTAVES), decibels) / 20)
+    changed = np.fft.irfft(spectrum * gain, len(wav)).astype(np.float32)
+    power = float(np.mean(changed**2))
+    return changed * np.float32(math.sqrt(float(np.mean(wav**2)) / power)) if power else wav
 
 
 def room(draw: Draw, decay: float, direct: float) -> np.ndarray:

@@ -135,6 +135,20 @@ def test_clipping_and_level():
     assert len(augment.clip(wav[:0], 0.3)) == 0
 
 
+def test_octaves_are_as_much_louder_as_asked_and_the_whole_as_loud():
+    wav = draw_of(0).standard_normal(RATE).astype(np.float32)
+    raised = augment.equalize(wav, np.where(augment.OCTAVES == 1000, 20.0, 0.0))
+    assert np.mean(raised**2) == pytest.approx(np.mean(wav**2), rel=1e-3)
+    gains = {f: power(raised, f / 1.05, f * 1.05) / power(wav, f / 1.05, f * 1.05) for f in (250, 1000, 4000)}
+    assert gains[1000] / gains[250] == pytest.approx(100, rel=0.3)
+    assert gains[4000] / gains[250] == pytest.approx(1, rel=0.1)
+    np.testing.assert_allclose(augment.equalize(wav, np.zeros(8)), wav, atol=1e-5)
+    assert not augment.equalize(np.zeros(100, np.float32), np.zeros(8)).any()
+    assert not len(augment.equalize(wav[:0], np.zeros(8)))
+    changed = augment.place(wav, draw_of(1), Imitation(**vars(NOTHING) | {"tone": 1.0}))
+    assert changed.dtype == np.float32 and np.corrcoef(changed, wav)[0, 1] < 0.99
+
+
 def test_silence_and_pace_say_where_the_samples_went():
     wav = vowel(seconds=2.0)
     how = Imitation(**vars(NOTHING) | {"pace": 0.3, "silence": 0.5})
