@@ -521,14 +521,18 @@ def units_by_batches(extractor: UnitExtractor, wavs: list, seconds: float = 16) 
     units = [None] * len(wavs)
     order = sorted(range(len(wavs)), key=lambda i: -len(wavs[i]))  # similar lengths together
     while order:
-        size = max(1, int(seconds * RATE) // len(wavs[order[0]]))
+        longest = len(wavs[order[0]])
+        size = max(1, int(seconds * RATE) // longest)
+        if n_frames(longest) > extractor.CHUNK + 2 * extractor.CONTEXT:
+            size = 1  # it is cut
         batch, order = order[:size], order[size:]
-        if size == 1 or extractor.smooth > 1:  # the mean at a row's end would reach into its padding
-            rows = [extractor.frame_units(wavs[i]) for i in batch]
-        else:
-            padded = nn.utils.rnn.pad_sequence([wavs[i] for i in batch], batch_first=True)  # (B, N)
-            lengths = torch.tensor([len(wavs[i]) for i in batch], device=padded.device)
-            rows = extractor.kmeans.predict(extractor.model.features(padded, extractor.layer, lengths))
+        if len(batch) == 1:
+            units[batch[0]] = extractor.frame_units(wavs[batch[0]])
+            continue
+        padded = nn.utils.rnn.pad_sequence([wavs[i] for i in batch], batch_first=True)  # (B, N)
+        lengths = torch.tensor([len(wavs[i]) for i in batch], device=padded.device)
+        rows = extractor.model.features(padded, extractor.layer, lengths)
         for i, row in zip(batch, rows):
-            units[i] = row[: n_frames(len(wavs[i]))]
+            row = row[None, : n_frames(len(wavs[i]))]  # without its padding, which no mean may reach into
+            units[i] = extractor.kmeans.predict(smooth(row, extractor.smooth)[0])
     return units

@@ -259,10 +259,10 @@ def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalize
                 extractor.save_pretrained(folder / "normalized")
                 barrier()
                 extractor = UnitExtractor.from_pretrained(folder / "normalized").to(run.device)
+    rows = read_manifest(run.manifest)
+    unit_files.extract(run.corpus, rows, run.units, extractor, run.device, folder)
+    imitate_recordings(run, section.imitation, rows, extractor, folder / "imitated")
     if rank() == 0:
-        rows = read_manifest(run.manifest)
-        unit_files.extract(run.corpus, rows, run.units, extractor, run.device, folder)
-        imitate_recordings(run, section.imitation, rows, extractor, folder / "imitated")
         extractor.save_pretrained(run.model / "hubert")
     barrier()
 
@@ -270,7 +270,8 @@ def make_units(run: Run, section: UnitsSection, hubert: HubertSection, normalize
 def imitate_recordings(run: Run, how: Imitation, rows: list[dict], extractor: UnitExtractor, work: Path):
     """Writes run.imitated, the units of a share of the training recordings as imitated: none, no file."""
     if not how.share:
-        run.imitated.unlink(missing_ok=True)
+        if rank() == 0:
+            run.imitated.unlink(missing_ok=True)
         return
     rows = [row for row in rows if row["split"] == "train" and row["text"] and row["kind"] != "answer"]
     paths = [run.corpus / row["wav"] for row in rows]

@@ -14,11 +14,14 @@ References: HuBERT units, Lakhotia et al. 2021 (https://arxiv.org/abs/2102.01192
 & Chiba 1978; aligning renditions of other speakers, Lee et al. 2022 (https://arxiv.org/abs/2112.08352, §3.2).
 """
 
-import json
 import random
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,8 +29,12 @@ import torch
 import run
 from data import audio
 from data.corpus import read_manifest
-from files import fingerprint, show, stream_jsonl, write_atomic
+from files import fingerprint, show, stream_atomic, stream_jsonl, write_jsonl
+from hubert import UnitExtractor, units_by_batches
+from kmeans import dedup
 
+PORTION = 500  # recordings whose units are kept together
+BATCH = 320.0  # seconds of sound that a GPU takes at a time
 MOST_FRAMES = audio.MAX_SECONDS * audio.RATE // audio.HOP  # of a recording
 
 
@@ -121,35 +128,90 @@ def map_speech(
 
 def extract(
     corpus: str | Path,
-    rows: list[dict],
+    rows: Iterable[dict],
     out: Path,
     extractor: Callable,
     device: torch.device,
     work: Path,
-    portion: int = 500,
+    portion: int = PORTION,
+    seconds: float | None = None,
 ) -> None:
     """Writes the file `out`, units.jsonl, for the `rows` of a manifest whose recordings are in the folder
-    `corpus`.
+    `corpus`. All ranks take part: portion i of the rows is that of rank i modulo their number.
 
-    Until everything is written, finished portions are kept in folder `work`: a killed run goes on there."""
-    part = work / "units.jsonl.part"
-    part.touch()
-    lines = []
-    for line in part.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("}\n"):  # not the half line of a killed run
-            lines.append(line)
-    part.write_text("".join(lines), encoding="utf-8")
-    finished = {json.loads(line)["id"] for line in lines}
-    rows = [row for row in rows if row["id"] not in finished]
-    for first in range(0, len(rows), portion):
-        chosen = rows[first : first + portion]
-        found = map_speech(corpus, chosen, extractor, device, f"units from {first + len(finished)}")
-        with part.open("a", encoding="utf-8") as file:
-            for row, (units, durations) in zip(chosen, found):
-                line = {"id": row["id"], "units": units, "durations": durations}
-                file.write(json.dumps(line) + "\n")
-    write_atomic(out, part.read_bytes())  # perhaps on another disk: no rename
-    part.unlink()
+    Until everything is written, finished portions are kept in folder `work`, a file each: a killed run makes
+    those that are missing, on any number of ranks. seconds: of sound in a batch, if `extractor` is a
+    UnitExtractor (None: one by one on a CPU, BATCH on a GPU)."""
+    if seconds is None and device.type == "cuda":
+        seconds = BATCH
+    files, missing = [], []
+    for number, chosen in enumerate(portions(rows, portion)):
+        path = work / f"units-{number:06}.jsonl"
+        files.append(path)
+        if number % run.world_size() == run.rank() and not is_made(path, chosen):
+            missing.append((path, chosen))
+    run.barrier()  # before anyone writes, all have looked at what is there
+    if seconds and isinstance(extractor, UnitExtractor):
+        found = batched(corpus, [chosen for _, chosen in missing], extractor, seconds)
+    else:
+        found = one_by_one(corpus, [chosen for _, chosen in missing], extractor, device)
+    for (path, chosen), units in zip(missing, found):
+        lines = [{"id": row["id"], "units": u, "durations": d} for row, (u, d) in zip(chosen, units)]
+        write_jsonl(path, lines)
+    run.barrier()
+    if run.rank() == 0:
+        stream_atomic(out, partial(join_files, files))
+        for path in [
+            *work.glob("units-*.jsonl"),
+            work / "units.jsonl.part",
+        ]:  # the latter until November 2026
+            path.unlink(missing_ok=True)
+    run.barrier()
+
+
+def portions(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    rows = iter(rows)
+    while chosen := list(islice(rows, size)):
+        yield chosen
+
+
+def is_made(path: Path, rows: list[dict]) -> bool:
+    """Whether a file has the units of just these rows."""
+    try:
+        return [row["id"] for row in stream_jsonl(path, ("id",))] == [row["id"] for row in rows]
+    except (OSError, ValueError):
+        return False
+
+
+def join_files(files: list[Path], out: BinaryIO) -> None:
+    for path in files:
+        with open(path, "rb") as file:
+            shutil.copyfileobj(file, out)
+
+
+Units = tuple[list[int], list[int]]  # and the duration of each
+
+
+def one_by_one(
+    corpus: str | Path, chosen: list[list[dict]], extractor: Callable, device: torch.device
+) -> Iterator[list[Units]]:
+    for number, rows in enumerate(chosen, 1):
+        yield map_speech(corpus, rows, extractor, device, f"units, portion {number} of {len(chosen)}")
+
+
+def batched(
+    corpus: str | Path, chosen: list[list[dict]], extractor: UnitExtractor, seconds: float, workers: int = 8
+) -> Iterator[list[Units]]:
+    """The units of each portion, in batches of similar lengths, while the next portion's files are read."""
+    size = sum(map(len, chosen))
+    with ThreadPoolExecutor(workers) as pool, run.progress(size, 0, "units", unit="utt") as bar:
+        coming: list = []  # one portion is read ahead
+        for rows in [*chosen, []]:
+            wavs = [future.result() for future in coming]
+            coming = [pool.submit(audio.load, Path(corpus) / row["wav"]) for row in rows]
+            if wavs:
+                yield [dedup(units.cpu()) for units in units_by_batches(extractor, wavs, seconds)]
+                bar.update(len(wavs))
 
 
 # ---- Which units belong together ---------------------------------------------------------------------------

@@ -335,10 +335,15 @@ def test_masked_prediction_learns(cfg):
 
 
 @BOTH
-def test_units_of_a_batch_are_those_of_one_by_one(cfg):
+@pytest.mark.parametrize("smooth", [1, 3])
+def test_units_of_a_batch_are_those_of_one_by_one(cfg, smooth):
     unit = extractor(cfg)
+    unit.smooth = smooth
+    batches, features = [], unit.model.features
+    unit.model.features = lambda wav, *rest: batches.append(wav.shape) or features(wav, *rest)
     wavs = [speech(s, i) for i, s in enumerate((1.0, 0.3, 2.345, 0.025, 1.7, 1.71))]
     batch = hubert.units_by_batches(unit, wavs, seconds=4)
+    assert max(size for size, _ in batches) > 1  # not one by one
     one_by_one = [unit.frame_units(wav) for wav in wavs]
     assert [len(b) for b in batch] == [n_frames(len(w)) for w in wavs]
     differing = sum((a != b).sum().item() for a, b in zip(batch, one_by_one))

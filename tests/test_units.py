@@ -1,6 +1,10 @@
 """data/units.py: a corpus as units, in spite of kills; alignment and co-occurrence."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,8 @@ from hypothesis import strategies as st
 
 from data import audio, documents, units
 from data.corpus import TARGET_SPEAKER, read_manifest
+from hubert import HuBERT, HuBERTConfig, UnitExtractor
+from kmeans import KMeans, expand
 
 
 def test_a_killed_extraction_does_nothing_twice(tmp_path):
@@ -49,6 +55,111 @@ def test_a_killed_extraction_does_nothing_twice(tmp_path):
     extract()
     assert len(units.read_units(corpus, out, 40)) == 3
     assert sorted(corpus.iterdir()) == before  # it is only read
+
+
+@pytest.fixture
+def corpus(tmp_path) -> tuple[Path, list[dict]]:
+    """Nine recordings of a third of a second to three seconds."""
+    rows = []
+    for i in range(9):
+        noise = np.random.default_rng(i).normal(size=5000 + 5000 * (7 * i % 9)) * 0.05
+        audio.save(tmp_path / f"corpus/{i}.wav", noise * np.linspace(0.1, 1, len(noise)))
+        rows.append({"id": f"{i}", "wav": f"{i}.wav"})
+    return tmp_path / "corpus", rows
+
+
+def small_extractor(smooth: int = 3) -> UnitExtractor:
+    torch.manual_seed(0)
+    model = HuBERT(
+        HuBERTConfig(
+            conv_dim=(16,) * 7, dim=32, n_layers=2, n_heads=4, ffn_dim=64, pos_kernel=16, pos_groups=4
+        )
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    x = model.features(torch.randn(1, 96_000) * 0.05, 2)[0].detach()
+    return UnitExtractor(model, KMeans(x[::12]), 2, smooth)
+
+
+@pytest.mark.parametrize("smooth", [1, 3])
+def test_units_in_batches_of_similar_lengths_are_those_of_one_by_one(tmp_path, corpus, smooth):
+    folder, rows = corpus
+    work = tmp_path / "work"
+    work.mkdir()
+    extractor, cpu, found = small_extractor(smooth), torch.device("cpu"), {}
+    for name, seconds in (("one", None), ("batched", 4.0)):
+        units.extract(folder, rows, tmp_path / name, extractor, cpu, work, portion=4, seconds=seconds)
+        found[name] = {row["id"]: row for row in units.read_table(tmp_path / name, 999)}
+    assert list(found["batched"]) == list(found["one"]) == [row["id"] for row in rows]
+    differing = 0
+    for name in found["one"]:
+        one, batch = (expand(found[key][name]["units"], found[key][name]["durations"]) for key in found)
+        assert len(one) == len(batch) == audio.n_frames(5000 + 5000 * (7 * int(name) % 9))
+        differing += sum(a != b for a, b in zip(one, batch))
+    assert differing <= 1  # a frame exactly between two clusters may fall to either
+    assert len({unit for row in found["one"].values() for unit in row["units"]}) > 5
+
+
+def test_each_rank_makes_its_portions_and_the_first_joins_them(tmp_path, corpus, monkeypatch):
+    folder, rows = corpus
+    made = {}
+
+    def extract(rank: int, ranks: int, name: str):
+        work = tmp_path / f"work of {name}"
+        work.mkdir(exist_ok=True)
+        monkeypatch.setattr(units.run, "rank", lambda: rank)
+        monkeypatch.setattr(units.run, "world_size", lambda: ranks)
+        monkeypatch.setattr(units.run, "barrier", lambda: None)
+        calls = made.setdefault((rank, ranks), [])
+        fake = lambda wav: calls.append(len(wav)) or ([len(wav) % 97, 0], [1, 2])  # noqa: E731
+        units.extract(folder, rows, tmp_path / name, fake, torch.device("cpu"), work, portion=2)
+
+    extract(0, 1, "alone")
+    for rank in (2, 1, 0):
+        extract(rank, 3, "shared")
+    assert (tmp_path / "shared").read_bytes() == (tmp_path / "alone").read_bytes()
+    assert [len(made[rank, 3]) for rank in range(3)] == [4, 3, 2]  # portions 0 and 3, 1 and 4 (of one), 2
+    assert not any((tmp_path / "work of shared").iterdir())
+
+
+KILLED = """
+import os, sys, torch
+from pathlib import Path
+from data import units
+folder, last = Path(sys.argv[1]), int(sys.argv[2])
+calls = []
+def extractor(wav):
+    if len(wav) == last:
+        os.kill(os.getpid(), 9)
+    calls.append(1)
+    return [len(wav) % 97, 1], [3, 4]
+if __name__ == "__main__":
+    rows = [{"id": f"{i}", "wav": f"{i}.wav"} for i in range(9)]
+    torch.set_num_threads(1)
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    cpu = torch.device("cpu")
+    units.extract(folder / "corpus", rows, folder / f"units{last}", extractor, cpu, work, portion=2)
+    print(len(calls))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signal 9")
+def test_a_kill_in_the_middle_costs_a_portion_and_changes_no_byte(tmp_path, corpus):
+    def extract(last: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", KILLED, str(tmp_path), str(last)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert extract(0).stdout.split() == ["9"]
+    assert extract(45_000).returncode == -9  # at the second recording of portion 2
+    assert not (tmp_path / "units45000").exists()
+    kept = sorted(path.name for path in (tmp_path / "work").glob("units-*"))
+    assert kept == ["units-000000.jsonl", "units-000001.jsonl"]
+    (tmp_path / "work/units-000001.jsonl").write_text('{"id": "of another corpus"}\n')  # not these rows
+    done = extract(1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["7"]  # portions 1 to 4
+    assert (tmp_path / "units1").read_bytes() == (tmp_path / "units0").read_bytes()
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 9))
