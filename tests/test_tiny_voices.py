@@ -182,3 +182,34 @@ def test_a_corpus_of_voices_that_are_held_out(engines, tmp_path, capsys):
         assert (tmp_path / "again" / row["wav"]).read_bytes() == (
             tmp_path / "corpus" / row["wav"]
         ).read_bytes()
+
+
+@pytest.mark.parametrize(("options", "asked"), [({"voices": 8}, 8), ({}, 0)])
+def test_a_run_makes_its_voices_before_its_report_if_they_are_asked_for(
+    tmp_path, monkeypatch, engines, options, asked
+):
+    pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
+    import evaluate
+    import train
+    from run import Run
+
+    engines(flite="speaks")
+    found = []
+
+    def report(model, corpus, out, **_):
+        folder = model.parent / "voices"
+        found.append(voices_of(folder) if folder.exists() else None)
+
+    monkeypatch.setattr(evaluate, "evaluate", report)
+    config = train.Config(
+        llama=train.LlamaSection(dim=8, n_layers=1, n_heads=1, hidden_dim=8),
+        evaluate=train.EvaluateSection(**options),
+    )
+    config.corpus.options.workers = 1
+    config.corpus.options.voices = 1
+    train.evaluate_stage(Run(tmp_path / "run", tmp_path / "run/corpus", 0, "cpu"), config)
+    assert found == [Counter({"flite awb": asked, "flite slt": 2}) if asked else None]
+
+
+def voices_of(folder):
+    return Counter(row["speaker"] for row in read_manifest(folder))
