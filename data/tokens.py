@@ -18,8 +18,8 @@ A part is a fixed stretch of the source (bytes of a file, or draws of a stage: t
 can be made in any order, by many processes, and a killed run makes only those that are missing. A document
 longer than `max_len`, or with a mistake in it, is counted by reason and left out; nothing is cut.
 
-Opening a map reads one record for each part and nothing of the documents. A million documents of a thousand
-ids are there in 0.1 s and 2 MB (LOG.md); a file is mapped when a document of its part is asked for.
+Opening a map reads one record for each part and nothing of the documents (docs/own-data.md has numbers); a
+file is mapped when a document of its part is asked for.
 
 References: SpeechGPT, arXiv:2305.11000; the released files, https://huggingface.co/datasets/fnlp/SpeechInstruct
 """

@@ -10,6 +10,14 @@ Two measures of how the units of two recordings or of two models belong together
 aligns two recordings of one sentence, and `cooccurrence` says which units of another HuBERT stand in the
 place of each unit.
 
+The paper's 60,000 hours (§3.1, §5.1), from what was measured: one H100 makes units of recordings of 2 to 20 s
+at 2,175 times real time with a HuBERT of base size up to layer 11, in batches of 320 s with float32
+convolutions (858 times one by one; 2,656 in TF32, where 5 of 10,000 frames then depend on who else is in the
+batch). That is 28 hours on one and 3.5 on eight. At 36.5 units and 317 bytes a second of speech, as in the
+tiny world, units.jsonl takes 68 GB, twice that while the portions are joined, and as ids (data/tokens.py)
+17 GB; 16 kHz sound takes 6.9 TB as wav. A manifest is a list in memory, about 1 GB for a million recordings
+and each rank: so much speech is better kept as several corpora, whose maps one stage can read together.
+
 References: HuBERT units, Lakhotia et al. 2021 (https://arxiv.org/abs/2102.01192); dynamic time warping, Sakoe
 & Chiba 1978; aligning renditions of other speakers, Lee et al. 2022 (https://arxiv.org/abs/2112.08352, §3.2).
 """
@@ -18,6 +26,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -155,9 +164,10 @@ def extract(
         found = batched(corpus, [chosen for _, chosen in missing], extractor, seconds)
     else:
         found = one_by_one(corpus, [chosen for _, chosen in missing], extractor, device)
-    for (path, chosen), units in zip(missing, found):
-        lines = [{"id": row["id"], "units": u, "durations": d} for row, (u, d) in zip(chosen, units)]
-        write_jsonl(path, lines)
+    with full_precision():
+        for (path, chosen), units in zip(missing, found):
+            lines = [{"id": row["id"], "units": u, "durations": d} for row, (u, d) in zip(chosen, units)]
+            write_jsonl(path, lines)
     run.barrier()
     if run.rank() == 0:
         stream_atomic(out, partial(join_files, files))
@@ -167,6 +177,17 @@ def extract(
         ]:  # the latter until November 2026
             path.unlink(missing_ok=True)
     run.barrier()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Context manager: convolutions on a GPU in float32, not in TF32, whose rounding depends on the batch."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def portions(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:

@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from typing import NamedTuple
 import torch
 
 from config import command_line, deaf_to_ctrl_c, end_with_parent, load
-from files import fingerprint, one_line, read_json, read_jsonl, show, write_json
+from files import fingerprint, one_line, read_json, show, stream_jsonl, write_json
 from run import Run, barrier, rank, world_size
 from training import states
 from training.loop import MAY_CHANGE
@@ -158,9 +159,20 @@ def read_of_corpus(stage: Stage, run: Run, config) -> str:
         return ""
     if stage.fields is None:
         return fingerprint(run.manifest, run.manifest.with_name("dialogues.jsonl"))
-    fields = stage.fields(config)
-    rows = [[row.get(field) for field in fields] for row in read_jsonl(run.manifest)]
-    return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+    state = run.manifest.stat()
+    return fingerprint_of_fields(
+        run.manifest, (state.st_size, state.st_mtime_ns), tuple(stage.fields(config))
+    )
+
+
+@lru_cache
+def fingerprint_of_fields(path: Path, state: tuple[int, int], fields: tuple[str, ...]) -> str:
+    """Of some fields of a table, as of a list of lists in JSON; row by row, and once for each state of it."""
+    digest = hashlib.blake2b(b"[", digest_size=16)
+    for number, row in enumerate(stream_jsonl(path)):
+        digest.update(b", " * (number > 0) + json.dumps([row.get(field) for field in fields]).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def begun(folder: Path) -> bool:
