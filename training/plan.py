@@ -8,12 +8,15 @@ weights. It is arithmetic about the language model; HuBERT and the vocoder are s
     FLOPs a token = 6 N + 12 L d T      N matrices' weights, L layers of width d, documents of T tokens:
                                         2 N forward, 4 N backward; a frozen matrix has 2 N of these less
 
-Memory is counted for the worst moment of a step, on documents of full length, without dropout. The count is
-what training allocates on a CPU (tests/test_plan.py measures it); on GPUs it was not measured.
+A stage is planned as its section has it: whole on each GPU or divided (training/shard.py decides, as it will
+when the stage begins), its activations kept or computed again, its state in float32 or bfloat16. Memory is
+counted for the worst moment of a step, on documents of full length, without dropout. The count is what
+training allocates on a CPU (tests/test_plan.py measures it).
 
 References: Kaplan et al. 2020, arXiv:2001.08361 (FLOPs); Rajbhandari et al. 2020, arXiv:1910.02054 (shards).
 """
 
+import dataclasses
 from argparse import Namespace
 from collections import Counter
 from typing import NamedTuple
@@ -24,7 +27,7 @@ import lora
 from config import Parser
 from llama import Llama, LlamaConfig
 from llama_formats import read_config
-from training import foreign_units
+from training import foreign_units, shard
 from training.before import LANGUAGE
 from training.loop import check_ranks
 
@@ -119,73 +122,84 @@ def flops(model: Llama, length: int) -> int:
 class Memory(NamedTuple):
     """Bytes on each GPU."""
 
-    weights: int  # float32
-    gradients: int  # float32; on several GPUs also the buffers in which they are exchanged
-    optimizer: int  # AdamW: two averages in float32; Muon: one
-    copies: int  # of the matrices in bfloat16
+    weights: int
+    gradients: int  # and the buffers in which GPUs exchange them
+    optimizer: int  # AdamW: two averages; Muon: one
+    copies: int  # in bfloat16: of the matrices, or of the blocks that are gathered
     activations: int  # what each layer keeps for its gradient
     logits: int  # of all tokens: three tables of float32, when the backward pass begins
     peak: int  # at the worst moment: the parts are not all there at once
 
-    def fits(self, card: Gpu) -> bool:
-        return self.peak + ROOM <= card.memory * GIB
 
-
-def memory(
-    model: Llama, section, gpus: int, fused: bool = True, sharded: bool = False, recomputed: bool = False
-) -> Memory:
-    """section: batch_size, accumulate, max_len, muon, bf16. fused: attention as on GPUs, without scores.
-
-    As training/loop.py works today, data parallel; `sharded` and `recomputed` are what it would be with
-    everything divided among the GPUs, and with activations computed again in the backward pass."""
+def memory(model: Llama, section, gpus: int, fused: bool = True, divided: bool = False) -> Memory:
+    """section: of a stage of the language model. fused: attention as on GPUs, without scores. divided: as
+    training/shard.py divides a model among the GPUs."""
     c = model.config
     tokens = -(-section.batch_size // (gpus * section.accumulate)) * section.max_len
-    weights = 4 * parts(model).total()
-    gradients = 4 * trained(model)
+    size = 2 if section.state_dtype == "bfloat16" else 4
+    is_bf16 = section.bf16 or size == 2
+    frozen = parts(model).total() - trained(model)
+    weights = size * trained(model) + frozen * (2 if divided and is_bf16 else size)
+    gradients = size * trained(model)
     buffers = gradients * (gpus > 1)
-    copies = 2 * matrices(model) * section.bf16
+    copies = 2 * matrices(model) * (is_bf16 and size == 4)
 
     inner = Counter()  # parameters that Muon trains, by shape
     for name, p in model.named_parameters():
         if section.muon and p.requires_grad and p.ndim == 2 and "layers." in name:
             inner[p.shape] += p.numel()
-    optimizer = 2 * gradients - 4 * inner.total()
+    optimizer = 2 * gradients - size * inner.total()
     # Muon's step: the averages of all matrices, and six tables of those of one shape.
-    updating = 4 * inner.total() + 24 * max(inner.values(), default=0)
+    updating = size * inner.total() + 24 * max(inner.values(), default=0)
 
     layer = tokens * kept_in_layer(model, section, fused)
     activations = c.n_layers * layer + tokens * 12 * c.dim  # and of the last norm
-    if recomputed:
-        activations = layer + tokens * 4 * c.dim * (c.n_layers + 3)
+    if section.checkpointing != "none":
+        kept = tokens * (4 * c.dim + kept_products(model, section) * (section.checkpointing == "selective"))
+        activations = layer + c.n_layers * kept + tokens * 12 * c.dim
     logits = 12 * tokens * c.vocab_size
-    if sharded and gpus > 1:
+    if divided:
         block = (matrices(model) - c.dim * c.vocab_size) // c.n_layers
-        weights, gradients = weights // gpus, gradients // gpus
+        whole = 4 * trained(model) * (section.accumulate > 1)  # what shard.gradients_exchanged keeps back
+        weights, gradients = weights // gpus, gradients // gpus + whole
         optimizer, updating = optimizer // gpus, updating // gpus
         # gathered: two blocks and both tables; and a block's gradients before they are divided
-        copies = 2 * (2 * block + 2 * c.dim * c.vocab_size)
+        copies = (2 if is_bf16 else 4) * (2 * block + 2 * c.dim * c.vocab_size)
         buffers = 4 * block if trained(model) > block else 0
     begun = copies + activations + logits + gradients * (section.accumulate > 1)  # the backward pass begins
-    peak = weights + optimizer + buffers + max(begun, copies + gradients, gradients + updating)
+    ended = copies + gradients + layer * (section.checkpointing != "none")
+    peak = weights + optimizer + buffers + max(begun, ended, gradients + updating)
     return Memory(weights, gradients + buffers, optimizer, copies, activations, logits, peak)
+
+
+def kept_products(model: Llama, section) -> int:
+    """Bytes that a layer keeps of each token where checkpointing is "selective": the results of attention and
+    of matrix products."""
+    c = model.config
+    size = 2 if section.bf16 else 4
+    made = 4 * c.dim + 2 * c.n_kv_heads * c.head_dim + 2 * c.hidden_dim  # q, result, o, down; k, v; gate, up
+    for adapter in lora.adapters(model.model.layers[0]).values():
+        made += adapter.r + adapter.lora_B.out_features
+    return size * made
 
 
 def kept_in_layer(model: Llama, section, fused: bool) -> int:
     """Bytes that a layer keeps of each token for its gradient: inputs of what is trained, factors of
-    products. The residual stream stays in float32, matrix products are in bfloat16 (4 and 2 bytes)."""
+    products. The residual stream is as wide as the weights; matrix products are in bfloat16 (2 bytes)."""
     c = model.config
-    size = 2 if section.bf16 else 4
+    wide = 2 if section.state_dtype == "bfloat16" else 4
+    size = 2 if section.bf16 else wide
     adapters = lora.adapters(model.model.layers[0])
     reads = {name.partition(".")[2]: m.r * size for name, m in adapters.items()}
     if not adapters:  # frozen layers need not keep their input; those that learn, and adapters, do
         reads = dict.fromkeys("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(), 0)
 
     def inputs(*names: str) -> int:
-        """Of layers that read the same normalized states: float32 is shared, each makes its own bfloat16."""
+        """Of layers that read the same normalized states: each makes its own bfloat16 of float32."""
         count = sum(name in reads for name in names)
-        return c.dim * (2 * count if section.bf16 else 4 * min(count, 1))
+        return c.dim * (size * count if size < wide else size * min(count, 1))
 
-    norms = 2 * (4 * c.dim + 4) + (0 if adapters else 2 * 4 * c.dim)  # x, 1 / rms; normalized x
+    norms = 2 * (4 * c.dim + 4) + (0 if adapters else 2 * wide * c.dim)  # x, 1 / rms; normalized x
     heads = (
         size * 2 * (c.dim + c.n_kv_heads * c.head_dim) + 4 * c.n_heads
     )  # q, k, v, the result; logarithms of softmax's sums
@@ -234,18 +248,51 @@ def describe(title: str, config, gpus: int, gpu: str, mfu: float) -> str:
     lines += ["", f"{'GiB on each GPU':20}" + "".join(f"{part:>12}" for part in Memory._fields)]
     able = []
     for name, (section, model) in stages.items():
-        today = memory(model, section, gpus)
-        lines.append(row(name, today, card))
-        if gpus > 1:
-            lines.append(row("  sharded *", memory(model, section, gpus, sharded=True), card))
-        recomputed = memory(model, section, gpus, sharded=True, recomputed=True)
-        lines.append(row("  and recomputed *" if gpus > 1 else "  recomputed *", recomputed, card))
-        found = ", ".join(other for other in GPUS if today.fits(GPUS[other]))
-        able.append(f"{name:8}fits today on {gpus} of: {found or 'no GPU of this table'}")
-    lines += ["", "Today every GPU holds the whole model. * is not written yet: only estimated."]
+        found = place(name, model, section, gpus, card)
+        lines.append(row(f"{name}, {found.how}", found))
+        if not found.fits:
+            lines += remedy(name, model, section, gpus, card)
+        cards = [other for other in GPUS if place(name, model, section, gpus, GPUS[other]).fits]
+        able.append(f"{name:8}fits on {gpus} of: {', '.join(cards) or 'no GPU of this table'}")
     return "\n".join([*lines, "", *able])
 
 
-def row(title: str, found: Memory, card: Gpu) -> str:
-    numbers = "".join(f"{part / GIB:>12.2f}" for part in found)
-    return f"{title:20}{numbers}  {'fits' if found.fits(card) else 'does not fit'}"
+class Place(NamedTuple):
+    """How a stage lies on its GPUs."""
+
+    how: str
+    memory: Memory
+    fits: bool
+
+
+def place(name: str, model: Llama, section, gpus: int, card: Gpu) -> Place:
+    """As training/shard.py decides it when the stage begins."""
+    try:
+        divided = shard.is_to_divide(name, model, section, gpus, card.memory * GIB)
+    except ValueError:  # it is refused
+        divided = gpus > 1 and section.sharding != "ddp"
+        return Place("divided" if divided else "whole", memory(model, section, gpus, divided=divided), False)
+    found = memory(model, section, gpus, divided=divided)
+    return Place("divided" if divided else "whole", found, found.peak + ROOM <= card.memory * GIB)
+
+
+def remedy(name: str, model: Llama, section, gpus: int, card: Gpu) -> list[str]:
+    """The row of the first change of the section that makes it fit, if one does."""
+    most = section.batch_size // gpus  # one document at a time
+    for accumulate in (section.accumulate, *(2**i for i in range(most.bit_length())), most):
+        for state_dtype in (section.state_dtype, "bfloat16"):
+            for checkpointing in (section.checkpointing, "selective", "block"):
+                changes = {"checkpointing": checkpointing, "accumulate": accumulate}
+                changes["state_dtype"] = state_dtype
+                changed = dataclasses.replace(section, **changes)
+                found = place(name, model, changed, gpus, card)
+                if found.fits:
+                    new = {key: value for key, value in changes.items() if value != getattr(section, key)}
+                    flags = " ".join(f"--{name}.{key} {value}" for key, value in new.items())
+                    return [row("  and, as below", found), f"    {flags}"]
+    return []
+
+
+def row(title: str, found: Place) -> str:
+    numbers = "".join(f"{part / GIB:>12.2f}" for part in found.memory)
+    return f"{title:20}{numbers}  {'fits' if found.fits else 'does not fit'}"

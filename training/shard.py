@@ -118,9 +118,16 @@ def divided(
 
 
 def is_sharded(name: str, model: nn.Module, section: Sharding, device: torch.device) -> bool:
-    """Whether the model, real or on meta, is to be divided. ValueError if it does not fit, whole or divided:
-    activations come on top. section: with `accumulate`, as training/loop.py's."""
-    ranks = world_size()
+    """Whether the model, real or on meta, is to be divided among the processes of this run. ValueError if it
+    does not fit. section: with `accumulate` and `bf16`, as training/loop.py's."""
+    return is_to_divide(name, model, section, world_size(), memory(device), device.type == "cuda")
+
+
+def is_to_divide(
+    name: str, model: nn.Module, section: Sharding, ranks: int, room: int, on_gpu: bool = True
+) -> bool:
+    """Whether a model is to be divided among `ranks` processes with `room` bytes each. ValueError if it does
+    not fit, whole or divided: activations come on top."""
     size = 2 if section.state_dtype == "bfloat16" else 4
     frozen, trained = 0, 0
     for p in model.parameters():
@@ -129,19 +136,19 @@ def is_sharded(name: str, model: nn.Module, section: Sharding, device: torch.dev
     state = frozen + 4 * trained  # weights, gradients, AdamW's two averages
     whole = state + trained * (ranks > 1)  # the buffers in which DDP exchanges gradients
     waiting = 4 * trained // size * (section.accumulate > 1)  # see gradients_exchanged
-    room = memory(device)
     sharded = ranks > 1 and (section.sharding == "fsdp" or section.sharding == "auto" and 2 * whole > room)
-    copy = (frozen + trained) // size * (2 if section.bf16 and device.type == "cuda" else size)
+    copy = (frozen + trained) // size * (2 if section.bf16 and on_gpu else size)
     reading = (state - trained) / ranks + copy  # without gradients, but with all of the model: see gathered
     needed = max(state / ranks + waiting, reading) if sharded else whole
     if needed <= room:
         return sharded
-    least = math.ceil(state / max(0.8 * room - max(waiting, copy), 1))
-    advice = [f"take {least} processes or more, each with memory of its own"]
+    left = 0.8 * room - max(waiting, copy)  # for what is divided
+    advice = [f"take {math.ceil(state / left)} processes or more, each with memory of its own"] * (left > 0)
     if sharded and waiting:
-        advice = [*advice * (waiting < 0.8 * room), "set accumulate = 1"]
+        advice = [*advice, "set accumulate = 1"]
     elif ranks > 1 and not sharded:
-        advice = [f'set {name}.sharding = "fsdp"' + f" and {advice[0]}" * (ranks < least)]
+        more = f" and {advice[0]}" if left > 0 and ranks < state / left else ""
+        advice = [f'set {name}.sharding = "fsdp"{more}']
     advice.append('state_dtype = "bfloat16"' if size == 4 else "a smaller model")
     raise ValueError(
         f"{name}: weights, gradients and moments take {needed / 2**30:.3g} GiB on each of {ranks} "
