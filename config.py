@@ -259,15 +259,26 @@ def leave_end_to_parent():
 
 @contextlib.contextmanager
 def deaf_to_ctrl_c() -> Iterator[None]:
-    """A process started inside leaves Ctrl-C to its parent, from its first moment on (but on Windows)."""
-    if threading.current_thread() is not threading.main_thread():
+    """A process started inside leaves Ctrl-C to its parent, from its first moment on (but on Windows). One
+    that comes meanwhile is heard afterwards: if it were ignored, nobody would hear it."""
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    came: list[int] = []
+    # Processes that are started inherit what is blocked, but no handler. Other threads of this process still
+    # hear it, and Python then calls the handler.
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    can_block = hasattr(signal, "pthread_sigmask")
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if can_block else None
     try:
         yield
     finally:
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def end_with_parent() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,6 +267,33 @@ def test_signals_end_it_with_a_line(when, number, code, said):
     _, complaint = process.communicate(timeout=15)
     assert process.returncode == code and "Traceback" not in complaint
     assert complaint.splitlines()[-1].startswith(said) and complaint.count(said) == 1
+
+
+SLEEPER = "import time; print('here', flush=True); time.sleep(60)"
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows sends it to all")
+def test_a_ctrl_c_while_a_process_is_started_is_heard_by_its_parent_alone():
+    lines = (
+        "import subprocess",
+        "try:",
+        "    with config.deaf_to_ctrl_c():",
+        f"        child = subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], stdout=subprocess.PIPE)",
+        "        child.stdout.readline()",
+        "        print('ready', flush=True)",
+        "        sys.stdin.readline()",
+        "    time.sleep(20)",
+        "finally:",
+        "    print(child.poll(), flush=True)",
+        "    child.kill()",
+    )
+    process = program("\n    ".join(lines), stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to both
+    time.sleep(0.2)
+    output, complaint = process.communicate("go on\n", timeout=15)
+    assert (output, process.returncode) == ("None\n", 130)
+    assert complaint.splitlines()[-1].startswith("interrupted; ")
 
 
 def test_of_many_ranks_one_says_that_they_were_terminated():
