@@ -13,7 +13,8 @@ replaces the scores.
                              the spoken one by standard prompting (Table 2)
     spoken                   the spoken reply against its own text, and against the right answer
     t2u                      the text-to-unit generator and the vocoder (§3.2), if the model has a generator
-    bits                     -log2 p of the next unit of held-out speech (eq. 3), after all stages and stage 1
+    bits                     -log2 p of the next unit of held-out speech (eq. 3), after all stages and
+                             after stage 1; and of a second of that speech
     first                    seconds from typing `python sample.py question.wav` to the reply's waveform
     asr, answer .unheard     of voices that no training heard, the worst of them, in noise and by telephone:
                              of a --corpus of voices, or of voices/ next to the model (evaluation/voices.py)
@@ -316,8 +317,8 @@ def ask_all(
     takes: int | None,
     kept: Kept,
     problems: list[str],
-) -> tuple[list[Item], list[list[int]], list[Spoken]]:
-    """Returns every scored output, the held-out speech as units, and all spoken replies.
+) -> tuple[list[Item], list[tuple[list[int], list[int]]], list[Spoken]]:
+    """Returns every scored output, the held-out speech as (units, durations), and all spoken replies.
 
     Of each split, n recordings are transcribed and n questions answered in text; half as many are
     resynthesized, read aloud, answered in speech and by standard prompting, since transcribing speech output
@@ -358,7 +359,7 @@ def ask_all(
     for rows, replies, recognized in talks:
         texts = [""] * len(rows) if recognized.exception() else recognized.result()
         spoken += zip(rows, replies, texts)
-    return items, [units for units, _ in encoded["heldout"]], spoken
+    return items, encoded["heldout"], spoken
 
 
 # ---- The whole evaluation ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
 
@@ -35,6 +36,7 @@ class Run:
     seed: int
     device: torch.device
     workers: int = 0  # processes that prepare batches while a GPU computes
+    tensorboard: bool = False  # metrics are written for it, too
 
     def __post_init__(self):
         if self.workers:
@@ -92,6 +94,12 @@ def check_workers(workers: int):
             f"workers is {workers}, but there is no shared memory to hand batches over; use --workers 0, or "
             "mount /dev/shm (docker run --shm-size 2g)"
         ) from None
+
+
+def need_tensorboard():
+    """ValueError, one line, before anything is done, if TensorBoard is not installed."""
+    if not find_spec("tensorboard"):
+        raise ValueError("--tensorboard true needs the package tensorboard: pip install tensorboard")
 
 
 def rank() -> int:
@@ -350,10 +358,11 @@ def progress(total: int, start: int = 0, title: str = "", **kwargs) -> tqdm:
 
 class Metrics:
     """One JSON line a step. Opened again at `step`, the lines from there on (a killed run's) are dropped
-    first."""
+    first. With `tensorboard` a folder of the same name beside it has the numbers for TensorBoard."""
 
-    def __init__(self, path: str | Path, step: int = 0):
+    def __init__(self, path: str | Path, step: int = 0, tensorboard: bool = False):
         self.path = Path(path)
+        self.board = None
         if rank() > 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,12 +375,21 @@ class Metrics:
                 except (ValueError, KeyError, TypeError):  # the half line of a killed run
                     continue
         write_atomic(self.path, "".join(kept).encode())
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def write(self, **numbers: float | str):
+            folder = self.path.parent / "tensorboard" / self.path.stem
+            self.board = SummaryWriter(folder, purge_step=step or None)
+
+    def write(self, step: int, **numbers: float | str):
         if rank() > 0:
             return
+        if self.board:
+            for key, value in numbers.items():
+                if isinstance(value, float | int):
+                    self.board.add_scalar(key, value, step)
         for key, value in numbers.items():
             if isinstance(value, float) and not math.isfinite(value):
                 numbers[key] = None  # JSON has no NaN
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(numbers) + "\n")
+            file.write(json.dumps({"step": step} | numbers) + "\n")

@@ -60,7 +60,7 @@ from files import locked
 from generate import Decoding, generate
 from kmeans import KMeans
 from llama import Llama, LlamaConfig
-from run import Run, barrier, init_distributed, rank, together, world_size
+from run import Metrics, Run, barrier, init_distributed, need_tensorboard, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
 from training import bases, forecast, foreign_units, plan, reading, shard
@@ -156,6 +156,7 @@ class Config:
     seed: Whole = 0
     device: str = "auto"
     workers: Whole = 0  # processes that prepare batches (not on Windows); for a GPU, 2 to 4
+    tensorboard: bool = False  # metrics for TensorBoard, too, in out/metrics/tensorboard
     parallel_stages: bool = True  # on a CPU, run independent stages in pairs, half of the cores each
     # A LLaMA folder to start from; stage text is then skipped. A SpeechGPT folder (llama/ and hubert/) has
     # its own units: their embeddings (and the vocoder's) are mapped to this run's units
@@ -222,18 +223,29 @@ def train_language(name: str, run: Run, config: Config):
     batch_at = batches.documents(
         document_at, section.batch_size, section.max_len, section.accumulate, rank(), world_size()
     )
-    weight = token_weights(model, tok, section.unit_weight).to(run.device)
-
-    def loss(model: Llama, batch) -> Loss:
-        ids, mask, positions, docs = batch
-        total, weights = llama.next_token_losses(model, ids, mask, positions, docs, weight)  # eq. 3 and 4
-        return Loss(total, weights, (docs >= 0).sum(), {})
-
+    loss = language_loss(token_weights(model, tok, section.unit_weight).to(run.device))
     probe = held_out_probe(run, section, tok, model, loss, held_out)
     optimize(run, name, run.state(name), model, loss, batch_at, section, probe, base.fill)
     if checkpoint.takes_part(model):
         LANGUAGE[name].save(run, config, model, tok)
     barrier()
+
+
+def language_loss(weight: torch.Tensor) -> Callable:
+    """weight (V,): how much each token counts. Besides the loss: which share of what was read is padding, and
+    how long the document is that a token is in, on average."""
+
+    def loss(model: Llama, batch) -> Loss:
+        ids, mask, positions, docs = batch
+        total, weights = llama.next_token_losses(model, ids, mask, positions, docs, weight)  # eq. 3 and 4
+        read = docs >= 0
+        tokens = read.sum()
+        squares = ((2 * positions + 1) * read).sum()  # 1 + 3 + 5 + ...: of each document its length squared
+        places = torch.full_like(tokens, docs.numel())
+        shares = {"padding": (places - tokens, places), "length": (squares, tokens)}
+        return Loss(total, weights, tokens, shares)
+
+    return loss
 
 
 def token_weights(model: Llama, tok: Tokenizer, unit_weight: float) -> torch.Tensor:
@@ -324,7 +336,7 @@ def vocoder_stage(run: Run, config: Config):
         datasets(run.corpus, rows),
         out=run.model / "vocoder",
         work=work,
-        metrics=run.metrics / "vocoder.jsonl",
+        metrics=partial(Metrics, run.metrics / "vocoder.jsonl", tensorboard=run.tensorboard),
         device=run.device,
         kmeans=kmeans,
         initial=initial,
@@ -541,7 +553,9 @@ def main():
     config = read(known.config, Config, flags)
     out = Path(config.out)
     corpus = out / "corpus" if config.corpus.name == "tiny" else Path(config.corpus.name)
-    run = Run(out, corpus, config.seed, find_device(config.device), config.workers)
+    if config.tensorboard:
+        need_tensorboard()
+    run = Run(out, corpus, config.seed, find_device(config.device), config.workers, config.tensorboard)
     names = (stage,) if stage else tuple(STAGES)
     with locked(out) if rank() == 0 else contextlib.nullcontext():
         if "evaluate" in names and not known.check:

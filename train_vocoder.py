@@ -114,7 +114,7 @@ def train(
     recordings: dict[str, CodeDataset],
     out: Path,
     work: Path,
-    metrics: Path,
+    metrics: Callable[[int], run.Metrics],
     device: torch.device,
     kmeans: KMeans | None = None,
     initial: UnitVocoder | None = None,
@@ -122,7 +122,7 @@ def train(
     """Trains on recordings["train"]; writes config.json and generator.safetensors to `out`.
 
     The folder `work` holds the training state, from which an interrupted run continues, and samples of
-    held-out speech; losses go to the JSON-lines file `metrics`. Ours: `kmeans` initializes the embeddings of
+    held-out speech; losses go to metrics(first step). Ours: `kmeans` initializes the embeddings of
     the units from its centers (LOG.md has what it is worth); `initial` is a generator to start from."""
     dataset = recordings["train"]
     held_out = recordings["heldout"]
@@ -152,7 +152,7 @@ def train(
     total = stage.frame_steps + stage.steps
     meta = resume(state, modules, optimizers, settings, total) if checkpoint.has_training(state) else {}
     done = meta.get("step", 0)
-    log = run.Metrics(metrics, done)
+    log = metrics(done)
     skipped = SkippedSteps("vocoder", meta)
     formats = meta["bf16"] if isinstance(meta.get("bf16"), dict) else {}  # of each loop
 
@@ -451,7 +451,8 @@ def main():
     data = datasets(corpus, rows)
     out = config.folder(options.out)
     work = Path(f"{out}.training")
-    train(options.vocoder, options.vocoder_model, data, out, work, work / "metrics.jsonl", device, kmeans)
+    metrics = partial(run.Metrics, work / "metrics.jsonl")
+    train(options.vocoder, options.vocoder_model, data, out, work, metrics, device, kmeans)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ VOICE_MEASURES = (  # of a corpus of voices (evaluation/voices.py)
     ),
     Measure("answer.heard", "spoken question, other engines trained on", wer=False, per_split=False),
 )
-OTHER_ROWS = ("bits", "bits.1", "first", "first.factor")  # not computed from items
+OTHER_ROWS = ("bits", "bits.1", "bits.second", "first", "first.factor")  # not computed from items
 OTHER_ROWS += ("asr.unheard.worst", "asr.unheard.loss", "answer.unheard.worst", "answer.unheard.loss")
 
 
@@ -373,14 +373,20 @@ def ngram_bits(train: list[list[int]], test: list[list[int]], n_units: int) -> d
     return {"unigram": -np.log2(unigram).mean().item(), "bigram": -np.log2(bigram).mean().item()}
 
 
-def bits_rows(models: dict, speech: list[list[int]], train: list[list[int]]) -> list[Row]:
-    """Bits per unit of `speech`; models: row's key -> model, as in `unit_bits`."""
+def bits_rows(models: dict, speech: list[tuple[list[int], list[int]]], train: list[list[int]]) -> list[Row]:
+    """Bits per unit of `speech`, (units, durations in frames) of each recording, and per second of it, which
+    does not depend on how many units there are. models: row's key -> model, as in `unit_bits`."""
     names = {"bits": "bits per unit of held-out speech", "bits.1": "the same after stage 1"}
+    units = [units for units, _ in speech]
+    seconds = [sum(durations) * audio.HOP / audio.RATE for _, durations in speech]
     rows = []
     for key, model in models.items():
-        value, low, high = ratio(unit_bits(model, speech))
-        baseline = ngram_bits(train, speech, model.tok.n_units)
-        rows.append(Row(key, names[key], value, low, high, len(speech), "bits", baseline))
+        counts = unit_bits(model, units)
+        baseline = ngram_bits(train, units, model.tok.n_units)
+        rows.append(Row(key, names[key], *ratio(counts), len(units), "bits", baseline))
+        if key == "bits":
+            a_second = ratio([(bits, time) for (bits, _), time in zip(counts, seconds)])
+            rows.append(Row("bits.second", "bits per second of it", *a_second, len(units), "bits"))
     return rows
 
 

@@ -25,6 +25,7 @@ from data import audio
 from evaluation.measures import MEASURES, VOICE_GROUPS, VOICE_MEASURES, Item, Row, score, select
 from files import harmless, read_json, write_atomic, write_json, write_jsonl
 from request import Reply
+from training.meters import COSTS
 
 # ---- Files -------------------------------------------------------------------------------------------------
 
@@ -247,7 +248,7 @@ def write_report(
 
 # ---- Training curves ---------------------------------------------------------------------------------------
 
-NOT_DRAWN = ("step", "lr", "grad_norm", "tokens_per_s")
+NOT_DRAWN = ("step", "lr", "grad_norm", "padding", "length", *COSTS)
 Curves = dict[str, list[tuple[float, float]]]  # name of a number -> (step, value)
 
 

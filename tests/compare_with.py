@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(tempfile.gettempdir()) / "speechgpt-compare"
 TIMES = {"tokens_per_s", "seconds", "finished"}  # keys of metrics and tables that no two runs share
+TIMES |= {"tokens_per_s_each", "wait", "peak_gib", "mfu", "padding", "length"}
 TIMED_ROWS = {"first", "first.factor"}  # of the report
 FILES_RENAMED = {r"^ci/corpus/units\.jsonl$": "ci/units.jsonl"}  # a path under out/ then: path now
 FILES_ADDED = {"ci/manifest.jsonl", "ci/dialogues.jsonl", "ci/skipped.jsonl"}  # that were not there then

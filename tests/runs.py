@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from training.meters import COSTS
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -32,4 +34,4 @@ def stages(out: Path, *names: str, flags=()):
 
 def metrics(out: Path, name: str) -> list[dict]:
     lines = [json.loads(line) for line in (out / f"metrics/{name}.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in COSTS} for line in lines]

@@ -13,6 +13,7 @@ from evaluation.measures import (
     Item,
     LookupBaselines,
     Row,
+    bits_rows,
     check_targets,
     count_reached,
     ngram_bits,
@@ -145,6 +146,13 @@ def test_unit_bits_equal_the_sum_one_by_one():
         expected -= math.log2(model.logits(ids)[-1].softmax(-1)[5 + unit].item())
         ids.append(5 + unit)
     assert n == 4 and math.isclose(bits, expected, rel_tol=1e-5)
+
+
+def test_bits_are_counted_by_unit_and_by_second():
+    model, speech = OnlyLogits(), [([4, 0, 7], [10, 20, 20]), ([2, 1], [25, 25])]  # a second each
+    rows = {row.key: row.value for row in bits_rows({"bits": model, "bits.1": model}, speech, [[1, 2]])}
+    assert rows.keys() == {"bits", "bits.1", "bits.second"}
+    assert rows["bits.second"] * 2 == pytest.approx(rows["bits"] * 5)
 
 
 def test_measures_are_not_mixed_up():

@@ -24,7 +24,7 @@ from data import batches
 from llama import Llama, LlamaConfig, PackedAttention, rope_table
 from run import Run
 from tokenizer import Tokenizer
-from training import before, loop, plan, shard
+from training import before, loop, meters, plan, shard
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -91,10 +91,10 @@ def test_flops_are_those_of_the_matrices_and_of_attention():
     model = Llama(c)
     layer = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 40
     attention = 12 * 2 * 16 * 50
-    assert plan.flops(model, 50) == 6 * (2 * layer + 1600) + attention
-    assert plan.matrices(model) == sum(p.numel() for p in model.parameters() if p.ndim == 2) - 1600
+    assert meters.flops(model, 50) == 6 * (2 * layer + 1600) + attention
+    assert meters.matrices(model) == sum(p.numel() for p in model.parameters() if p.ndim == 2) - 1600
     lora.apply(model, 3, 1, ["q_proj"])
-    assert plan.flops(model, 50) == 4 * (2 * layer + 1600) + 6 * 2 * 2 * 3 * 16 + attention
+    assert meters.flops(model, 50) == 4 * (2 * layer + 1600) + 6 * 2 * 2 * 3 * 16 + attention
 
 
 # ---- Memory: counted against measured ----------------------------------------------------------------------

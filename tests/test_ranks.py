@@ -118,7 +118,9 @@ def test_many_processes_and_micro_batches_learn_what_one_learns(
         )  # the same documents and masks
         for one, many in (first, *rest):
             assert one.keys() == many.keys()
-            for key in one:  # of a thousand guesses, one may be a tie; 1.2e-4 was seen of a gradient's norm
+            # Smaller rows have other padding. Of a thousand guesses, one may be a tie; 1.2e-4 was seen of a
+            # gradient's norm.
+            for key in one.keys() - {"padding"}:
                 assert one[key] == pytest.approx(
                     many[key],
                     rel=5e-4 if key == "grad_norm" else 1e-5 if key == "loss" else 1e-4,

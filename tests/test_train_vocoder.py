@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from data import audio
 from data.codes import CodeDataset, datasets
 from data.units import read_units
 from hubert import KMeans
+from run import Metrics
 from train_vocoder import VocoderStage, train
 from training import precision
 from vocoder import UnitVocoder, VocoderConfig
@@ -111,7 +113,7 @@ def learn(corpus: Path, out: Path, stage: dict | None = None, model: dict | None
         recordings(corpus),
         out,
         Path(f"{out}.training"),
-        Path(f"{out}.training/metrics.jsonl"),
+        partial(Metrics, Path(f"{out}.training/metrics.jsonl")),
         torch.device("cpu"),
         **options,
     )
@@ -171,7 +173,7 @@ def test_metrics_go_where_they_are_wanted_while_it_runs(corpus, tmp_path, monkey
         recordings(corpus),
         tmp_path / "out",
         tmp_path / "state",
-        metrics,
+        partial(Metrics, metrics),
         torch.device("cpu"),
     )
     assert written == [2, 4]

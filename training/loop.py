@@ -23,7 +23,6 @@ References: AdamW, Loshchilov & Hutter 2019, arXiv:1711.05101; schedule and beta
 
 import contextlib
 import math
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 from config import Amount, BatchSize, Count, Share, Whole, leave_end_to_parent, told_to_end
 from run import Metrics, Run, all_reduce_sum, autocast, cosine, progress, rank, world_size
 from training import shard, states
+from training.meters import Meters
 from training.muon import Muon
 from training.precision import choose_bf16
 
@@ -115,7 +115,8 @@ def optimize(
     optimizers = make_optimizers(trained, section, device)
     meta = states.load(folder, trained, optimizers, section.steps)
     first = meta.get("step", 0)
-    metrics = Metrics(run.metrics / f"{name}.jsonl", first)
+    metrics = Metrics(run.metrics / f"{name}.jsonl", first, run.tensorboard)
+    meters = Meters(device, model)
     skipped = SkippedSteps(name, meta)
     steps = torch.utils.data.DataLoader(
         Steps(batch_at, first, section.steps),
@@ -127,8 +128,7 @@ def optimize(
     )
 
     with progress(section.steps, first, name) as bar, told_of_memory(advice), told_to_end() as is_told:
-        began = time.perf_counter()
-        for step, micro_batches in enumerate(steps, first):
+        for step, micro_batches in enumerate(meters.waiting(steps), first):
             if isinstance(micro_batches, Exception):
                 raise micro_batches
             torch.manual_seed(zlib.crc32(f"{run.seed} {name} {step} {rank()}".encode()))
@@ -164,10 +164,9 @@ def optimize(
                     optimizer.zero_grad(set_to_none=True)
 
             # ---- report, probe, save
-            speed = tokens / (time.perf_counter() - began)  # tokens (or frames) read
-            began = time.perf_counter()
+            cost = meters.read(tokens, numbers.get("length"))
             bar.update()
-            shown = f"loss {numbers['loss']:.3f}, {speed:,.0f} tokens/s{skipped.shown}"
+            shown = f"loss {numbers['loss']:.3f}, {cost['tokens_per_s']:,.0f} tokens/s{skipped.shown}"
             bar.set_postfix_str(shown, refresh=False)
             if (step + 1) % section.eval_every == 0 or step + 1 == section.steps:
                 model.eval()
@@ -178,10 +177,10 @@ def optimize(
                 shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
                 if rank() == 0:
                     bar.write(f"{name}, step {step + 1}: {shown}{skipped.shown}{sample}")
-                began = time.perf_counter()
+                meters.begin()
             if not is_good:
                 numbers["skipped"] = skipped.total
-            metrics.write(step=step, lr=lr, grad_norm=norm, tokens_per_s=speed, **numbers)
+            metrics.write(step=step, lr=lr, grad_norm=norm, **cost, **numbers)
             if (step + 1) % section.save_every == 0 or told:
                 meta = {"step": step + 1, "bf16": bf16} | skipped.meta
                 states.save(folder, trained, optimizers, meta, section.keep)

@@ -30,23 +30,8 @@ from llama_formats import read_config
 from training import foreign_units, shard
 from training.before import LANGUAGE
 from training.loop import check_ranks
+from training.meters import GIB, GPUS, Gpu, flops, matrices
 
-
-class Gpu(NamedTuple):
-    flops: float  # a second: dense products in bfloat16, as its maker states them
-    memory: int  # GiB
-
-
-GPUS = {
-    "A100-40GB": Gpu(312e12, 40),
-    "A100-80GB": Gpu(312e12, 80),
-    "H100": Gpu(989e12, 80),
-    "H100-PCIe": Gpu(756e12, 80),
-    "H100-NVL": Gpu(835e12, 94),
-    "H200": Gpu(989e12, 140),
-    "RTX-4090": Gpu(165e12, 24),
-}
-GIB = 2**30
 ROOM = 2 * GIB  # kept free for CUDA, NCCL and fragmentation: assumed, not measured
 MARKERS = 6  # <sosp> <eosp> [Human] [SpeechGPT] <eoh> <eoa>: the vocabulary has them beside pieces and units
 
@@ -100,20 +85,6 @@ def parts(model: Llama) -> Counter:
 
 def trained(model: Llama) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def matrices(model: Llama) -> int:
-    """Weights that multiply: not the embedding, which is looked up, nor the norms. Adapters do not count."""
-    c = model.config
-    attention = 2 * c.dim * c.dim + 2 * c.dim * c.n_kv_heads * c.head_dim
-    return c.n_layers * (attention + 3 * c.dim * c.hidden_dim) + c.dim * c.vocab_size
-
-
-def flops(model: Llama, length: int) -> int:
-    """Of a training step, for each token of documents of `length` tokens."""
-    adapters = sum(p.numel() for p in lora.parameters(model))
-    attention = 12 * model.config.n_layers * model.config.dim * length
-    return (4 if adapters else 6) * matrices(model) + 6 * adapters + attention
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------
