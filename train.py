@@ -124,6 +124,7 @@ class LoraSection:
     r: lora.Rank = 8
     alpha: Annotated[float, Limits(0, 1e6)] = 16.0
     dropout: Share = 0.0
+    int8: bool = False  # the frozen model's matrices take a byte per weight
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 
 

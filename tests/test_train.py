@@ -146,7 +146,7 @@ def test_a_mistaken_number_ends_train_before_anything_begins(tmp_path):
 
 
 def test_stage_3_speaks_as_recorded_without_a_text_to_unit_generator(grown):
-    stages(grown, "2", "t2u", "3", flags=["--stage3.speech", "recorded"])
+    stages(grown, "2", "t2u", "3", flags=["--stage3.speech", "recorded", "--lora.int8", "true"])
     assert metrics(grown, "stage3") and not (grown / "t2u.jsonl").exists()
     wrong = train("configs/ci.toml", "--out", grown, "--stage", "3", "--stage3.speech", "synthetic")
     assert wrong.returncode == 1 and "'speech': choose 't2u' or 'recorded', found 'synthetic'" in wrong.stderr
