@@ -93,7 +93,7 @@ def one_process(taught, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "accumulate, ranks, sharding",
     [
-        (1, 4, "ddp"),
+        pytest.param(1, 4, "ddp", marks=pytest.mark.slow),
         (3, 2, "fsdp"),  # six pieces of 32: of unequal size
         pytest.param(4, 1, "auto", marks=pytest.mark.slow),
         pytest.param(1, 2, "ddp", marks=pytest.mark.slow),
