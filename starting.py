@@ -36,3 +36,26 @@ def end_at_once(number: int, frame):
     line, code = (INTERRUPTED, 130) if number == signal.SIGINT else (TERMINATED, 143)
     os.write(2, f"\n{line}\n".encode())
     os._exit(code)
+
+
+class signals_held:
+    """Signals that come inside are heard at the end. Code that C calls back (soundfile reads and writes files in
+    memory so) would lose what they raise, and take the file for a damaged one."""
+
+    def __enter__(self):
+        self.came: list[int] = []
+        self.before = {}
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            number = getattr(signal, name, None)
+            if number is not None and callable(handler := signal.getsignal(number)):
+                try:
+                    signal.signal(number, lambda number, frame: self.came.append(number))
+                except ValueError:  # in another thread than the first, which hears none
+                    return
+                self.before[number] = handler
+
+    def __exit__(self, *problem):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        for number in self.came:
+            signal.raise_signal(number)
