@@ -22,6 +22,9 @@ def starting():
     if not os.environ.get("DEBUG"):
         # Of a connection that is lost torch would print what its functions are called, thirty lines.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # When a process was killed, Python's own helper would have the last word, about semaphores.
+        quiet = ["ignore::UserWarning:multiprocessing.resource_tracker"]
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *quiet]))
         on_signal(signal.SIGINT, signal.default_int_handler, end_at_once)
         on_signal(signal.SIGTERM, signal.SIG_DFL, end_at_once)
 
@@ -39,8 +42,8 @@ def end_at_once(number: int, frame):
 
 
 class signals_held:
-    """Signals that come inside are heard at the end. Code that C calls back (soundfile reads and writes files in
-    memory so) would lose what they raise, and take the file for a damaged one."""
+    """Signals that come inside are heard at the end. Python that C calls back, as soundfile does for files in
+    memory, would lose what they raise, and the file would be taken for a damaged one."""
 
     def __enter__(self):
         self.came: list[int] = []
