@@ -408,6 +408,7 @@ def check_weight(place: str, tensor: Tensor, weight: Tensor, dtype: torch.dtype 
 #
 #     generator.conv.weight                a weight or buffer
 #     adamw.exp_avg.generator.conv.weight  what an optimizer keeps for that weight: here its first moment
+#     adamw.untouched.critic.bias          it keeps nothing yet: no step has changed that weight
 #     "state"                              JSON: the step, and what else the caller wants to find again
 #     "tensors"                            how many there are
 #
@@ -415,6 +416,7 @@ def check_weight(place: str, tensor: Tensor, weight: Tensor, dtype: torch.dtype 
 
 Modules = dict[str, nn.Module | dict[str, nn.Parameter]]
 Optimizers = dict[str, torch.optim.Optimizer]
+UNTOUCHED = "untouched"
 
 
 def save_training(path: str | Path, modules: Modules, optimizers: Optimizers, meta: dict) -> None:
@@ -430,9 +432,13 @@ def training_tensors(modules: Modules, optimizers: Optimizers) -> dict[str, Tens
     weights = named_weights(modules, optimizers)
     tensors = dict(weights)
     for name, optimizer in optimizers.items():
+        mine = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         for key, weight in weights.items():
-            for slot, value in _tensors(optimizer.state.get(weight, {})).items():
+            kept = _tensors(optimizer.state.get(weight, {}))
+            for slot, value in kept.items():
                 tensors[f"{name}.{slot}.{key}"] = value
+            if not kept and id(weight) in mine:
+                tensors[f"{name}.{UNTOUCHED}.{key}"] = torch.ones(1, dtype=torch.uint8)
     return tensors
 
 
@@ -568,7 +574,7 @@ def _fit(tensors: dict[str, Tensor], weights: dict[str, Tensor], kept: dict[str,
     for name, slots_of in kept.items():
         for weight, slots in slots_of.items():
             names = {slot: f"{name}.{slot}.{keys[id(weight)]}" for slot in slots}
-            if not any(key in left for key in names.values()):
+            if left.pop(f"{name}.{UNTOUCHED}.{keys[id(weight)]}", None) is not None:
                 continue
             states[name][weight] = {}
             for slot, small in slots.items():

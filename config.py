@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple, NoReturn
 
 from files import harmless, show
-from starting import INTERRUPTED, TERMINATED, end_at_once, on_signal
+from starting import INTERRUPTED, TERMINATED, end_at_once, on_signal, signals_held
 
 MOST_BYTES = 65_536  # of a config file; an honest one has 5 kB
 MOST_COLUMNS = 4096  # of a line in it: the time that tomllib takes is the square of a dotted key's length
@@ -265,20 +265,16 @@ def deaf_to_ctrl_c() -> Iterator[None]:
     if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
     # Processes that are started inherit what is blocked, but no handler. Other threads of this process still
     # hear it, and Python then calls the handler.
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     can_block = hasattr(signal, "pthread_sigmask")
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if can_block else None
-    try:
-        yield
-    finally:
-        if can_block:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
-    if came:
-        signal.raise_signal(signal.SIGINT)
+    with signals_held():
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if can_block else None
+        try:
+            yield
+        finally:
+            if can_block:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def end_with_parent() -> None:

@@ -491,7 +491,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer for inference with one byte per weight: W[i, j] = scale[i] * weight[i, j]."""
+    """A frozen linear layer with one byte per weight: W[i, j] = scale[i] * weight[i, j]."""
 
     def __init__(self, W: Tensor):
         super().__init__()
@@ -504,6 +504,10 @@ class Int8Linear(nn.Module):
             weight.copy_((rows / scale[:, None]).round())
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:  # adapters before it learn
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            return Int8Product.apply(x, self.weight, self.scale)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= 32 * self.in_features:
             # For a few rows torch has a kernel that multiplies the bytes as they are: 15 times faster than
             # first converting them, and twice as fast as a bf16 matrix. In a long prompt that hardly counts.
@@ -511,3 +515,17 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(flat, self.weight, self.scale.bfloat16())
             return y.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+
+class Int8Product(torch.autograd.Function):
+    """The same, where x has a gradient: what is kept for it are the bytes, not the matrix made of them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        weight, scale = ctx.saved_tensors
+        return (gradient * scale.to(gradient.dtype)) @ weight.to(gradient.dtype), None, None

@@ -22,6 +22,9 @@ def starting():
     if not os.environ.get("DEBUG"):
         # Of a connection that is lost torch would print what its functions are called, thirty lines.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # When a process was killed, Python's own helper would have the last word, about semaphores.
+        quiet = ["ignore::UserWarning:multiprocessing.resource_tracker"]
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *quiet]))
         on_signal(signal.SIGINT, signal.default_int_handler, end_at_once)
         on_signal(signal.SIGTERM, signal.SIG_DFL, end_at_once)
 
@@ -36,3 +39,26 @@ def end_at_once(number: int, frame):
     line, code = (INTERRUPTED, 130) if number == signal.SIGINT else (TERMINATED, 143)
     os.write(2, f"\n{line}\n".encode())
     os._exit(code)
+
+
+class signals_held:
+    """Signals that come inside are heard at the end. Python that C calls back, as soundfile does for files in
+    memory, would lose what they raise, and the file would be taken for a damaged one."""
+
+    def __enter__(self):
+        self.came: list[int] = []
+        self.before = {}
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            number = getattr(signal, name, None)
+            if number is not None and callable(handler := signal.getsignal(number)):
+                try:
+                    signal.signal(number, lambda number, frame: self.came.append(number))
+                except ValueError:  # in another thread than the first, which hears none
+                    return
+                self.before[number] = handler
+
+    def __exit__(self, *problem):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        for number in self.came:
+            signal.raise_signal(number)

@@ -35,6 +35,7 @@ import sentencepiece
 
 from files import write_atomic
 from foreign import Keys, read_table, settings
+from starting import signals_held
 
 # ---- Speech as text ----------------------------------------------------------------------------------------
 
@@ -402,13 +403,14 @@ class Tokenizer:
         model = io.BytesIO()
         lines = (line for text in texts for line in text.splitlines() if line.strip())
         try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines,
-                model_writer=model,
-                vocab_size=vocab_size,
-                user_defined_symbols=template_pieces(),
-                **LLAMA_MODEL,
-            )
+            with signals_held():
+                sentencepiece.SentencePieceTrainer.train(
+                    sentence_iterator=lines,
+                    model_writer=model,
+                    vocab_size=vocab_size,
+                    user_defined_symbols=template_pieces(),
+                    **LLAMA_MODEL,
+                )
         except RuntimeError as error:
             why = " ".join(str(error).split())
             raise ValueError(f"no tokenizer of {vocab_size} pieces: {why}") from error

@@ -66,7 +66,15 @@ from tokenizer import Tokenizer
 from training import bases, forecast, plan, reading, shard
 from training.before import check_before, check_corpus, check_lengths, rows_of
 from training.loop import Loss, Optimization, optimize
-from training.stages import Stage, begun, finished, in_parallel, run_stage, sound_alone
+from training.stages import (
+    Stage,
+    begun,
+    finished,
+    in_parallel,
+    on_half_of_the_cores,
+    run_stage,
+    sound_alone,
+)
 from vocoder import VocoderConfig
 
 # ---- Configuration -----------------------------------------------------------------------------------------
@@ -124,6 +132,7 @@ class LoraSection:
     r: lora.Rank = 8
     alpha: Annotated[float, Limits(0, 1e6)] = 16.0
     dropout: Share = 0.0
+    int8: bool = False  # the frozen model's matrices take a byte per weight
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
@@ -482,12 +491,13 @@ def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextli
     function that raises ValueError if it failed. Without cores to share it runs them first."""
     work = partial(run_some, names, run, config)
     able = run.device.type == "cpu" and world_size() == 1 and torch.get_num_threads() > 1
-    if able and config.parallel_stages and not finished(STAGES, names[-1], run, config):
+    is_shared = able and config.parallel_stages
+    if is_shared and finished(STAGES, names[-1], run, config) is None:
         alone = dataclasses.replace(run, workers=0)  # a background process may have none of its own
         work = partial(run_some, names, alone, config)
         return in_parallel(work, f"stage {' and '.join(names)}", run.state(names[-1]) / "log.txt")
     work()
-    return contextlib.nullcontext(lambda: None)
+    return on_half_of_the_cores() if is_shared else contextlib.nullcontext(lambda: None)
 
 
 def run_all(run: Run, config: Config):

@@ -12,7 +12,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import soxr
 
 from data.containers import NOT_SOUND, Stream, streams
 from files import write_atomic
+from starting import signals_held
 
 RATE = 16000  # samples per second
 WINDOW = 400  # samples in the receptive field of one HuBERT frame: 25 ms
@@ -147,8 +148,12 @@ class _Forward(soundfile.SoundFile):
 @contextmanager
 def _open(path: Path, content: Path | bytes) -> Iterator[_Forward]:
     """The file `path` or a stream of it, opened; what libsndfile cannot read is an error of one line."""
+    in_memory = isinstance(content, bytes)
     try:
-        with _Forward(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+        with (
+            signals_held() if in_memory else nullcontext(),
+            _Forward(io.BytesIO(content) if in_memory else content) as file,
+        ):
             if not 1000 <= file.samplerate <= 400_000:
                 found = file.samplerate
                 raise ValueError(f"{path} has an impossible sample rate: {found} Hz; export it again")
@@ -308,7 +313,7 @@ def save(path: str | Path, wav: np.ndarray, rate: int = RATE) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    soundfile.write(
-        content, samples, rate, "PCM_16", format="FLAC" if path.suffix.lower() == ".flac" else "WAV"
-    )
+    format = "FLAC" if path.suffix.lower() == ".flac" else "WAV"
+    with signals_held():
+        soundfile.write(content, samples, rate, "PCM_16", format=format)
     write_atomic(path, content.getvalue(), sync=False)

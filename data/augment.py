@@ -27,6 +27,7 @@ import soxr
 
 from config import Limits, Share
 from data.audio import HOP, RATE, change_pace_and_pitch
+from starting import signals_held
 
 Decibels = Annotated[float, Limits(-20, 60)]
 Spread = Annotated[float, Limits(0, 0.7)]  # s: a factor is drawn log-uniformly from [e^-s, e^s]
@@ -240,9 +241,10 @@ def encode(wav: np.ndarray, codec: str) -> np.ndarray:
     file = io.BytesIO()
     try:
         there = soxr.resample(wav, RATE, rate).clip(-1, 1)
-        soundfile.write(file, there, rate, subtype, format=format, **worst)
-        file.seek(0)
-        back, rate = soundfile.read(file, dtype="float32")
+        with signals_held():
+            soundfile.write(file, there, rate, subtype, format=format, **worst)
+            file.seek(0)
+            back, rate = soundfile.read(file, dtype="float32")
     except (soundfile.LibsndfileError, ValueError, TypeError):  # TypeError: of an old soundfile
         return mu_law(wav)
     back = soxr.resample(back, rate, RATE)[: len(wav)]

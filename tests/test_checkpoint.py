@@ -515,10 +515,13 @@ DAMAGED_STATES = {
     ),
     "a slot that is not AdamW's": (
         moved("muon.momentum.model.2.weight", "adamw.momentum.model.2.weight"),
-        "place",
+        "muon.momentum.model.2.weight is missing",
     ),
     "a slot of a buffer": (moved(FIRST, "adamw.exp_avg.model.1.running_mean"), "missing"),
-    "another optimizer's name": (moved("muon.momentum.model.2.weight", "sgd.momentum.model.2.weight"), "sgd"),
+    "another optimizer's name": (
+        moved("muon.momentum.model.2.weight", "sgd.momentum.model.2.weight"),
+        "muon.momentum.model.2.weight is missing",
+    ),
     "a step of 2.5": (with_metadata(state='{"step": 2.5}'), "step is 2.5"),
     "a step of -1": (with_metadata(state='{"step": -1}'), "step is -1"),
     "a step that is true": (with_metadata(state='{"step": true}'), "step is True"),

@@ -296,6 +296,36 @@ def test_a_ctrl_c_while_a_process_is_started_is_heard_by_its_parent_alone():
     assert complaint.splitlines()[-1].startswith("interrupted; ")
 
 
+CALLED_BACK = """import io, signal, numpy as np
+    from data import audio, augment
+    class Memory(io.BytesIO):  # libsndfile calls it back, and cffi ignores what it raises
+        def write(self, content):
+            signal.raise_signal(signal.SIGINT)
+            return super().write(content)
+    def lines():
+        signal.raise_signal(signal.SIGINT)
+        yield "text"
+    audio.io = augment.io = type("io", (), {"BytesIO": Memory})
+    wav = np.full(1600, 0.1, np.float32)
+    """
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "audio.save(sys.argv[1], wav)",
+        "augment.encode(wav, 'opus')",
+        "from tokenizer import Tokenizer; Tokenizer.train(lines(), sys.argv[1], 600, 5)",
+    ],
+    ids=["a file is written", "a codec", "a tokenizer"],
+)
+def test_a_signal_that_comes_while_c_calls_back_is_heard(work, tmp_path):
+    process = program(CALLED_BACK + work, str(tmp_path / "a.flac"))
+    said, complaint = process.communicate(timeout=30)
+    assert process.returncode == 130 and complaint.startswith("interrupted; "), complaint
+    assert complaint.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_of_many_ranks_one_says_that_they_were_terminated():
     process = program(WAITING, env=os.environ | {"RANK": "3"})
     assert process.stdout.readline() == "ready\n"

@@ -229,7 +229,7 @@ def test_the_report_has_every_row_with_its_number_of_items_and_baseline(reported
     text = (out / "report.md").read_text()
     for key, row in rows.items():
         assert row["n"] > 0 and row["value"] is not None, key
-        assert row["baseline"] or key.startswith(("source", "first")), f"{key} has no baseline"
+        assert row["baseline"] or key.startswith(("source", "first", "bits.second")), f"{key} has no baseline"
         assert f"| {row['name']} | " in text, f"{key} is not in report.md"
     assert rows["asr.heldout"]["baseline"] == {"recognizer": 0.0}
     assert rows["answer.heldout"]["baseline"] == {

@@ -681,6 +681,24 @@ def test_int8_error_is_at_most_half_a_step(dtype, tolerance):
     assert torch.isfinite(Int8Linear(torch.zeros(4, 8))(torch.ones(1, 8))).all()  # a row of zeros
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_gradient_goes_through_int8_and_keeps_the_bytes_alone(bf16):
+    torch.manual_seed(0)
+    layer = Int8Linear(torch.randn(32, 64))
+    W = layer.weight.float() * layer.scale[:, None]
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
+        y = layer(x)
+    assert y.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert {(t.dtype, t.numel()) for t in saved} == {(torch.int8, 32 * 64), (torch.float32, 32)}
+    weight = torch.randn(2, 5, 32)
+    (found,) = torch.autograd.grad((y.float() * weight).sum(), x)
+    expected = weight @ W
+    assert (found - expected).abs().max() <= (0.03 if bf16 else 1e-5) * expected.abs().max()
+
+
 def test_int8_model_is_close_and_small(saved, model, ids):
     rounded = Llama.from_pretrained(saved, int8=True)
     kinds = {name for name, m in rounded.named_modules() if isinstance(m, Int8Linear)}

@@ -301,6 +301,21 @@ def test_the_plans_in_the_docs_are_those_that_are_printed(monkeypatch):
         assert plan.describe(file, config.read(file, train.Config, flags), **vars(gpus)) == text
 
 
+def test_a_model_in_int8_is_as_large_and_takes_a_byte_for_a_weight():
+    c = read("paper-7b")
+    plain = plan.build(c, "stage3")
+    c.lora.int8 = True
+    small = plan.build(c, "stage3")
+    assert plan.parts(small) == plan.parts(plain) and plan.trained(small) == plan.trained(plain)
+    assert meters.flops(small, 100) == meters.flops(plain, 100)
+    section = c.stage3
+    layers = meters.matrices(plain) - 4096 * plain.config.vocab_size
+    for divided, saved in ((False, 3), (True, -1 + 2 / 8)):  # of float32; of bfloat16 divided by eight
+        was, now = (plan.memory(model, section, 8, divided=divided) for model in (plain, small))
+        assert (was.weights - now.weights) / layers == pytest.approx(saved, abs=0.01)
+    assert now.peak < was.peak + layers
+
+
 def test_a_pretrained_folder_has_its_own_shape(tmp_path):
     c = read("ci", "--pretrained", str(tmp_path))
     c.llama = None

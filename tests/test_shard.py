@@ -18,7 +18,7 @@ import lora
 import run
 from generate import decode_one_token, is_small, prefill
 from hubert import HuBERT, HuBERTConfig
-from llama import Llama, LlamaConfig, next_token_losses
+from llama import Int8Linear, Llama, LlamaConfig, next_token_losses
 from training import muon, precision, shard
 from training.loop import Loss, Objective, Optimization, check_ranks, no_probe, optimize
 
@@ -69,6 +69,14 @@ def adapted() -> Llama:
     return lora.apply(llama(), 2, 4.0, ["q_proj", "v_proj"])
 
 
+def adapted_in_int8() -> Llama:
+    model = llama()
+    for name, m in [*model.model.layers.named_modules()]:
+        if isinstance(m, nn.Linear):
+            model.model.layers.set_submodule(name, Int8Linear(m.weight.data))
+    return lora.apply(model, 2, 4.0, ["q_proj", "v_proj"])
+
+
 def grouped() -> Llama:
     return llama(tie_embeddings=True, n_kv_heads=1)
 
@@ -83,6 +91,7 @@ MODELS = {  # (model, its batch at a step, its loss)
     "llama": (llama, language, language_loss),
     "tied": (grouped, language, language_loss),
     "lora": (adapted, language, language_loss),
+    "int8": (adapted_in_int8, language, language_loss),
     "hubert": (hubert, speech, masked_loss),
 }
 
@@ -151,6 +160,8 @@ CASES = {
     "llama": ("llama", {}),
     "tied": ("tied", {}),
     "lora": ("lora", {}),
+    "int8": ("int8", {}),
+    "int8 again": ("int8", {"checkpointing": "block"}),
     "hubert": ("hubert", {}),
     "muon": ("llama", {"muon": True}),
     "accumulated": ("llama", {"accumulate": 2}),
@@ -179,6 +190,7 @@ def test_many_processes_learn_what_one_learns(alone, tmp_path, ranks, sharding):
             assert distance(([], other[name][1]), ([], found[0][name][1]))[1] == 0, name
     assert all(rank["owners"] < 1e-5 for rank in found)
     unchanged(found[0]["lora"][1], adapted())
+    unchanged(found[0]["int8"][1], adapted_in_int8())
 
 
 def unchanged(weights: dict, model: nn.Module):

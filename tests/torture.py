@@ -254,7 +254,7 @@ class Torture:
         """Tracebacks, long lines, and where an error stands."""
         if "Traceback (most recent call last)" in text or "Fatal Python error" in text:
             place = re.search(r"Traceback \(most|Fatal Python", text).start()
-            self.fault("traceback", f"{who}: ...{text[place:][-1500:]}")
+            self.fault("traceback", f"{who}: {text[place:][:3000]}")
         for line in re.split(r"[\r\n]", text):
             if len(line) > 300 and not line.startswith(SHOWN):
                 self.fault("long line", f"{who}: {len(line)} characters: {line[:300]}")
@@ -353,6 +353,7 @@ def main():
     parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--folder", type=Path, help="where the runs are (default: a new temporary folder)")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and inherited
     folder = options.folder or Path(tempfile.mkdtemp(prefix="torture-"))
     torture = Torture(folder.resolve(), options.seed)
     print(f"runs in {folder}", flush=True)

@@ -53,11 +53,13 @@ class Grown(NamedTuple):
 
 class Base(NamedTuple):
     model: Llama  # on meta
-    source: dict[str, Matrix | Grown]  # the numbers of each of its parameters
+    source: dict[str, Matrix | Grown]  # the numbers of each of its parameters; {}: the model has them
     place: Path | str  # where they come from, for messages
 
     def load(self, device: torch.device) -> Llama:
         """The whole model, float32, on `device`."""
+        if not self.source:  # int8: it is there already
+            return self.model.to(device)
         self.model.to_empty(device=device)
         self.model.tie()
         self.fill(self.model)
@@ -146,10 +148,14 @@ def stage1_llama(run: Run, config, tok: Tokenizer) -> Base:
 
 
 def adapted_llama(run: Run, config, tok: Tokenizer) -> Base:
-    """Stage 2's model, frozen, with new low-rank adapters."""
-    base = read_llama(run.model / "llama")
+    """Stage 2's model, frozen, with new low-rank adapters. In int8 each process has its matrices whole."""
     c = config.lora
     adapter = lora.AdapterConfig(c.r, c.alpha, tuple(c.targets), c.dropout)
+    if c.int8:
+        model = Llama.from_pretrained(run.model / "llama", int8=True)
+        lora.attach(model, lora.new_adapters(model, adapter, "cpu"))
+        return Base(model, {}, run.model / "llama")
+    base = read_llama(run.model / "llama")
     layers = lora.new_adapters(base.model, adapter, "cpu")  # drawn
     lora.attach(base.model, layers)
     source = {}

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 import lora
 from config import Parser
-from llama import Llama, LlamaConfig
+from llama import Int8Linear, Llama, LlamaConfig
 from llama_formats import read_config
 from training import shard
 from training.before import LANGUAGE
@@ -68,6 +69,10 @@ def build(config, stage: str) -> Llama:
     with torch.device("meta"):
         model = Llama(shape_of(config, stage))
         if stage == "stage3":
+            if config.lora.int8:
+                for name, m in [*model.model.layers.named_modules()]:
+                    if isinstance(m, nn.Linear):
+                        model.model.layers.set_submodule(name, Int8Linear(m.weight.detach()))
             lora.apply(model, config.lora.r, config.lora.alpha, config.lora.targets)
     return model
 
@@ -79,8 +84,9 @@ PARTS |= {"self_attn": "attention", "mlp": "feed-forward", "norm": "norms"}
 def parts(model: Llama) -> Counter:
     """How many parameters each part has."""
     found = Counter()
-    for name, p in model.named_parameters():
-        found[next(part for word, part in PARTS.items() if word in name)] += p.numel()
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if not name.endswith("scale"):  # of int8: one for each row
+            found[next(part for word, part in PARTS.items() if word in name)] += p.numel()
     return found
 
 
@@ -110,11 +116,13 @@ def memory(model: Llama, section, gpus: int, fused: bool = True, divided: bool =
     tokens = -(-section.batch_size // (gpus * section.accumulate)) * section.max_len
     size = 2 if section.state_dtype == "bfloat16" else 4
     is_bf16 = section.bf16 or size == 2
-    frozen = parts(model).total() - trained(model)
+    in_int8 = sum(b.numel() * b.element_size() for b in model.buffers())
+    frozen = sum(p.numel() for p in model.parameters()) - trained(model)
     weights = size * trained(model) + frozen * (2 if divided and is_bf16 else size)
     gradients = size * trained(model)
     buffers = gradients * (gpus > 1)
-    copies = 2 * matrices(model) * (is_bf16 and size == 4)
+    # of int8 one matrix at a time becomes bfloat16
+    copies = 2 * (c.dim * c.vocab_size if in_int8 else matrices(model)) * (is_bf16 and size == 4)
 
     inner = Counter()  # parameters that Muon trains, by shape
     for name, p in model.named_parameters():
@@ -131,13 +139,14 @@ def memory(model: Llama, section, gpus: int, fused: bool = True, divided: bool =
         activations = layer + c.n_layers * kept + tokens * 12 * c.dim
     logits = 12 * tokens * c.vocab_size
     if divided:
-        block = (matrices(model) - c.dim * c.vocab_size) // c.n_layers
+        block = 0 if in_int8 else (matrices(model) - c.dim * c.vocab_size) // c.n_layers
         whole = 4 * trained(model) * (section.accumulate > 1)  # what shard.gradients_exchanged keeps back
         weights, gradients = weights // gpus, gradients // gpus + whole
         optimizer, updating = optimizer // gpus, updating // gpus
         # gathered: two blocks and both tables; and a block's gradients before they are divided
         copies = (2 if is_bf16 else 4) * (2 * block + 2 * c.dim * c.vocab_size)
         buffers = 4 * block if trained(model) > block else 0
+    weights += in_int8
     begun = copies + activations + logits + gradients * (section.accumulate > 1)  # the backward pass begins
     ended = copies + gradients + layer * (section.checkpointing != "none")
     peak = weights + optimizer + buffers + max(begun, ended, gradients + updating)

@@ -85,7 +85,8 @@ def distribute(
         return divided(objective, device, bf16, fill)
     if world_size() == 1:
         return objective
-    return DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(objective, devices, broadcast_buffers=False)  # int8 weights never change
 
 
 def divided(
@@ -133,6 +134,8 @@ def is_to_divide(
     for p in model.parameters():
         trained += p.numel() * size * p.requires_grad
         frozen += p.numel() * min(size, p.element_size()) * (not p.requires_grad)
+    in_int8 = sum(b.numel() * b.element_size() for b in model.buffers())  # whole in each process
+    room -= in_int8
     state = frozen + 4 * trained  # weights, gradients, AdamW's two averages
     whole = state + trained * (ranks > 1)  # the buffers in which DDP exchanges gradients
     waiting = 4 * trained // size * (section.accumulate > 1)  # see gradients_exchanged
@@ -150,9 +153,10 @@ def is_to_divide(
         more = f" and {advice[0]}" if left > 0 and ranks < state / left else ""
         advice = [f'set {name}.sharding = "fsdp"{more}']
     advice.append('state_dtype = "bfloat16"' if size == 4 else "a smaller model")
+    needed, room = ((n + in_int8) / 2**30 for n in (needed, room))
     raise ValueError(
-        f"{name}: weights, gradients and moments take {needed / 2**30:.3g} GiB on each of {ranks} "
-        f"process(es), which has {room / 2**30:.3g}; {', or '.join(advice)}"
+        f"{name}: weights, gradients and moments take {needed:.3g} GiB on each of {ranks} process(es), "
+        f"which has {room:.3g}; {', or '.join(advice)}"
     )
 
 

@@ -321,6 +321,18 @@ def in_parallel(work: Callable[[], None], title: str, log: Path) -> Iterator[Cal
     check()
 
 
+@contextlib.contextmanager
+def on_half_of_the_cores() -> Iterator[Callable[[], None]]:
+    """The same where the other process has finished in a run that was killed: how sums are rounded depends on
+    the number of threads."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(cores - cores // 2)
+    try:
+        yield lambda: None
+    finally:
+        torch.set_num_threads(cores)
+
+
 def work_in_child(work: Callable[[], None], threads: int, log: Path):
     """The second process: output goes to `log`, and it exits when its parent dies."""
     end_with_parent()
