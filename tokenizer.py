@@ -387,15 +387,11 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def extend(
-        cls, llama: str | Path, folder: str | Path, n_units: int = 1000, anew: bool = False
-    ) -> "Tokenizer":
+    def extend(cls, llama: str | Path, folder: str | Path, n_units: int = 1000) -> "Tokenizer":
         """Writes to `folder` the tokenizer of a LLaMA folder with the missing units and markers added: all
-        for Meta's LLaMA, the markers of dialogues for the released stage 1, none for the released stage 2.
-        anew: what was added to its text before is left out, so all of them."""
+        for Meta's LLaMA, the markers of dialogues for the released stage 1, none for the released stage 2."""
         llama = Path(llama)
-        kept = not anew and (llama / "added_tokens.json").exists()
-        added = cls.from_pretrained(llama).added if kept else {}
+        added = cls.from_pretrained(llama).added if (llama / "added_tokens.json").exists() else {}
         model = _read(llama / "tokenizer.model", 16 << 20)
         return write(Path(folder), model, added, n_units, str(llama))
 

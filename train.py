@@ -63,7 +63,7 @@ from llama import Llama, LlamaConfig
 from run import Metrics, Run, barrier, init_distributed, need_tensorboard, rank, together, world_size
 from run import device as find_device
 from tokenizer import Tokenizer
-from training import bases, forecast, foreign_units, plan, reading, shard
+from training import bases, forecast, plan, reading, shard
 from training.before import check_before, check_corpus, check_lengths, rows_of
 from training.loop import Loss, Optimization, optimize
 from training.stages import (
@@ -167,9 +167,8 @@ class Config:
     workers: Whole = 0  # processes that prepare batches (not on Windows); for a GPU, 2 to 4
     tensorboard: bool = False  # metrics for TensorBoard, too, in out/metrics/tensorboard
     parallel_stages: bool = True  # on a CPU, run independent stages in pairs, half of the cores each
-    # A LLaMA folder to start from; stage text is then skipped. A SpeechGPT folder (llama/ and hubert/) has
-    # its own units: their embeddings (and the vocoder's) are mapped to this run's units
-    # (training/foreign_units.py).
+    # A LLaMA folder to start from: stage text is then skipped. If it knows units, they are taken for this
+    # run's own.
     pretrained: str = ""
     vocab_size: Count = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
@@ -298,7 +297,7 @@ def make_tokenizer(name: str, run: Run, config: Config) -> Tokenizer:
     if rank() == 0 and (anew or not (run.tokenizer / "added_tokens.json").exists()):
         shutil.rmtree(run.tokenizer, ignore_errors=True)
         if config.pretrained:
-            foreign_units.extend_tokenizer(config.pretrained, run.tokenizer, n_units)
+            Tokenizer.extend(config.pretrained, run.tokenizer, n_units)
         else:
             text = documents.sentences(documents.read_tables(run.out, None), "train")
             Tokenizer.train(text, run.tokenizer, config.vocab_size, n_units)
@@ -332,11 +331,6 @@ def t2u_stage(run: Run, config: Config):
 def vocoder_stage(run: Run, config: Config):
     work = run.state("vocoder")
     kmeans = KMeans.from_pretrained(run.model / "hubert") if config.units.embed_centers else None
-    initial = None
-    if not checkpoint.has_training(work / "state.safetensors"):
-        initial = foreign_units.initial_vocoder(
-            run, config.pretrained, config.vocoder_model, config.units.clusters
-        )
     rows = read_units(run.manifest, run.units, config.units.clusters)
     rows = rows_of(rows, run.manifest, "vocoder.speaker", config.vocoder.speaker)
     train_vocoder.train(
@@ -348,7 +342,6 @@ def vocoder_stage(run: Run, config: Config):
         metrics=partial(Metrics, run.metrics / "vocoder.jsonl", tensorboard=run.tensorboard),
         device=run.device,
         kmeans=kmeans,
-        initial=initial,
     )
 
 

@@ -117,19 +117,18 @@ def train(
     metrics: Callable[[int], run.Metrics],
     device: torch.device,
     kmeans: KMeans | None = None,
-    initial: UnitVocoder | None = None,
 ):
     """Trains on recordings["train"]; writes config.json and generator.safetensors to `out`.
 
     The folder `work` holds the training state, from which an interrupted run continues, and samples of
     held-out speech; losses go to metrics(first step). Ours: `kmeans` initializes the embeddings of
-    the units from its centers (LOG.md has what it is worth); `initial` is a generator to start from."""
+    the units from its centers (LOG.md has what it is worth)."""
     dataset = recordings["train"]
     held_out = recordings["heldout"]
     check(model, dataset, held_out)
     torch.manual_seed(stage.seed)
-    generator = (initial or UnitVocoder(model)).to(device).train()
-    if kmeans and not initial:
+    generator = UnitVocoder(model).to(device).train()
+    if kmeans:
         initialize_units(generator, kmeans)
     spectrum = FrameSpectrum(model.channels[0]).to(device)
     frame_half = nn.ModuleList([generator, spectrum])

@@ -6,9 +6,7 @@ Both files are in the folder of a run, not in that of the corpus: another run ma
     units.jsonl     {"id": "q0001-a", "units": [17, 4, 93, ...], "durations": [2, 1, 5, ...]}
 
 Units are deduplicated (no unit twice in a row); `durations` counts the 20 ms frames that each of them lasts.
-Two measures of how the units of two recordings or of two models belong together are here, too: `dtw_align`
-aligns two recordings of one sentence, and `cooccurrence` says which units of another HuBERT stand in the
-place of each unit.
+`dtw_align` aligns two recordings of one sentence.
 
 The paper's 60,000 hours (§3.1, §5.1), from what was measured: one H100 makes units of recordings of 2 to 20 s
 at 2,175 times real time with a HuBERT of base size up to layer 11, in batches of 320 s with float32
@@ -22,7 +20,6 @@ References: HuBERT units, Lakhotia et al. 2021 (https://arxiv.org/abs/2102.01192
 & Chiba 1978; aligning renditions of other speakers, Lee et al. 2022 (https://arxiv.org/abs/2112.08352, §3.2).
 """
 
-import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -264,24 +261,3 @@ def dtw_align(source: np.ndarray, target: np.ndarray, ends: int = 10) -> tuple[n
         path[t] = u
         u -= int(steps[t, u])
     return path, mean_distance
-
-
-def cooccurrence(
-    corpus: str | Path, rows: list[dict], extractor, n_units: int, recordings: int = 2000
-) -> torch.Tensor:
-    """(n_units, K): P(unit of `extractor` | unit of `rows`), counted on frames of training recordings.
-
-    Additive smoothing: every row gets half a pseudo-frame with the distribution of all frames, so a unit that
-    is not in those recordings has that distribution."""
-    rows = [row for row in rows if row["split"] == "train"]
-    rows = random.Random(0).sample(rows, min(len(rows), recordings))
-    old_units = map_speech(
-        corpus, rows, extractor.frame_units, torch.device("cpu"), "units of the other HuBERT"
-    )
-    counts = torch.zeros(n_units, len(extractor.kmeans.centers))
-    for row, old in zip(rows, old_units):
-        new = torch.tensor(row["units"]).repeat_interleave(torch.tensor(row["durations"]))
-        n = min(len(new), len(old))
-        counts.index_put_((new[:n], old[:n]), torch.ones(n), accumulate=True)
-    counts += 0.5 * counts.sum(0) / counts.sum()
-    return counts / counts.sum(1, keepdim=True)

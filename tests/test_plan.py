@@ -324,5 +324,5 @@ def test_a_pretrained_folder_has_its_own_shape(tmp_path):
     model = Llama(LlamaConfig(vocab_size=100, dim=16, n_layers=2, n_heads=4, hidden_dim=40))
     model.save_pretrained(tmp_path)
     assert plan.build(c, "stage1").config.vocab_size == 100 + 20 + plan.MARKERS
-    c.pretrained = str(ROOT / "weights/tiny")  # which has grown already
+    c.pretrained = str(ROOT / "weights/tiny/llama")  # which has grown already
     assert plan.build(c, "stage1").config.vocab_size == 1646

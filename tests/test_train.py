@@ -278,6 +278,7 @@ def test_a_mistake_is_told_before_the_first_stage(out):
         (["--pretrained", "/no/such/folder"], "pretrained: /no/such/folder: no such folder"),
         (["--pretrained", "weights/tiny/llama"], "knows 1000 units, units.clusters is 20"),
         (["--pretrained", str(out)], "no LLaMA: no config.json"),
+        (["--pretrained", "weights/tiny"], "is a whole SpeechGPT; its LLaMA is weights/tiny/llama"),
         (["--text.batch_size", 1, "--text.accumulate", 2], "text.batch_size is 1"),
         (["--seed", 5], "stage corpus was begun with seed = 0, now it is 5"),
         (["--hubert.lr", 1], "stage hubert was begun with [hubert] lr = 0.0002, now it is 1.0"),

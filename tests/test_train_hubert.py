@@ -1,4 +1,4 @@
-"""train_hubert.py and training/foreign_units.py: rounds, units, the normalizer, units of another model."""
+"""train_hubert.py: rounds, units, the normalizer."""
 
 import json
 import shutil
@@ -18,9 +18,7 @@ from data.tiny import prepare
 from files import write_json, write_jsonl
 from hubert import KMeans, UnitExtractor
 from llama import Llama
-from tokenizer import Tokenizer
 from train_hubert import HubertSection, load_labels, save_labels, training_rows
-from vocoder import UnitVocoder
 
 pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
 
@@ -144,78 +142,6 @@ def test_model_hubert_has_no_layer_above_the_units(out):
     assert any(name.startswith("encoder.layers.1.") for name in whole)
     for name, tensor in read_tensors(out / "model/hubert/model.safetensors").items():
         assert not name.startswith("encoder.layers.1.") and torch.equal(tensor, whole[name])
-
-
-def test_a_model_that_knows_other_units_is_translated(grown, tmp_path):
-    stages(grown, "2", "vocoder")
-    before = Path(shutil.copytree(grown / "model", tmp_path / "before"))
-    old, known = Llama.from_pretrained(before / "llama"), Tokenizer.from_pretrained(before / "llama")
-    centers = UnitExtractor.from_pretrained(before / "hubert").kmeans.centers
-    # the units of this run: each of the old ones by another number, and one more that is never heard
-    n = len(centers)
-    other = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [json.loads(line) for line in (grown / "units.jsonl").read_text().splitlines()]
-    frames = torch.zeros(n)
-    train_ids = {
-        row["id"]
-        for row in map(json.loads, (grown / "manifest.jsonl").read_text().splitlines())
-        if row["split"] == "train"
-    }
-    assert len(train_ids) <= 2000  # all of them are counted
-    for row in rows:
-        if row["id"] in train_ids:
-            for unit, duration in zip(row["units"], row["durations"]):
-                frames[unit] += duration
-        row["units"] = [other[unit] for unit in row["units"]]
-    (grown / "units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.rmtree(grown / "tokenizer")
-    shutil.rmtree(grown / "state/stage1")
-    record = grown / "state/units/config.json"
-    record.write_text(record.read_text().replace(f'"clusters": {n},', f'"clusters": {n + 1},'))
-    room = "--vocoder_model.num_embeddings"
-    flags = ["--pretrained", before, "--stage1.steps", 0, "--units.clusters", n + 1, room, n + 1]
-    stages(grown, "1", flags=flags)
-
-    new, tok = Llama.from_pretrained(grown / "stage1"), Tokenizer.from_pretrained(grown / "stage1")
-    assert (
-        tok.n_units == n + 1
-        and tok.n_text == known.n_text
-        and new.config.vocab_size == len(tok) == len(known) + 1
-    )
-    for name, table in old.state_dict().items():
-        if name not in ("model.embed_tokens.weight", "lm_head.weight"):
-            assert torch.equal(new.state_dict()[name], table)
-            continue
-        now, units = new.state_dict()[name], table[known.unit_ids.start : known.unit_ids.stop]
-        assert torch.equal(now[: tok.n_text], table[: tok.n_text])
-        for marker in ("<sosp>", "<eosp>", "<eoh>", "<eoa>"):
-            assert torch.equal(now[tok.added[marker]], table[known.added[marker]])
-        anybody = frames @ units / frames.sum()
-        of_units = (frames[:, None] * units + 0.5 * anybody) / (frames[:, None] + 0.5)
-        torch.testing.assert_close(now[[tok.unit_id(u) for u in other]], of_units, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(now[tok.unit_id(n)], anybody, atol=1e-5, rtol=1e-4)
-
-    old = UnitVocoder.from_pretrained(before / "vocoder").state_dict()
-    flags_of = ["--vocoder.steps", 0, "--vocoder.frame_steps", 0]
-    for wider in (False, True):
-        shutil.rmtree(grown / "state/vocoder")
-        shape = ["--vocoder_model.context_dilations", "[3]"] if wider else []
-        stages(grown, "vocoder", flags=[*flags, *flags_of, *shape])
-        new = UnitVocoder.from_pretrained(grown / "model/vocoder").state_dict()
-        of_units = (
-            frames[:, None] * old["dict.weight"] + 0.5 * (frames @ old["dict.weight"] / frames.sum())
-        ) / (frames[:, None] + 0.5)
-        rest = [torch.equal(new[name], table) for name, table in old.items() if name != "dict.weight"]
-        assert all(rest) != wider  # of another shape: anew
-        assert torch.allclose(new["dict.weight"][other], of_units, atol=1e-5) != wider
-
-    shutil.rmtree(grown / "state/vocoder")
-    done = train("configs/ci.toml", "--out", grown, "--stage", "vocoder", *flags, room, n)
-    assert done.returncode == 1 and "num_embeddings to at least" in done.stderr
-    for clusters in (centers[:-1], torch.cat([centers] * 2)):
-        KMeans(clusters).save(before / "hubert")
-        done = train("configs/ci.toml", "--out", grown, "--stage", "corpus", *flags)
-        assert done.returncode == 1 and "different models" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_speaker_is_chosen_by_number_or_name(tmp_path):

@@ -215,22 +215,6 @@ def test_a_row_of_units_that_cannot_be_is_named_and_never_becomes_text(tmp_path,
         documents.read_tables(tmp_path, 3)
 
 
-def test_cooccurrence_counts_frames_that_belong_together(tmp_path):
-    class Extractor:
-        def frame_units(self, wav):
-            return torch.tensor([2, 2, 0, 0, 0, 1])
-
-        class kmeans:
-            centers = torch.zeros(3, 1)
-
-    audio.save(tmp_path / "a.wav", np.full(2000, 0.1))
-    rows = [{"wav": "a.wav", "split": "train", "units": [1, 0], "durations": [3, 3]}]
-    table = units.cooccurrence(tmp_path, rows, Extractor(), n_units=3)
-    prior = torch.tensor([3, 1, 2]) / 6 / 2  # half a frame, spread as all frames are
-    expected = torch.stack([torch.tensor([2.0, 1, 0]) + prior, torch.tensor([1.0, 0, 2]) + prior, prior])
-    torch.testing.assert_close(table, expected / expected.sum(1, keepdim=True))
-
-
 numbers = st.lists(st.integers(-1, 4) | st.just(10**20) | st.floats() | st.none() | st.booleans(), max_size=4)
 unit_rows = st.fixed_dictionaries(
     {

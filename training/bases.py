@@ -31,7 +31,7 @@ from llama import Llama, LlamaConfig, open_folder
 from llama_formats import Matrix
 from run import Run, rank
 from tokenizer import Tokenizer
-from training import foreign_units, shard
+from training import shard
 
 
 class Grown(NamedTuple):
@@ -111,7 +111,7 @@ def new_llama(run: Run, config, tok: Tokenizer) -> Base:
 
 def base_llama_folder(run: Run, config) -> Path:
     """The LLaMA that stage 1 starts from."""
-    return foreign_units.llama_folder(config.pretrained) if config.pretrained else run.out / "text"
+    return Path(config.pretrained) if config.pretrained else run.out / "text"
 
 
 def grown_llama(run: Run, config, tok: Tokenizer) -> Base:
@@ -130,9 +130,7 @@ def grown_llama(run: Run, config, tok: Tokenizer) -> Base:
             new[: keep - first] = old.rows(first, keep)
             source[name] = Grown(old, first, new)
             tables.append(source[name])
-    if foreign_units.has_foreign_units(config.pretrained):
-        foreign_units.translate_embeddings(tables, run, config.pretrained, tok, config.units.clusters)
-    elif config.units.embed_centers:
+    if config.units.embed_centers:
         centers = KMeans.from_pretrained(run.model / "hubert").embeddings(shape.dim)
         for table in tables:
             units = slice(tok.unit_ids.start - first, tok.unit_ids.stop - first)

@@ -8,6 +8,7 @@ and, as soon as there is a corpus, with the corpus.
 from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -17,10 +18,11 @@ from data.corpus import read_manifest
 from data.tiny import prepare
 from files import one_line, read_json, show
 from hubert import HuBERT
-from llama import Llama
+from llama import Llama, LlamaConfig
+from llama_formats import read_folder
 from run import Run, rank, world_size
 from tokenizer import Tokenizer
-from training import foreign_units, reading, shard
+from training import reading, shard
 from training.loop import Optimization, check_ranks
 from training.reading import fitting_examples, reads_generated
 from training.stages import Stage, check_unchanged, finished, followers
@@ -42,7 +44,7 @@ def check_shapes(config) -> Llama:
     """The LLaMA, on meta. ValueError if a model cannot be built, or what it is trained on does not fit it."""
     shape = config.llama
     if config.pretrained:
-        shape = foreign_units.check_pretrained(config.pretrained, config.vocoder_model, config.units.clusters)
+        shape = check_pretrained(config.pretrained, config.units.clusters)
     with torch.device("meta"):  # shapes without numbers: this takes neither time nor memory
         model = Llama(shape)
         with one_line("[lora]"):
@@ -61,6 +63,21 @@ def check_shapes(config) -> Llama:
                 "make it smaller, or llama.max_len larger"
             )
     return model
+
+
+def check_pretrained(folder: str, n_units: int) -> LlamaConfig:
+    """The shape of the LLaMA in `folder`. ValueError or OSError, one line, if a run with `n_units` units
+    cannot start from it; the numbers of its weights are not looked at."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"pretrained: {folder}: no such folder")
+    if (Path(folder) / "llama").is_dir():
+        raise ValueError(f"pretrained: {folder} is a whole SpeechGPT; its LLaMA is {folder}/llama")
+    shape, _ = read_folder(LlamaConfig, Path(folder))
+    with TemporaryDirectory() as temporary:
+        found = Tokenizer.extend(folder, Path(temporary), n_units).n_units
+    if found != n_units:
+        raise ValueError(f"{folder} knows {found} units, units.clusters is {n_units}; make the two equal")
+    return shape
 
 
 def check_memory(names: Iterable[str], config, model: Llama, device: torch.device):

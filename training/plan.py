@@ -19,6 +19,7 @@ References: Kaplan et al. 2020, arXiv:2001.08361 (FLOPs); Rajbhandari et al. 202
 import dataclasses
 from argparse import Namespace
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ import lora
 from config import Parser
 from llama import Int8Linear, Llama, LlamaConfig
 from llama_formats import read_config
-from training import foreign_units, shard
+from training import shard
 from training.before import LANGUAGE
 from training.loop import check_ranks
 from training.meters import GIB, GPUS, Gpu, flops, matrices
@@ -55,11 +56,11 @@ def shape_of(config, stage: str) -> LlamaConfig:
     new = 0 if stage == "text" else config.units.clusters + MARKERS
     if config.llama is not None:
         return LlamaConfig(**vars(config.llama) | {"vocab_size": config.vocab_size + new})
-    path = foreign_units.llama_folder(config.pretrained) / "config.json"
+    path = Path(config.pretrained) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is not there to plan with; add a section [llama] with the model's shape")
     shape = read_config(LlamaConfig, path)
-    if not foreign_units.has_foreign_units(config.pretrained):  # else it has grown already
+    if not (path.parent / "added_tokens.json").exists():  # else it has grown already
         shape.vocab_size += new
     return shape
 
