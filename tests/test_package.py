@@ -35,7 +35,11 @@ def test_the_built_wheel_holds_every_module(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    modules = {name for name in tracked("*.py", "data/*.json") if not name.startswith(("tests/", "docs/"))}
+    modules = {
+        name
+        for name in tracked("*.py", "data/*.json")
+        if not name.startswith(("tests/", "docs/", "weights/"))
+    }
     assert len(modules) > 20 and modules <= packed, modules - packed
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     elsewhere = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / "installed")}}

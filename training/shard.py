@@ -20,6 +20,7 @@ et al. 2016, arXiv:1604.06174 (activations computed again); Korthikanti et al. 2
 """
 
 import contextlib
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -86,7 +87,10 @@ def distribute(
     if world_size() == 1:
         return objective
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(objective, devices, broadcast_buffers=False)  # int8 weights never change
+    # The bytes of int8 never change. torch 2.13 has another name for it.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(objective, devices, **{name: False})
 
 
 def divided(
