@@ -388,6 +388,7 @@ class Metrics:
             for key, value in numbers.items():
                 if isinstance(value, float | int):
                     self.board.add_scalar(key, value, step)
+            self.board.flush()  # what it holds back would be lost at the end
         for key, value in numbers.items():
             if isinstance(value, float) and not math.isfinite(value):
                 numbers[key] = None  # JSON has no NaN

@@ -46,6 +46,14 @@ def test_a_model_in_half_precision_is_half_as_large_and_says_so(tmp_path):
     assert json.loads((tmp_path / "out/llama/config.json").read_text())["torch_dtype"] == "float16"
 
 
+def test_a_model_is_not_halved_onto_itself(tmp_path):
+    test_llama.make().save_pretrained(tmp_path / "llama")
+    before = (tmp_path / "llama/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is the model itself"):
+        halve.halve(tmp_path, tmp_path)
+    assert (tmp_path / "llama/model.safetensors").read_bytes() == before
+
+
 def test_a_folder_without_a_model_is_told(tmp_path):
     with pytest.raises(ValueError, match="is no trained model: it has no llama/"):
         halve.halve(tmp_path, tmp_path / "out")

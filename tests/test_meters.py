@@ -119,10 +119,13 @@ def test_tensorboard_gets_the_numbers_that_the_lines_have(tmp_path, monkeypatch)
         def add_scalar(self, key, value, step):
             scalars.append((key, value, step))
 
+        def flush(self):
+            scalars.append("flushed")
+
     module = type(sys)("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     log = Metrics(tmp_path / "stage1.jsonl", tensorboard=True)
     log.write(step=3, loss=0.5, note="text")
-    assert scalars == [(tmp_path / "tensorboard/stage1", None), ("loss", 0.5, 3)]
+    assert scalars == [(tmp_path / "tensorboard/stage1", None), ("loss", 0.5, 3), "flushed"]
     assert json.loads((tmp_path / "stage1.jsonl").read_text()) == {"step": 3, "loss": 0.5, "note": "text"}

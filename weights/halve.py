@@ -1,9 +1,9 @@
-"""A trained model in half precision, as weights/tiny is: half the size, and it says the same.
+"""Converts a trained model to half precision, the form of weights/tiny.
 
     python weights/halve.py out/long/model weights/tiny
 
-The parts that talking needs are copied: llama/, lora/, hubert/ and vocoder/. What is at the second place is
-replaced, file by file.
+Copies the parts that sample.py needs: llama/, lora/, hubert/ and vocoder/. Replaces files of the same names
+in the second folder.
 """
 
 import shutil
@@ -26,6 +26,8 @@ def halve(model: Path, out: Path):
     one line, if `model` has no LLaMA, or a file is damaged."""
     if not (model / "llama").is_dir():
         raise ValueError(f"{model} is no trained model: it has no llama/")
+    if out.exists() and out.samefile(model):
+        raise ValueError(f"{out} is the model itself: choose another folder")
     for source in sorted(path for part in PARTS for path in (model / part).rglob("*") if path.is_file()):
         path = out / source.relative_to(model)
         path.parent.mkdir(parents=True, exist_ok=True)
