@@ -517,6 +517,14 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
 
 
+def to_int8(model: Llama) -> Llama:
+    """Replaces the linear layers of the blocks by Int8Linear, in place; returns the model."""
+    for name, layer in [*model.model.layers.named_modules()]:
+        if isinstance(layer, nn.Linear):
+            model.model.layers.set_submodule(name, Int8Linear(layer.weight.detach()))
+    return model
+
+
 class Int8Product(torch.autograd.Function):
     """The same, where x has a gradient: what is kept for it are the bytes, not the matrix made of them."""
 

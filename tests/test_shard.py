@@ -18,7 +18,7 @@ import lora
 import run
 from generate import decode_one_token, is_small, prefill
 from hubert import HuBERT, HuBERTConfig
-from llama import Int8Linear, Llama, LlamaConfig, next_token_losses
+from llama import Llama, LlamaConfig, next_token_losses, to_int8
 from training import muon, precision, shard
 from training.loop import Loss, Objective, Optimization, check_ranks, no_probe, optimize
 
@@ -70,11 +70,7 @@ def adapted() -> Llama:
 
 
 def adapted_in_int8() -> Llama:
-    model = llama()
-    for name, m in [*model.model.layers.named_modules()]:
-        if isinstance(m, nn.Linear):
-            model.model.layers.set_submodule(name, Int8Linear(m.weight.data))
-    return lora.apply(model, 2, 4.0, ["q_proj", "v_proj"])
+    return lora.apply(to_int8(llama()), 2, 4.0, ["q_proj", "v_proj"])
 
 
 def grouped() -> Llama:

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 import lora
 from config import Parser
-from llama import Int8Linear, Llama, LlamaConfig
+from llama import Llama, LlamaConfig, to_int8
 from llama_formats import read_config
 from training import shard
 from training.before import LANGUAGE
@@ -70,9 +69,7 @@ def build(config, stage: str) -> Llama:
         model = Llama(shape_of(config, stage))
         if stage == "stage3":
             if config.lora.int8:
-                for name, m in [*model.model.layers.named_modules()]:
-                    if isinstance(m, nn.Linear):
-                        model.model.layers.set_submodule(name, Int8Linear(m.weight.detach()))
+                to_int8(model)
             lora.apply(model, config.lora.r, config.lora.alpha, config.lora.targets)
     return model
 
@@ -116,7 +113,7 @@ def memory(model: Llama, section, gpus: int, fused: bool = True, divided: bool =
     tokens = -(-section.batch_size // (gpus * section.accumulate)) * section.max_len
     size = 2 if section.state_dtype == "bfloat16" else 4
     is_bf16 = section.bf16 or size == 2
-    in_int8 = sum(b.numel() * b.element_size() for b in model.buffers())
+    in_int8 = shard.buffer_bytes(model)
     frozen = sum(p.numel() for p in model.parameters()) - trained(model)
     weights = size * trained(model) + frozen * (2 if divided and is_bf16 else size)
     gradients = size * trained(model)

@@ -138,7 +138,7 @@ def is_to_divide(
     for p in model.parameters():
         trained += p.numel() * size * p.requires_grad
         frozen += p.numel() * min(size, p.element_size()) * (not p.requires_grad)
-    in_int8 = sum(b.numel() * b.element_size() for b in model.buffers())  # whole in each process
+    in_int8 = buffer_bytes(model)
     room -= in_int8
     state = frozen + 4 * trained  # weights, gradients, AdamW's two averages
     whole = state + trained * (ranks > 1)  # the buffers in which DDP exchanges gradients
@@ -162,6 +162,11 @@ def is_to_divide(
         f"{name}: weights, gradients and moments take {needed:.3g} GiB on each of {ranks} process(es), "
         f"which has {room:.3g}; {', or '.join(advice)}"
     )
+
+
+def buffer_bytes(model: nn.Module) -> int:
+    """Of the buffers, which are whole in each process: matrices in int8."""
+    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
 
 
 def memory(device: torch.device) -> int:

@@ -292,7 +292,6 @@ def in_parallel(work: Callable[[], None], title: str, log: Path) -> Iterator[Cal
     child = context.Process(target=work_in_child, args=(work, cores // 2, log), daemon=True)
     with deaf_to_ctrl_c():
         child.start()
-    torch.set_num_threads(cores - cores // 2)
 
     def check():
         if child.exitcode:
@@ -302,29 +301,29 @@ def in_parallel(work: Callable[[], None], title: str, log: Path) -> Iterator[Cal
             why = lines[-1].removeprefix("error: ")
             raise ValueError(f"{title} ended with code {child.exitcode}: {why} ({log})")
 
-    try:
-        yield check
-        print(f"waiting for {title}", flush=True)
-        shown = log.stat().st_size
-        while child.is_alive():
-            child.join(1)
-            with log.open("rb") as file:
-                file.seek(shown)
-                sys.stderr.write(file.read().decode(errors="replace"))
-                shown = file.tell()
-    finally:  # also when the stages of this process have failed
-        child.terminate()
-        child.join(5)
-        child.kill()
-        child.join()
-        torch.set_num_threads(cores)
+    with on_half_of_the_cores():
+        try:
+            yield check
+            print(f"waiting for {title}", flush=True)
+            shown = log.stat().st_size
+            while child.is_alive():
+                child.join(1)
+                with log.open("rb") as file:
+                    file.seek(shown)
+                    sys.stderr.write(file.read().decode(errors="replace"))
+                    shown = file.tell()
+        finally:  # also when the stages of this process have failed
+            child.terminate()
+            child.join(5)
+            child.kill()
+            child.join()
     check()
 
 
 @contextlib.contextmanager
 def on_half_of_the_cores() -> Iterator[Callable[[], None]]:
-    """The same where the other process has finished in a run that was killed: how sums are rounded depends on
-    the number of threads."""
+    """Half of the threads for this process. A resumed run needs them too if the other process has finished
+    before: rounding of sums depends on the number of threads."""
     cores = torch.get_num_threads()
     torch.set_num_threads(cores - cores // 2)
     try:

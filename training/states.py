@@ -278,7 +278,7 @@ def fit(tensors: dict[str, Stored], weights: dict[str, Tensor], slots: dict[str,
     for name, slots_of in slots.items():
         for weight, kept in slots_of.items():
             names = {slot: f"{name}.{slot}.{keys[id(weight)]}" for slot in kept}
-            if left.pop(f"{name}.{checkpoint.UNTOUCHED}.{keys[id(weight)]}", None):
+            if left.pop(f"{name}.{checkpoint.UNTOUCHED}.{keys[id(weight)]}", None) is not None:
                 continue
             states[name][weight] = {}
             for slot, small in kept.items():
