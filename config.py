@@ -259,14 +259,14 @@ def leave_end_to_parent():
 
 @contextlib.contextmanager
 def deaf_to_ctrl_c() -> Iterator[None]:
-    """A process started inside leaves Ctrl-C to its parent, from its first moment on (but on Windows). One
-    that comes meanwhile is heard afterwards: if it were ignored, nobody would hear it."""
+    """A process started inside leaves Ctrl-C to its parent, from its first moment on (but on Windows). A
+    signal that arrives meanwhile is delivered afterwards, not lost."""
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Processes that are started inherit what is blocked, but no handler. Other threads of this process still
-    # hear it, and Python then calls the handler.
+    # A new process inherits the blocked signals, but no handler. Other threads of this process still receive
+    # the signal, and Python then calls the handler.
     can_block = hasattr(signal, "pthread_sigmask")
     with signals_held():
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if can_block else None

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Callable
 
+TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 INTERRUPTED = "interrupted; what was finished is kept, the same command continues"
 TERMINATED = "terminated; what was finished is kept, the same command continues"
 
@@ -22,9 +23,10 @@ def starting():
     if not os.environ.get("DEBUG"):
         # Of a connection that is lost torch would print what its functions are called, thirty lines.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        # When a process was killed, Python's own helper would have the last word, about semaphores.
-        quiet = ["ignore::UserWarning:multiprocessing.resource_tracker"]
-        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *quiet]))
+        # After a process was killed, Python's resource tracker would print a warning below the last line.
+        filters = os.environ.get("PYTHONWARNINGS", "")
+        if TRACKER not in filters:
+            os.environ["PYTHONWARNINGS"] = f"{filters},{TRACKER}".lstrip(",")
         on_signal(signal.SIGINT, signal.default_int_handler, end_at_once)
         on_signal(signal.SIGTERM, signal.SIG_DFL, end_at_once)
 
@@ -42,8 +44,8 @@ def end_at_once(number: int, frame):
 
 
 class signals_held:
-    """Signals that come inside are heard at the end. Python that C calls back, as soundfile does for files in
-    memory, would lose what they raise, and the file would be taken for a damaged one."""
+    """Delays signals to the end of the block. Python code that C calls back, as soundfile does for files in
+    memory, loses the exception of a signal handler, and the file then looks damaged."""
 
     def __enter__(self):
         self.came: list[int] = []
@@ -53,7 +55,7 @@ class signals_held:
             if number is not None and callable(handler := signal.getsignal(number)):
                 try:
                     signal.signal(number, lambda number, frame: self.came.append(number))
-                except ValueError:  # in another thread than the first, which hears none
+                except ValueError:  # not the main thread: it receives no signals
                     return
                 self.before[number] = handler
 

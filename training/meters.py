@@ -1,4 +1,4 @@
-"""What a step of training cost: how fast it was, what it waited for, what it took of the machine.
+"""Meters of a training step: throughput, data wait, utilization (MFU), peak memory.
 
     meters = Meters(device, model)
     for batch in meters.waiting(batches):
@@ -75,7 +75,7 @@ def flops(model: Llama, length: float) -> float:
 
 
 class Meters:
-    """Of this process; tokens are of all."""
+    """Meters of this process; token counts are sums over all processes."""
 
     def __init__(self, device: torch.device, model: nn.Module):
         self.device = device
@@ -83,12 +83,12 @@ class Meters:
         self.gpu = gpu_of(torch.cuda.get_device_name(device)) if is_cuda else None
         self.model = model if isinstance(model, Llama) else None
         self.waited = 0.0
-        self.began = time.perf_counter()
+        self.begin()
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(device)
 
     def waiting(self, batches: Iterable) -> Iterator:
-        """The batches, and how long each let itself be waited for."""
+        """Yields the batches and records the wait for each."""
         batches = iter(batches)
         self.begin()
         while True:
@@ -101,7 +101,7 @@ class Meters:
             yield batch
 
     def begin(self):
-        """The next step begins: what was done since the last one, an evaluation perhaps, is none of it."""
+        """Restarts the clock: time before this call, of an evaluation for example, does not count."""
         self.began = time.perf_counter()
 
     def read(self, tokens: float, length: float | None = None) -> dict[str, float]:

@@ -9,7 +9,7 @@ a corpus of them alone, which evaluate.py reads. festival and pico are engines t
 is neural: its five voices are of Japanese speakers, and read the English phones that hibari writes for it.
 
 References: Black & Lenzo 2001 (flite); Black & Taylor 1997 (festival); https://github.com/espeak-ng/espeak-ng;
-            https://pypi.org/project/py-nanotts (SVOX Pico); https://huggingface.co/hexgrad/Kokoro-82M
+            SVOX Pico, in the package py-nanotts; https://huggingface.co/hexgrad/Kokoro-82M
 """
 
 import json
