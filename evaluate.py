@@ -16,7 +16,7 @@ replaces the scores.
     bits                     -log2 p of the next unit of held-out speech (eq. 3), after all stages and
                              after stage 1; and of a second of that speech
     first                    seconds from typing `python sample.py question.wav` to the reply's waveform
-    asr, answer .unheard     of voices that no training heard, the worst of them, in noise and by telephone:
+    asr, answer .unseen      of unseen voices, the worst of them, in noise and by telephone:
                              of a --corpus of voices, or of voices/ next to the model (evaluation/voices.py)
 
 evaluation/judge.py is the recognizer, evaluation/measures.py has the measures with intervals and baselines,
@@ -240,11 +240,11 @@ def understand(session: Session, rows: list[dict], paths: list[Path], kind: str)
 
 
 def listen(session: Session, group: str, rows: list[dict]):
-    """Recordings of the voices of one group -> text and answers; of voices never heard in noise, too."""
+    """Recordings of the voices of one group -> text and answers; of unseen voices in noise, too."""
     paths = values(rows, "path")
     session.add_speech(f"source.{group}", rows, "text", [audio.load(path) for path in paths])
     understand(session, rows, paths, group)
-    for condition in measures.VOICE_CONDITIONS if group == "unheard" else ():
+    for condition in measures.VOICE_CONDITIONS if group == "unseen" else ():
         with tempfile.TemporaryDirectory() as folder:
             changed = [Path(folder) / f"{i}.wav" for i in range(len(rows))]
             for row, path in zip(rows, changed):
@@ -332,7 +332,7 @@ def ask_all(
     for rows in drawn.questions.values():
         steps += 2 * len(rows) + 3 * len(rows[:half])
     for group, rows in drawn.voices.items():
-        steps += len(rows) + 2 * len(rows) * (3 if group == "unheard" else 1)
+        steps += len(rows) + 2 * len(rows) * (3 if group == "unseen" else 1)
     recognizer = Recognizer()
     background = ThreadPoolExecutor(1)
     encoded = {}

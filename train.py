@@ -150,7 +150,7 @@ class CorpusSection:
 class EvaluateSection:
     items: Whole = 120  # at most so many items for a row of the report; 0: all there are
     takes: Count | None = None  # spoken answers drawn at most; None: as sample.py does
-    # of the tiny world: so many questions in each voice that no training hears, as far as any is installed
+    # of the tiny world: so many questions in each unseen voice, as far as any is installed
     voices: Annotated[int, Limits(0, 1000)] = 0
     # a row's key: what it should reach, as in configs/tiny.toml
     targets: dict[str, Amount] = field(default_factory=dict)

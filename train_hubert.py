@@ -280,13 +280,13 @@ def imitate_recordings(run: Run, how: Imitation, rows: list[dict], extractor: Un
     def babble(draw: np.random.Generator) -> np.ndarray:
         return audio.load(paths[draw.integers(len(paths))])
 
-    def heard(wav: Tensor) -> tuple[list[int], list[int]]:
+    def encode(wav: Tensor) -> tuple[list[int], list[int]]:
         samples = wav.cpu().numpy()
         draw = draw_of(run.seed, "imitated", zlib.crc32(samples.tobytes()))
         return extractor(torch.from_numpy(imitate(samples, draw, how, babble).wav).to(run.device))
 
     work.mkdir(exist_ok=True)
-    unit_files.extract(run.corpus, rows, run.imitated, heard, run.device, work)
+    unit_files.extract(run.corpus, rows, run.imitated, encode, run.device, work)
 
 
 def find_units(run: Run, section: UnitsSection, hubert: HubertSection) -> UnitExtractor:

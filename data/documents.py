@@ -45,7 +45,7 @@ from data.units import read_table, read_units
 from files import read_jsonl, show
 
 READING = "reading"  # the family of sentences to read aloud
-HEARD = ("units", "imitated")  # of a row: what there is of it to be recognized
+RECOGNIZED = ("units", "imitated")  # of a row: what there is of it to be recognized
 MODES = ("s2s", "s2t", "t2s", "t2t")  # Appendix C
 DIALOGUE_KINDS = (*MODES, "chain", "standard")
 KINDS = ("text", "speech", "asr", "tts", *DIALOGUE_KINDS)
@@ -143,7 +143,7 @@ def pairs(tables: Tables, split: str) -> list[Pair]:
     return [Pair(row["units"], row["text"], row["speaker"]) for row in rows]
 
 
-def heard(tables: Tables, split: str) -> list[Pair]:
+def to_recognize(tables: Tables, split: str) -> list[Pair]:
     """`pairs`, and those of them that were imitated, which are to be recognized alone."""
     again = [row for row in tables.rows if row["split"] == split and "imitated" in row]
     more = [Pair(row["imitated"], row["text"], row["speaker"], imitated=True) for row in again]
@@ -158,7 +158,7 @@ def exchanges(tables: Tables, split: str) -> list[Exchange]:
     answers: dict[str, list[list[int]]] = {}
     for row in tables.rows:
         if row["split"] == split:
-            questions.setdefault(row["text"], []).extend([row[key] for key in HEARD if key in row])
+            questions.setdefault(row["text"], []).extend([row[key] for key in RECOGNIZED if key in row])
         if row["split"] == "train" and row["speaker"] == TARGET_SPEAKER:
             answers.setdefault(row["text"], []).append(row["units"])
     questions_by_key, answers_by_key = by_key(questions), by_key(answers)
@@ -211,7 +211,7 @@ NEEDS = {  # what a kind lacks where there is nothing of it
 )
 READERS: dict[Callable, tuple[str, ...]] = {
     sentences: ("text",),
-    heard: ("speech", "asr", "tts"),
+    to_recognize: ("speech", "asr", "tts"),
     exchanges: DIALOGUE_KINDS,
 }
 

@@ -1,4 +1,4 @@
-"""Words wrong in voices never heard against the number of speakers heard: a curve from several runs' reports.
+"""Words wrong in unseen voices against the number of training speakers: a curve from several runs' reports.
 
     python -m evaluation.curve out/one/report out/four/report out/tiny/report --out out/curve
 
@@ -19,9 +19,9 @@ from evaluation.report import table
 from files import read_json, write_atomic
 
 ROWS = {
-    "asr.unheard": "words wrong",
-    "asr.unheard.worst": "the worst voice",
-    "answer.unheard": "answers right",
+    "asr.unseen": "words wrong",
+    "asr.unseen.worst": "the worst voice",
+    "answer.unseen": "answers right",
 }
 
 
@@ -32,7 +32,7 @@ class Point(NamedTuple):
 
 
 def read_point(report: Path) -> Point:
-    """ValueError, one line, if the report has no such rows, or not how many speakers its model has heard."""
+    """ValueError, one line, if the report lacks these rows, or the number of training speakers."""
     path = report / "report.json"
     found = read_json(path)
     try:
@@ -43,7 +43,7 @@ def read_point(report: Path) -> Point:
     if type(speakers) is not int:
         raise ValueError(f"{path} has no number of speakers: its model must be in the folder of its run")
     if not rows.keys() >= ROWS.keys():
-        raise ValueError(f"{path} has no voices never heard; evaluate with a corpus of them")
+        raise ValueError(f"{path} has no unseen voices; evaluate with a corpus of them")
     return Point(speakers, rows, report)
 
 
@@ -56,7 +56,7 @@ def show(points: list[Point]) -> str:
             value, low, high = (point.rows[key][name] for name in ("value", "low", "high"))
             cells.append(f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
         lines.append([point.speakers, *cells])
-    return table(["speakers heard", *ROWS.values()], lines)
+    return table(["training speakers", *ROWS.values()], lines)
 
 
 def draw(points: list[Point], path: Path):
@@ -73,7 +73,7 @@ def draw(points: list[Point], path: Path):
         below = [value - 100 * point.rows[key]["low"] for value, point in zip(values, points)]
         above = [100 * point.rows[key]["high"] - value for value, point in zip(values, points)]
         axis.errorbar(speakers, values, (below, above), marker="o", capsize=3, label=name)
-    axis.set(xlabel="speakers heard in training", ylabel="%", ylim=(0, None))
+    axis.set(xlabel="training speakers", ylabel="%", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=100, bbox_inches="tight")
@@ -81,7 +81,7 @@ def draw(points: list[Point], path: Path):
 
 
 def main() -> None:
-    parser = Parser("Words wrong in voices never heard against the number of speakers heard in training.")
+    parser = Parser("Words wrong in unseen voices against the number of training speakers.")
     parser.add_argument("reports", type=folder, nargs="+", help="folders of evaluate.py's reports")
     parser.add_argument("--out", type=folder, default="out/curve", help="OUT.md and OUT.png are written")
     known = parser.parse_args()

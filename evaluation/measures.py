@@ -111,51 +111,49 @@ MEASURES = (
         baselines={"its text": "spoken.text"},
     ),
 )
-VOICE_GROUPS = {"unheard": "voices never heard", "heard": "other engines trained on"}
+VOICE_GROUPS = {"unseen": "unseen voices", "seen": "other engines trained on"}
 VOICE_CONDITIONS = {"noise": "in noise", "telephone": "by telephone"}
 VOICE_MEASURES = (  # of a corpus of voices (evaluation/voices.py)
-    Measure("source.unheard", "recognizer, voices never heard", per_split=False),
-    Measure("source.heard", "recognizer, other engines trained on", per_split=False),
+    Measure("source.unseen", "recognizer, unseen voices", per_split=False),
+    Measure("source.seen", "recognizer, other engines trained on", per_split=False),
+    Measure("asr.unseen", "ASR, unseen voices", per_split=False, baselines={"recognizer": "source.unseen"}),
     Measure(
-        "asr.unheard", "ASR, voices never heard", per_split=False, baselines={"recognizer": "source.unheard"}
-    ),
-    Measure(
-        "asr.unheard.noise",
-        "ASR, voices never heard, in noise",
+        "asr.unseen.noise",
+        "ASR, unseen voices, in noise",
         per_split=False,
-        baselines={"without": "asr.unheard"},
+        baselines={"without": "asr.unseen"},
     ),
     Measure(
-        "asr.unheard.telephone",
-        "ASR, voices never heard, by telephone",
+        "asr.unseen.telephone",
+        "ASR, unseen voices, by telephone",
         per_split=False,
-        baselines={"without": "asr.unheard"},
+        baselines={"without": "asr.unseen"},
     ),
     Measure(
-        "asr.heard",
+        "asr.seen",
         "ASR, other engines trained on",
         per_split=False,
-        baselines={"recognizer": "source.heard"},
+        baselines={"recognizer": "source.seen"},
     ),
-    Measure("answer.unheard", "spoken question, voices never heard", wer=False, per_split=False),
+    Measure("answer.unseen", "spoken question, unseen voices", wer=False, per_split=False),
     Measure(
-        "answer.unheard.noise",
-        "spoken question, voices never heard, in noise",
+        "answer.unseen.noise",
+        "spoken question, unseen voices, in noise",
         wer=False,
         per_split=False,
-        baselines={"without": "answer.unheard"},
+        baselines={"without": "answer.unseen"},
     ),
     Measure(
-        "answer.unheard.telephone",
-        "spoken question, voices never heard, by telephone",
+        "answer.unseen.telephone",
+        "spoken question, unseen voices, by telephone",
         wer=False,
         per_split=False,
-        baselines={"without": "answer.unheard"},
+        baselines={"without": "answer.unseen"},
     ),
-    Measure("answer.heard", "spoken question, other engines trained on", wer=False, per_split=False),
+    Measure("answer.seen", "spoken question, other engines trained on", wer=False, per_split=False),
 )
 OTHER_ROWS = ("bits", "bits.1", "bits.second", "first", "first.factor")  # not computed from items
-OTHER_ROWS += ("asr.unheard.worst", "asr.unheard.loss", "answer.unheard.worst", "answer.unheard.loss")
+OTHER_ROWS += ("asr.unseen.worst", "asr.unseen.loss", "answer.unseen.worst", "answer.unseen.loss")
 
 
 class Item(NamedTuple):

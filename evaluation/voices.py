@@ -3,10 +3,10 @@
     python data/tiny/prepare.py out/voices --held_out 60 --voices 15
     python evaluate.py --model weights/tiny --corpus out/voices --out out/report-voices
 
-A corpus of voices is one whose speakers have names; its voices.json says which of them no training hears:
+A corpus of voices is one whose speakers have names; its voices.json says which are in no training data:
 
-    {"unheard": ["flite awb", "pico en-GB"],               names of speakers in its manifest.jsonl
-     "heard": ["flite slt"],                               voices that training hears, saying other things
+    {"unseen": ["flite awb", "pico en-GB"],               names of speakers in its manifest.jsonl
+     "seen": ["flite slt"],                               training voices, with other sentences
      "numbers": {"flite slt": 5},                          of speakers in the corpus to train on
      "missing": {"festival ked_diphone": "text2wave is not installed"},
      "failed": {"flite awb": 2}}                           recordings that were left out
@@ -28,33 +28,35 @@ NOISE = 15  # dB of speech to noise
 
 
 def is_of_voices(corpus: Path) -> bool:
-    """Does the corpus say that there are voices which no training hears?"""
-    return (corpus / "voices.json").is_file() and bool(read_voices(corpus)["unheard"])
+    """Whether the corpus has unseen voices, by its voices.json."""
+    return (corpus / "voices.json").is_file() and bool(read_voices(corpus)["unseen"])
 
 
 def read_voices(corpus: Path) -> dict:
     """What voices.json says, every key filled in. ValueError if it is damaged."""
     path = corpus / "voices.json"
     found = read_json(path)
-    kinds = {"unheard": list, "heard": list, "missing": dict, "failed": dict}
-    if not isinstance(found, dict) or not all(
-        isinstance(found.setdefault(key, kind()), kind) for key, kind in kinds.items()
+    kinds = {"unseen": list, "seen": list, "missing": dict, "failed": dict}
+    if (
+        not isinstance(found, dict)
+        or "unseen" not in found
+        or not all(isinstance(found.setdefault(key, kind()), kind) for key, kind in kinds.items())
     ):
         raise ValueError(f"{path} is damaged; make the corpus again")
     return found
 
 
 def read_rows(corpus: Path) -> dict[str, list[dict]]:
-    """The rows of a corpus of voices, each with its "path": {"unheard": ..., "heard": ...}."""
+    """The rows of a corpus of voices, each with its "path": {"unseen": ..., "seen": ...}."""
     known = read_voices(corpus)
     rows = [row | {"path": corpus / row["wav"]} for row in usable(corpus) if row["text"]]
-    return {group: [row for row in rows if row["speaker"] in known[group]] for group in ("unheard", "heard")}
+    return {group: [row for row in rows if row["speaker"] in known[group]] for group in ("unseen", "seen")}
 
 
 def describe(corpus: Path) -> str:
     """Which voices a corpus has, and which it lacks, for people to read."""
     known = read_voices(corpus)
-    parts = [f"{len(known['unheard'])} never heard, {len(known['heard'])} heard in training"]
+    parts = [f"{len(known['unseen'])} unseen, {len(known['seen'])} of training"]
     parts += [f"without {voice} ({why})" for voice, why in known["missing"].items()]
     parts += [f"{n} recordings of {voice} failed" for voice, n in known["failed"].items()]
     return "; ".join(parts)
@@ -80,11 +82,11 @@ def disguise(wav: np.ndarray, condition: str, name: str) -> np.ndarray:
 
 
 def rows_of_voices(items: list[Item]) -> list[Row]:
-    """Of the voices never heard: the worst voice, and what noise or telephone cost at most."""
+    """Of the unseen voices: the worst voice, and what noise or telephone cost at most."""
     measures = {measure.key: measure for measure in VOICE_MEASURES}
     rows = []
     for kind in ("asr", "answer"):
-        measure = measures[f"{kind}.unheard"]
+        measure = measures[f"{kind}.unseen"]
         own = select(items, measure.key, "")
         if not own:
             continue

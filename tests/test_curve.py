@@ -28,7 +28,7 @@ def test_a_curve_has_a_point_for_each_report_in_order(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize(
     ("speakers", "keys", "why"),
-    [(0, tuple(curve.ROWS), "no number of speakers"), (3, ("asr.unheard",), "no voices never heard")],
+    [(0, tuple(curve.ROWS), "no number of speakers"), (3, ("asr.unseen",), "no unseen voices")],
 )
 def test_a_report_without_voices_is_one_line(tmp_path, speakers, keys, why):
     report = write_report(tmp_path / "report", speakers, 0.5, keys)

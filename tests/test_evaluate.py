@@ -304,7 +304,7 @@ def write_voices(folder, names=("flite awb", "pico en-GB", "flite slt")):
             rows.append(row | ({"answer": ANSWERS[text]} if text in ANSWERS else {}))
             audio.save(folder / wav, sound_of(text))
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    known = {"unheard": list(names[:-1]), "heard": [names[-1]], "missing": {"x y": "x is not installed"}}
+    known = {"unseen": list(names[:-1]), "seen": [names[-1]], "missing": {"x y": "x is not installed"}}
     (folder / "voices.json").write_text(json.dumps(known | {"failed": {"flite awb": 2}}))
 
 
@@ -324,34 +324,34 @@ def misunderstand_the_telephone(wav, condition, name):
 
 
 VOICE_ROWS = {
-    "source.unheard": 0,
-    "source.heard": 0,
-    "asr.unheard": 1 / 2,
-    "asr.unheard.worst": 1,
-    "asr.unheard.noise": 0,
-    "asr.heard": 0,
-    "answer.unheard": 1 / 2,
-    "answer.unheard.worst": 0,
-    "answer.unheard.noise": 1,
-    "answer.unheard.telephone": 0,
-    "answer.unheard.loss": 1 / 2,
-    "answer.heard": 1,
+    "source.unseen": 0,
+    "source.seen": 0,
+    "asr.unseen": 1 / 2,
+    "asr.unseen.worst": 1,
+    "asr.unseen.noise": 0,
+    "asr.seen": 0,
+    "answer.unseen": 1 / 2,
+    "answer.unseen.worst": 0,
+    "answer.unseen.noise": 1,
+    "answer.unseen.telephone": 0,
+    "answer.unseen.loss": 1 / 2,
+    "answer.seen": 1,
 }
 
 
-def test_voices_that_no_training_heard_have_rows_and_a_table(tmp_path, monkeypatch, capsys):
+def test_unseen_voices_have_rows_and_a_table(tmp_path, monkeypatch, capsys):
     write_world(tmp_path)
     write_voices(tmp_path / "voices")
     monkeypatch.setattr(evaluate.voices, "disguise", misunderstand_the_telephone)
-    targets = {"asr.unheard.worst": 0.3, "answer.unheard.loss": 0.08, "answer.heard": 0.9}
+    targets = {"asr.unseen.worst": 0.3, "answer.unseen.loss": 0.08, "answer.seen": 0.9}
     numbers = report_on(tmp_path, monkeypatch, Misunderstands(), targets=targets)
     for key, value in VOICE_ROWS.items():
         assert numbers[key] == pytest.approx(value), key
     assert numbers["asr.rendition"] == 0, "the corpus has its own rows"
     text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
-    assert "- voices: 2 never heard, 1 heard in training; without x y (x is not installed); " in text
+    assert "- voices: 2 unseen, 1 of training; without x y (x is not installed); " in text
     assert "2 recordings of flite awb failed" in text
-    assert "- targets: 1 of 3 reached; not asr.unheard.worst, answer.unheard.loss\n" in text
+    assert "- targets: 1 of 3 reached; not asr.unseen.worst, answer.unseen.loss\n" in text
     assert "| flite awb | 0 % of 2 | 0 % of 1 | 0 % of 1 | 0 % of 2 |" in text
     assert "| pico en-GB | 0 % of 2 | 100 % of 1 | 100 % of 1 | 0 % of 2 |" in text
     assert "| flite slt | 0 % of 2 | 0 % of 1 | 0 % of 1 | 100 % of 1 |" in text
@@ -366,12 +366,12 @@ def test_a_corpus_of_voices_alone_has_no_other_rows(tmp_path, monkeypatch):
     write_voices(tmp_path / "corpus")
     monkeypatch.setattr(evaluate.voices, "disguise", misunderstand_the_telephone)
     numbers = report_on(tmp_path, monkeypatch, Misunderstands())
-    assert numbers.keys() == {*VOICE_ROWS, "asr.unheard.loss", "asr.unheard.telephone"}
+    assert numbers.keys() == {*VOICE_ROWS, "asr.unseen.loss", "asr.unseen.telephone"}
     text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
     assert "By speaker" not in text and "By family" not in text
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"unheard": "flite awb"}'])
+@pytest.mark.parametrize("content", ["[]", "{", '{"unseen": "flite awb"}'])
 def test_damaged_voices_are_one_line(tmp_path, monkeypatch, content):
     write_world(tmp_path)
     write_voices(tmp_path / "voices")

@@ -18,8 +18,8 @@ def test_words_and_spliced_sums_of_what_is_there(tmp_path, capsys):
         audio.save(tmp_path / "share" / words[word], np.pad(tone, 4000))
     people.prepare(tmp_path / "out", tmp_path / "share")
     groups = voices.read_rows(tmp_path / "out")
-    assert groups["heard"] == []
-    rows = {row["text"]: row for row in groups["unheard"]}
+    assert groups["seen"] == []
+    rows = {row["text"]: row for row in groups["unseen"]}
     said = {"one", "two", "three", "plus", "minus", "is", "Monday"}
     assert rows.keys() == said | {text for text in people.sums() if set(text.split()) <= said}
     assert "one plus one is two" in rows and rows["one plus one is two"]["speaker"] == "Allison, spliced"

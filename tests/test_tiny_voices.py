@@ -147,7 +147,7 @@ def test_a_corpus_has_the_voices_that_are_there_and_counts_what_failed(engines, 
     assert lost and f"left out: {len(lost)} of " in said
     assert all((tmp_path / "corpus" / row["wav"]).exists() for row in rows)
     known = read_json(tmp_path / "corpus/voices.json")
-    assert known["heard"] == ["flite slt", "flite rms"] and not known["unheard"]
+    assert known["seen"] == ["flite slt", "flite rms"] and not known["unseen"]
     assert known["numbers"] == {"flite slt": 5, "flite rms": 7}
     assert known["missing"] == {"espeak-ng en-us+m3": "espeak-ng is not installed"}
     assert sum(known["failed"].values()) == len(lost) and known["failed"].keys() <= known["numbers"].keys()
@@ -165,15 +165,15 @@ def test_a_corpus_of_voices_that_are_held_out(engines, tmp_path, capsys):
     engines(flite="speaks", festival="speaks")
     prepare.prepare(tmp_path / "corpus", workers=1, progress=False, held_out=4, voices=2)
     rows = read_manifest(tmp_path / "corpus")
-    unheard = [str(v) for v in voices.HELD_OUT if v.engine in ("flite", "festival")]
-    assert Counter(row["speaker"] for row in rows) == {name: 4 for name in unheard} | {"flite slt": 2}
+    unseen = [str(v) for v in voices.HELD_OUT if v.engine in ("flite", "festival")]
+    assert Counter(row["speaker"] for row in rows) == {name: 4 for name in unseen} | {"flite slt": 2}
     assert Counter(row["split"] for row in rows) == {"rendition": 7, "heldout": 7}
     assert all(row["answer"] for row in rows)
     trained = {u.text for u in prepare.plan(5000, 1)[0] if u.split == "train"}
     assert not {row["text"] for row in rows if row["split"] == "heldout"} & trained
     assert {row["text"] for row in rows if row["split"] == "rendition"} <= trained
     known = read_json(tmp_path / "corpus/voices.json")
-    assert known["unheard"] == unheard and known["heard"] == ["flite slt"] and not known["failed"]
+    assert known["unseen"] == unseen and known["seen"] == ["flite slt"] and not known["failed"]
     assert known["missing"]["pico en-US"] == "the package py-nanotts is not installed"
     first = (tmp_path / "corpus/manifest.jsonl").read_bytes()
     prepare.prepare(tmp_path / "again", workers=1, progress=False, held_out=4, voices=2)

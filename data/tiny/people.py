@@ -83,7 +83,7 @@ def prepare(out: Path, share: Path = Path("/usr/share")) -> None:
             f"{share} has no such recordings; install the packages that data/tiny/people.py names"
         )
     speakers = sorted({row["speaker"] for row in rows})
-    write_json(out / "voices.json", {"unheard": speakers, "missing": missing})
+    write_json(out / "voices.json", {"unseen": speakers, "missing": missing})
     write_manifest(out, rows)  # last: a folder with a manifest is complete
     for speaker in speakers:
         print(f"{speaker:20} {sum(row['speaker'] == speaker for row in rows):4} recordings")

