@@ -25,6 +25,7 @@ import contextlib
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -126,9 +127,10 @@ def optimize(
         worker_init_fn=lambda worker: leave_end_to_parent(),
         pin_memory=device.type == "cuda",  # the copies to it wait for nothing
     )
+    batches = steps if run.workers or device.type == "cuda" else read_ahead(steps)
 
     with progress(section.steps, first, name) as bar, told_of_memory(advice), told_to_end() as is_told:
-        for step, micro_batches in enumerate(meters.waiting(steps), first):
+        for step, micro_batches in enumerate(meters.waiting(batches), first):
             if isinstance(micro_batches, Exception):
                 raise micro_batches
             torch.manual_seed(zlib.crc32(f"{run.seed} {name} {step} {rank()}".encode()))
@@ -252,6 +254,16 @@ class Steps(torch.utils.data.Dataset):
                     f"{what}; use --workers 0, or make /dev/shm larger (docker run --shm-size 2g)"
                 )
         return micro_batches
+
+
+def read_ahead(batches: Iterable) -> Iterator:
+    """The same batches; a thread prepares the next one while a step computes, if there is a core for it."""
+    batches = iter(batches)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 def make_optimizers(
