@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tqdm import tqdm
 import checkpoint
 from run import Run
 from training import precision
-from training.loop import Loss, Optimization, check_ranks, optimize, told_of_memory
+from training.loop import Loss, Optimization, check_ranks, optimize, read_ahead, told_of_memory
 
 
 def batch_at(step: int) -> list:
@@ -321,6 +322,29 @@ def test_workers_prepare_the_same_batches(tmp_path):
 
 
 @needs_fork
+def test_a_thread_is_one_batch_ahead_and_ends_with_its_reader():
+    made = []
+    threads = threading.active_count()
+    batches = read_ahead(made.append(i) or i for i in range(5))
+    assert next(batches) == 0
+    assert next(batches) == 1
+    batches.close()  # as when a step raises
+    assert made in ([0, 1], [0, 1, 2]), "the third was asked for when the second was handed out"
+    assert threading.active_count() == threads
+    assert list(read_ahead(iter([]))) == [] and list(read_ahead(range(3))) == [0, 1, 2]
+
+
+def test_what_the_thread_raises_reaches_the_step_that_waits():
+    def fail():
+        yield 1
+        raise MemoryError("of the thread")
+
+    batches = read_ahead(fail())
+    assert next(batches) == 1
+    with pytest.raises(MemoryError, match="of the thread"):
+        next(batches)
+
+
 def test_too_little_shared_memory_is_told_and_no_endless_wait(tmp_path, monkeypatch):
     def full(self):
         raise RuntimeError(
