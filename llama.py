@@ -256,7 +256,7 @@ class Llama(nn.Module):
                 # Also right for packed rows: RoPE depends only on differences of positions inside a document.
                 positions = torch.arange(T, device=ids.device)[None]
             rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-            mask = None if docs is None else PackedAttention(docs)
+            mask = None if docs is None else within_documents(docs)
         else:
             assert positions is None and docs is None, "a cache counts positions itself, and has no documents"
             rope = cache.rope(T)
@@ -406,11 +406,15 @@ def load(folder: Path, dtype: torch.dtype | None, device, int8: bool) -> Llama:
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor) -> Tensor:
     """Attention for rows into which several documents were packed, written plainly: causal, and inside the
     document. q (B, n_heads, T, head_dim), k and v (B, n_kv_heads, T, head_dim), docs (B, T) -> as q."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=document_mask(docs), enable_gqa=True)
+
+
+def document_mask(docs: Tensor) -> Tensor:
+    """docs (B, T) -> which tokens (of the last dimension) each token attends to, (B, 1, T, T)."""
     T = docs.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=docs.device).tril()
     same_document = docs[:, :, None] == docs[:, None, :]  # (B, T, T)
-    mask = (causal & same_document)[:, None]  # (B, 1, T, T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return (causal & same_document)[:, None]
 
 
 class PackedAttention:
@@ -473,6 +477,17 @@ class PackedAttention:
 
 
 Mask = Tensor | PackedAttention | None  # what Attention takes; None: causal
+DENSE = 1024  # tokens in a row, up to which a GPU gets a matrix
+
+
+def within_documents(docs: Tensor) -> Mask:
+    """docs (B, T) -> what keeps attention causal and inside a document. A GPU is faster with the matrix of
+    all pairs than with a dozen small products a layer, until rows are long (LOG.md, 2026-11-26)."""
+    if docs.device.type == "cpu":
+        return PackedAttention(docs)
+    if docs.shape[1] <= DENSE:
+        return document_mask(docs)
+    return PackedAttention(docs.cpu()).to(docs.device)  # there it would wait for the GPU at each group
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -288,6 +288,27 @@ def test_packed_attention_moves_to_another_device():
     assert all(torch.equal(a, b) for a, b in zip(moved.groups, packed.groups))
 
 
+def test_the_device_and_the_length_choose_the_form():
+    docs = numbered([[3, 4], [2]], 7)
+    assert isinstance(llama.within_documents(docs), PackedAttention)
+    elsewhere = llama.within_documents(docs.to("meta"))
+    assert isinstance(elsewhere, torch.Tensor) and elsewhere.is_meta and elsewhere.shape == (2, 1, 7, 7)
+
+
+def test_a_model_that_gets_the_matrix_of_a_gpu_learns_the_same(model, monkeypatch):
+    row, positions, docs = pack([torch.arange(1, 10), torch.arange(3, 7), torch.arange(2, 12)], 24)
+    mask = torch.ones(1, 24, dtype=torch.bool)
+    found = []
+    for form in (llama.within_documents, llama.document_mask):
+        monkeypatch.setattr(llama, "within_documents", form)
+        model.zero_grad()
+        loss = next_token_loss(model, row, mask, positions, docs)
+        loss.backward()
+        found.append([loss, *(p.grad.clone() for p in model.parameters())])
+    model.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found))
+
+
 def test_packed_loss_equals_padded_loss(model, ids):
     documents = [ids[0, :9], ids[1, :4], ids[2, :8]]
     answer = [torch.arange(len(d)) >= 2 for d in documents]
