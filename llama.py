@@ -23,6 +23,7 @@ import checkpoint
 from config import Limits, Size
 from files import write_json
 from llama_formats import Matrix, read_folder, to_hugging_face
+from packed import Mask, PackedRows, within_documents
 from run import rank
 
 Maybe = Tensor | None  # an argument that may be left out
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rope: Rope, mask: "Mask", cache: "LayerCache | None") -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, cache: "LayerCache | None") -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
@@ -111,7 +112,7 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
         if cache is not None:
             k, v = cache.append(k, v)  # all keys and values so far
-        if isinstance(mask, PackedAttention):
+        if isinstance(mask, PackedRows):
             y = mask.attend(q, k, v)
         else:
             # softmax(q k^T / sqrt(head_dim)) v. Without a mask a whole row is causal, and a single new token
@@ -141,7 +142,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rope: Rope, mask: "Mask", cache: "LayerCache | None") -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, cache: "LayerCache | None") -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -256,7 +257,7 @@ class Llama(nn.Module):
                 # Also right for packed rows: RoPE depends only on differences of positions inside a document.
                 positions = torch.arange(T, device=ids.device)[None]
             rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-            mask = None if docs is None else within_documents(docs)
+            mask = None if docs is None else within_documents(docs, x)
         else:
             assert positions is None and docs is None, "a cache counts positions itself, and has no documents"
             rope = cache.rope(T)
@@ -400,109 +401,7 @@ def load(folder: Path, dtype: torch.dtype | None, device, int8: bool) -> Llama:
     return model.eval()
 
 
-# ---- Ours: packed rows, int8 -------------------------------------------------------------------------------
-
-
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor) -> Tensor:
-    """Attention for rows into which several documents were packed, written plainly: causal, and inside the
-    document. q (B, n_heads, T, head_dim), k and v (B, n_kv_heads, T, head_dim), docs (B, T) -> as q."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=document_mask(docs), enable_gqa=True)
-
-
-def document_mask(docs: Tensor) -> Tensor:
-    """docs (B, T) -> which tokens (of the last dimension) each token attends to, (B, 1, T, T)."""
-    T = docs.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=docs.device).tril()
-    same_document = docs[:, :, None] == docs[:, None, :]  # (B, T, T)
-    return (causal & same_document)[:, None]
-
-
-class PackedAttention:
-    """The same, fast. The scores above grow with T^2, and most are of two documents, masked (LOG.md). Here
-    documents of similar length are gathered from the rows into groups, causal attention is computed in each
-    group, and every token goes back to its place:
-
-        docs (2, 8)             groups (documents, longest)                 output (2, 8)
-
-        a a a a b b - -         a a a a                                     a a a a b b - -
-        c c c c d d d e   -->   c c c c    b b    e    --> attention -->    c c c c d d d e
-                                d d d *
-
-    - is padding, a number below 0: its output means nothing. * is whatever follows d in its row: being later,
-    no token of d attends to it, and it is not put back."""
-
-    def __init__(self, docs: Tensor):
-        B, T = docs.shape
-        rows = torch.arange(B, device=docs.device)[:, None]
-        # docs * B + rows: neighbors have the same number if they are of one document and in one row.
-        numbers, lengths = torch.unique_consecutive(docs * B + rows, return_counts=True)
-        starts = lengths.cumsum(0) - lengths  # in (B T)
-        lengths, order = lengths[numbers >= 0].sort(descending=True)
-        starts = starts[numbers >= 0][order]
-        sizes = lengths.tolist()
-
-        self.groups: list[Tensor] = []  # (documents, longest): the place in (B T) of each token
-        self.back = torch.zeros_like(docs).flatten()  # (B T,): where in the concatenated groups each token is
-        gathered = 0
-        begin = 0
-        while begin < len(sizes):
-            end = begin
-            while end < len(sizes) and sizes[end] >= 0.7 * sizes[begin]:
-                end += 1
-            offsets = torch.arange(sizes[begin], device=docs.device)
-            places = starts[begin:end, None] + offsets  # (documents, longest)
-            inside = offsets < lengths[begin:end, None]  # False: past the end of a shorter document
-            self.back[places[inside]] = gathered + inside.flatten().nonzero()[:, 0]
-            self.groups.append(places.clamp(max=B * T - 1))
-            gathered += inside.numel()
-            begin = end
-
-    def to(self, device: torch.device) -> "PackedAttention":
-        moved = object.__new__(PackedAttention)
-        moved.groups = [places.to(device) for places in self.groups]
-        moved.back = self.back.to(device)
-        return moved
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, n_heads, T, head_dim), k and v (B, n_kv_heads, T, head_dim) -> as q."""
-        B = q.shape[0]
-        flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B T, heads, head_dim)
-        outputs = []
-        for places in self.groups:
-            group = [x.index_select(0, places.flatten()).unflatten(0, places.shape) for x in flat]
-            y = causal_attention(*(x.transpose(1, 2) for x in group))
-            outputs.append(y.transpose(1, 2).flatten(0, 1))  # (documents * longest, heads, head_dim)
-        y = torch.cat(outputs).index_select(0, self.back)  # (B T, heads, head_dim)
-        return y.unflatten(0, (B, -1)).transpose(1, 2)
-
-
-Mask = Tensor | PackedAttention | None  # what Attention takes; None: causal
-DENSE = 1024  # tokens in a row, up to which a GPU gets a matrix
-
-
-def within_documents(docs: Tensor) -> Mask:
-    """docs (B, T) -> what keeps attention causal and inside a document. A GPU is faster with the matrix of
-    all pairs than with a dozen small products a layer, until rows are long (LOG.md, 2026-11-26)."""
-    if docs.device.type == "cpu":
-        return PackedAttention(docs)
-    if docs.shape[1] <= DENSE:
-        return document_mask(docs)
-    return PackedAttention(docs.cpu()).to(docs.device)  # there it would wait for the GPU at each group
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, each token over itself and those before it; q, k and v as above.
-    On a CPU it is written out: the gradient of torch's function takes six times as long in bfloat16 at 70
-    tokens, three times at 190 (torch 2.13)."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    heads, T = q.shape[1], q.shape[2]
-    q = q.flatten(0, 1)  # (B n_heads, T, head_dim)
-    k = k.repeat_interleave(heads // k.shape[1], 1).flatten(0, 1)
-    v = v.repeat_interleave(heads // v.shape[1], 1).flatten(0, 1)
-    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(future, q, k.mT, alpha=q.shape[2] ** -0.5)
-    return torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, heads))
+# ---- Ours: int8 -------------------------------------------------------------------------------
 
 
 class Int8Linear(nn.Module):

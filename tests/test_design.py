@@ -14,7 +14,7 @@ LEVELS = (
     ("files", "data.containers", "starting"),
     ("config", "run", "pickles", "data.audio"),
     ("checkpoint", "foreign"),
-    ("kmeans", "hubert_formats", "llama_formats"),
+    ("kmeans", "hubert_formats", "llama_formats", "packed"),
     ("tokenizer", "hubert", "llama", "lora", "vocoder", "text_to_unit"),  # the paper's nouns
     ("data", "generate"),
     ("request",),

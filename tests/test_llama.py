@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,19 @@ from hypothesis import strategies as st
 
 import checkpoint
 import llama
+import packed
 from files import read_json, write_json
 from llama import (
     Int8Linear,
     Llama,
     LlamaConfig,
-    PackedAttention,
     next_token_loss,
     next_token_losses,
-    packed_attention,
     rope_table,
     rotate,
 )
 from llama_formats import Matrix
+from packed import PackedAttention, VarlenAttention, packed_attention
 
 CONFIG = dict(vocab_size=101, dim=48, n_layers=3, n_heads=6, hidden_dim=80, max_len=96)
 GROUPED = CONFIG | dict(n_kv_heads=2, rope_theta=5000.0, norm_eps=1e-5)
@@ -289,9 +290,9 @@ def test_packed_attention_moves_to_another_device():
 
 
 def test_the_device_and_the_length_choose_the_form():
-    docs = numbered([[3, 4], [2]], 7)
-    assert isinstance(llama.within_documents(docs), PackedAttention)
-    elsewhere = llama.within_documents(docs.to("meta"))
+    docs, x = numbered([[3, 4], [2]], 7), torch.zeros(2, 7, 8)
+    assert isinstance(packed.within_documents(docs, x), PackedAttention)
+    elsewhere = packed.within_documents(docs.to("meta"), x)
     assert isinstance(elsewhere, torch.Tensor) and elsewhere.is_meta and elsewhere.shape == (2, 1, 7, 7)
 
 
@@ -299,7 +300,7 @@ def test_a_model_that_gets_the_matrix_of_a_gpu_learns_the_same(model, monkeypatc
     row, positions, docs = pack([torch.arange(1, 10), torch.arange(3, 7), torch.arange(2, 12)], 24)
     mask = torch.ones(1, 24, dtype=torch.bool)
     found = []
-    for form in (llama.within_documents, llama.document_mask):
+    for form in (packed.within_documents, lambda docs, x: packed.document_mask(docs)):
         monkeypatch.setattr(llama, "within_documents", form)
         model.zero_grad()
         loss = next_token_loss(model, row, mask, positions, docs)
@@ -307,6 +308,73 @@ def test_a_model_that_gets_the_matrix_of_a_gpu_learns_the_same(model, monkeypatc
         found.append([loss, *(p.grad.clone() for p in model.parameters())])
     model.zero_grad()
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found))
+
+
+# ---- torch's kernel for documents of any lengths, which no CPU has: its contract, written out in torch -----
+
+
+def old_kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, is_causal=False):
+    """As in torch 2.10: (tokens, heads, head_dim)."""
+    assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    assert starts_q.dtype == torch.int32 and q.shape == k.shape == v.shape
+    assert int(starts_q.diff().max()) <= longest_q and int(starts_q[-1]) == len(q) == int(starts_k[-1])
+    outputs = []
+    for begin, end in zip(starts_q.tolist(), starts_q.tolist()[1:]):
+        piece = [x[begin:end].transpose(0, 1)[None] for x in (q, k, v)]
+        y = torch.nn.functional.scaled_dot_product_attention(*piece, is_causal=is_causal)
+        outputs.append(y[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def new_kernel(*arguments, window_size=(-1, -1)):
+    """As from torch 2.11 on."""
+    return old_kernel(*arguments, is_causal=window_size == (-1, 0))
+
+
+def broken_kernel(*arguments, window_size=(-1, -1)):
+    return old_kernel(*arguments)  # every token attends to its whole document
+
+
+def missing_kernel(*arguments, window_size=(-1, -1)):
+    raise NotImplementedError("no kernel for this device")
+
+
+@pytest.fixture
+def varlen_module(monkeypatch):
+    def use(kernel):
+        module = types.ModuleType("torch.nn.attention.varlen")
+        module.varlen_attn = kernel
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+        packed.varlen_kernel.cache_clear()
+        return packed.varlen_kernel(torch.device("cpu"))
+
+    yield use
+    packed.varlen_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", [old_kernel, new_kernel])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_kernel_gives_what_the_plain_form_gives(varlen_module, kernel, kv_heads):
+    kernel = varlen_module(kernel)
+    torch.manual_seed(0)
+    docs = numbered([[30, 9, 1], [12, 13, 8, 2], [1, 1, 22], []], 40)
+    q, k, v = (torch.randn(4, heads, 40, 8).half().requires_grad_() for heads in (4, kv_heads, kv_heads))
+    inside = (docs >= 0)[:, None, :, None]
+    rows = VarlenAttention(docs, kernel, torch.float16).to(torch.device("cpu"))
+    found = []
+    for y in (rows.attend(q, k, v), packed_attention(q, k, v, docs)):
+        found.append([y * inside, *torch.autograd.grad((y * inside).square().sum(), (q, k, v))])
+    assert all(torch.allclose(a, b, atol=2e-2) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("kernel", [broken_kernel, missing_kernel])
+def test_a_kernel_that_is_wrong_or_missing_is_not_used(varlen_module, kernel):
+    assert varlen_module(kernel) is None
+
+
+def test_looking_at_the_kernel_draws_no_random_numbers(varlen_module):
+    before = torch.get_rng_state()
+    assert varlen_module(new_kernel) and torch.equal(torch.get_rng_state(), before)
 
 
 def test_packed_loss_equals_padded_loss(model, ids):

@@ -19,9 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 import config
 import llama
 import lora
+import packed
 import train
 from data import batches
-from llama import Llama, LlamaConfig, PackedAttention, rope_table
+from llama import Llama, LlamaConfig, rope_table
+from packed import PackedAttention
 from run import Run
 from tokenizer import Tokenizer
 from training import before, loop, meters, plan, shard
@@ -111,7 +113,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(targets, bf16, kv_heads, monk
     def on_gpu(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
-    monkeypatch.setattr(llama, "causal_attention", on_gpu)
+    monkeypatch.setattr(packed, "causal_attention", on_gpu)
     model = Llama(LlamaConfig(50, 64, 1, 4, 160, kv_heads))
     if targets:
         lora.apply(model, 8, 16, targets)
@@ -119,8 +121,8 @@ def test_what_a_layer_keeps_is_what_autograd_saves(targets, bf16, kv_heads, monk
     docs = torch.zeros(2, T, dtype=torch.long)
     rope = rope_table(torch.arange(T)[None], 16, 1e4, torch.float32)
     x = torch.randn(2, T, 64, requires_grad=True)
-    packed = PackedAttention(docs)
-    others = [*model.parameters(), *rope, *packed.groups, packed.back]
+    rows = PackedAttention(docs)
+    others = [*model.parameters(), *rope, *rows.groups, rows.back]
     known = {t.untyped_storage().data_ptr() for t in others}
     saved = {}
 
@@ -132,7 +134,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(targets, bf16, kv_heads, monk
         return t
 
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), saved_tensors_hooks(pack, lambda t: t):
-        y = model.model.layers[0](x, rope, packed, None)
+        y = model.model.layers[0](x, rope, rows, None)
     section = train.Language(bf16=bf16, max_len=T)
     assert y.shape == x.shape
     assert sum(n for n, _ in saved.values()) == 2 * T * plan.kept_in_layer(model, section, fused=True)
