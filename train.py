@@ -187,8 +187,9 @@ class Config:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
     def __post_init__(self):
-        self.out, self.pretrained, self.corpus.name = (
-            os.path.expanduser(path) for path in (self.out, self.pretrained, self.corpus.name)
+        self.out, self.pretrained, self.corpus.name, self.units.hubert = (
+            os.path.expanduser(path)
+            for path in (self.out, self.pretrained, self.corpus.name, self.units.hubert)
         )
         if not self.out or not self.corpus.name:
             raise ValueError("out and corpus.name must not be empty")
@@ -196,7 +197,7 @@ class Config:
             raise ValueError("[llama] is missing; give it dim, n_layers, n_heads and hidden_dim")
         if set(self.text.mix) != {"text"}:
             raise ValueError("stage text comes before all units: its mix can only be { text = 1 }")
-        layers = {"units.layer": self.units.layer}
+        layers = {} if self.units.hubert else {"units.layer": self.units.layer}
         if len(self.hubert.clusters) > 1:  # otherwise it teaches no further round
             layers["hubert.layer"] = self.hubert.layer
         for key, layer in layers.items():
@@ -371,6 +372,10 @@ def has_pretrained(config: Config) -> bool:
     return bool(config.pretrained)
 
 
+def has_hubert(config: Config) -> bool:
+    return bool(config.units.hubert)
+
+
 STAGES = {
     "corpus": Stage(
         starts_from="an empty folder, or one's own recordings",
@@ -391,10 +396,11 @@ STAGES = {
         work=lambda run, config: train_hubert.pretrain(run, config.hubert),
         after=("corpus",),
         sections=("hubert",),
+        skip=has_hubert,
         fields=sound_alone,
     ),
     "units": Stage(
-        starts_from="the last round's HuBERT",
+        starts_from="the last round's HuBERT, or a released one",
         trains="k-means on one of its layers",
         reads="raw speech",
         loss="distance to the nearest center",

@@ -38,7 +38,7 @@ from hubert import HuBERT, HuBERTConfig, Smooth, UnitExtractor, span_mask, witho
 from kmeans import KMeans, mfcc, smooth
 from run import Run, barrier, rank, world_size
 from training import states
-from training.before import training_rows
+from training.before import open_hubert, training_rows
 from training.loop import Loss, Optimization, optimize
 
 Clusters = Annotated[int, Limits(1, 32_767)]  # their numbers are kept in 16 bits
@@ -74,6 +74,9 @@ class HubertSection(Optimization):
 class UnitsSection:
     """The k-means whose cluster numbers are the units, and how embeddings of units are initialized."""
 
+    # a folder with a trained HuBERT and its k-means, released (mHuBERT) or ours, instead of stage hubert;
+    # clusters, layer and smooth must then be its own
+    hubert: str = ""
     speaker: int | str | None = None  # the clusters are of this speaker's recordings; None: of everybody's
     clusters: Clusters = 1000
     layer: Count = 11
@@ -290,7 +293,9 @@ def imitate_recordings(run: Run, how: Imitation, rows: list[dict], extractor: Un
 
 
 def find_units(run: Run, section: UnitsSection, hubert: HubertSection) -> UnitExtractor:
-    """The last round's HuBERT up to section.layer, with k-means on that layer."""
+    """The last round's HuBERT up to section.layer, with k-means on that layer; or the one that is given."""
+    if section.hubert:
+        return open_hubert(section)
     weights = run.state("hubert") / f"round{len(hubert.clusters)}.safetensors"
     tensors = without_layers_above(section.layer, checkpoint.read_tensors(weights))
     head = ("final_proj", "label_embs")  # of pre-training

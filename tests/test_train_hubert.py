@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
+import test_hubert
 import torch
 from runs import metrics, stages, train
+from sklearn.cluster import KMeans as SklearnKMeans
 
 import checkpoint
 from checkpoint import read_tensors
@@ -18,7 +22,8 @@ from data.tiny import prepare
 from files import write_json, write_jsonl
 from hubert import KMeans, UnitExtractor
 from llama import Llama
-from train_hubert import HubertSection, load_labels, save_labels, training_rows
+from train_hubert import HubertSection, UnitsSection, load_labels, save_labels, training_rows
+from training.before import open_hubert
 
 pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
 
@@ -210,3 +215,57 @@ def test_more_clusters_than_labels_of_16_bits_can_name_are_refused():
     assert load(HubertSection, {"clusters": [32_767]}, "[hubert]").clusters == (32_767,)
     with pytest.raises(ValueError, match="must be 1 to 32767, found 32768"):
         load(HubertSection, {"clusters": [100, 32_768]}, "[hubert]")
+
+
+# ---- A HuBERT that is given: [units] hubert ----------------------------------------------------------------
+
+
+def given(folder: Path, **settings) -> UnitsSection:
+    return UnitsSection(**({"clusters": 20, "layer": 1, "smooth": 3} | settings), hubert=str(folder))
+
+
+def test_a_given_hubert_makes_the_units_and_none_is_trained(spoken, tmp_path):
+    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+    for path in (out / "state/hubert", out / "state/units", out / "model"):
+        shutil.rmtree(path)
+    (out / "units.jsonl").unlink()
+    flags = ("configs/ci.toml", "--out", out, "--units.hubert", spoken / "model/hubert")
+    done = train(*flags, "--stage", "hubert")
+    assert done.returncode == 0 and "stage hubert: nothing to do with these settings" in done.stdout
+    done = train(*flags, "--stage", "units")
+    assert done.returncode == 0, done.stderr
+    assert not (out / "state/hubert").exists()
+    assert (out / "units.jsonl").read_bytes() == (spoken / "units.jsonl").read_bytes()
+    for name in ("model.safetensors", "kmeans.safetensors"):
+        theirs, ours = (read_tensors(folder / "model/hubert" / name) for folder in (spoken, out))
+        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
+    assert "hubert" not in train(*flags, "--check").stdout.split("time:")[1].split("\n")[0]
+
+
+def test_a_given_hubert_may_be_in_fairseqs_layout(tmp_path, monkeypatch):
+    model = test_hubert.randomized(replace(test_hubert.TINY, n_layers=12))
+    test_hubert.fairseq_file(model, tmp_path / "mhubert_base.pt", monkeypatch)
+    kmeans = SklearnKMeans(10, n_init=1, random_state=0).fit(
+        np.random.default_rng(0).random((50, model.config.dim))
+    )
+    joblib.dump(kmeans, tmp_path / "mhubert_base_L11_km10.bin")
+    extractor = open_hubert(given(tmp_path, clusters=10, layer=11, smooth=1))
+    extractor.save_pretrained(tmp_path / "ours")  # as stage units does
+    wav = test_hubert.speech(1.5)
+    again = open_hubert(given(tmp_path / "ours", clusters=10, layer=11, smooth=1))
+    assert torch.equal(again.frame_units(wav), extractor.frame_units(wav))
+
+
+@pytest.mark.parametrize("key, wanted, its", [("clusters", 21, 20), ("layer", 2, 1), ("smooth", 1, 3)])
+def test_settings_that_are_not_those_of_the_given_hubert_are_refused(spoken, key, wanted, its):
+    folder = spoken / "model/hubert"
+    with pytest.raises(ValueError, match=f"^units.{key} is {wanted}, that of .*hubert is {its}: make them"):
+        open_hubert(given(folder, **{key: wanted}))
+
+
+def test_a_given_hubert_that_is_not_there_is_told_before_anything_begins(spoken, tmp_path):
+    shutil.copytree(spoken / "model/hubert", tmp_path / "half", ignore=shutil.ignore_patterns("kmeans*"))
+    for folder in ("nowhere", "half"):
+        done = train("configs/ci.toml", "--out", tmp_path / "out", "--units.hubert", tmp_path / folder)
+        assert done.returncode == 1 and folder in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "out/state").exists()

@@ -17,7 +17,7 @@ from data import documents
 from data.corpus import read_manifest
 from data.tiny import prepare
 from files import one_line, read_json, show
-from hubert import HuBERT
+from hubert import HuBERT, UnitExtractor
 from llama import Llama, LlamaConfig
 from llama_formats import read_folder
 from run import Run, rank, world_size
@@ -45,6 +45,8 @@ def check_shapes(config) -> Llama:
     shape = config.llama
     if config.pretrained:
         shape = check_pretrained(config.pretrained, config.units.clusters)
+    if config.units.hubert:
+        open_hubert(config.units)
     with torch.device("meta"):  # shapes without numbers: this takes neither time nor memory
         model = Llama(shape)
         with one_line("[lora]"):
@@ -80,6 +82,24 @@ def check_pretrained(folder: str, n_units: int) -> LlamaConfig:
     return shape
 
 
+def open_hubert(section) -> UnitExtractor:
+    """HuBERT and k-means of the folder `hubert` of the section [units]. ValueError or OSError, one line, if
+    there are none, or others than the section says."""
+    if not Path(section.hubert).is_dir():
+        raise FileNotFoundError(f"units.hubert: {section.hubert}: no such folder")
+    extractor = UnitExtractor.from_pretrained(section.hubert)
+    found = {
+        "clusters": len(extractor.kmeans.centers),
+        "layer": extractor.layer,
+        "smooth": extractor.smooth,
+    }
+    for key, its in found.items():
+        wanted = getattr(section, key)
+        if its != wanted:
+            raise ValueError(f"units.{key} is {wanted}, that of {section.hubert} is {its}: make them equal")
+    return extractor
+
+
 def check_memory(names: Iterable[str], config, model: Llama, device: torch.device):
     """ValueError if the LLaMA cannot be trained in the memory of this process: on meta, its rows for units
     are missing."""
@@ -108,8 +128,9 @@ def check_corpus(stages: dict[str, Stage], run: Run, config) -> documents.Tables
     for name in stages:  # all of them: a later stage need not wait to tell that the corpus has changed
         check_unchanged(stages, name, run, config)
     tables = documents.read_tables(run.out, None)
-    for key, section in (("hubert.speaker", config.hubert), ("units.speaker", config.units)):
-        rows_to_train(tables.rows, run.manifest, key, section.speaker)
+    if not config.units.hubert:
+        for key, section in (("hubert.speaker", config.hubert), ("units.speaker", config.units)):
+            rows_to_train(tables.rows, run.manifest, key, section.speaker)
     theirs = rows_of(tables.rows, run.manifest, "vocoder.speaker", config.vocoder.speaker)
     check_speakers(config.vocoder_model, theirs)
     lines = documents.describe_dialogues(tables)

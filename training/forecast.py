@@ -29,7 +29,7 @@ from llama import next_token_losses
 from run import Run, autocast, world_size
 from text_to_unit import TextToUnit
 from training import plan
-from training.before import LANGUAGE, rows_to_train, to_be_spoken
+from training.before import LANGUAGE, open_hubert, rows_to_train, to_be_spoken
 from training.loop import Optimization, make_optimizers
 from training.precision import has_bf16
 from training.stages import Stage, finished
@@ -116,6 +116,14 @@ def hubert_step(config, device: torch.device) -> tuple[nn.Module, Callable[[], T
     labels = torch.randint(n_classes, (size, section.frames), device=device)
     mask = span_mask(size, section.frames, section.mask_prob, section.mask_span).to(device)
     return model, lambda: model.masked_losses(wav, labels, mask, section.unmasked_weight)[0]
+
+
+def given_step(config, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A step of the normalizer, which is all that is left to train of a HuBERT that is given."""
+    model = open_hubert(config.units).model.to(device).train()
+    section = config.normalizer
+    wav = torch.randn(section.batch_size, section.frames * HOP + 80, device=device)
+    return model, lambda: model.features(wav, config.units.layer).square().sum()
 
 
 def language_step(name: str, config, tokens: float, device: torch.device):
@@ -248,21 +256,23 @@ def work(name: str, run: Run, config, tables: documents.Tables) -> list[Stretch]
         return [Stretch(config.evaluate.items, AN_ITEM)]
 
     section = config.hubert
-    model, loss = hubert_step(config, device)
+    model, loss = hubert_step(config, device) if not config.units.hubert else given_step(config, device)
     wav = torch.randn(1, 10 * RATE, device=device)
     with torch.inference_mode():  # to a second of speech
-        listening = shortest(lambda: model.features(wav, model.config.n_layers), device) / 10
+        encoding = shortest(lambda: model.features(wav, model.config.n_layers), device) / 10
     if name == "units":
-        fitting = Stretch(config.units.cluster_frames * config.units.clusters, CLUSTERING)
-        heard = [Stretch(seconds, listening), fitting]
+        frames = 0 if config.units.hubert else config.units.cluster_frames
+        fitting = Stretch(frames * config.units.clusters, CLUSTERING)
         step = step_seconds(model, loss, section, device) if config.normalizer.steps else 0.0
-        return [*heard, Stretch(config.normalizer.steps * config.normalizer.rounds, step)]
+        steps = Stretch(config.normalizer.steps * config.normalizer.rounds, step)
+        return [Stretch(seconds, encoding), fitting, steps]
     fitting = Stretch(section.cluster_frames * sum(section.clusters), CLUSTERING)
     step = step_seconds(model, loss, section, device) * section.accumulate
     rounds = len(section.clusters)
     theirs = rows_to_train(tables.rows, run.manifest, "hubert.speaker", section.speaker)
-    heard = Stretch((rounds - 1) * sum(row["seconds"] for row in theirs), listening)  # the first hears MFCCs
-    return [Stretch(rounds * section.steps, step), heard, fitting]
+    # the first round's targets are of MFCCs
+    targets = Stretch((rounds - 1) * sum(row["seconds"] for row in theirs), encoding)
+    return [Stretch(rounds * section.steps, step), targets, fitting]
 
 
 @contextmanager
