@@ -64,7 +64,7 @@ from run import Metrics, Run, barrier, init_distributed, need_tensorboard, rank,
 from run import device as find_device
 from tokenizer import Tokenizer
 from training import bases, forecast, plan, reading, shard
-from training.before import check_before, check_corpus, check_lengths, rows_of
+from training.before import check_before, check_corpus, check_lengths, open_vocoder, rows_of
 from training.loop import Loss, Optimization, optimize
 from training.stages import (
     Stage,
@@ -170,6 +170,8 @@ class Config:
     # A LLaMA folder to start from: stage text is then skipped. If it knows units, they are taken for this
     # run's own.
     pretrained: str = ""
+    # A folder with a vocoder of this run's units, released or trained here: stage vocoder takes it as it is.
+    pretrained_vocoder: str = ""
     vocab_size: Count = 600  # text pieces, where there is no pretrained LLaMA
     corpus: CorpusSection = field(default_factory=CorpusSection)
     hubert: train_hubert.HubertSection = field(default_factory=train_hubert.HubertSection)
@@ -187,10 +189,14 @@ class Config:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
     def __post_init__(self):
-        self.out, self.pretrained, self.corpus.name, self.units.hubert = (
-            os.path.expanduser(path)
-            for path in (self.out, self.pretrained, self.corpus.name, self.units.hubert)
-        )
+        for section, key in (
+            (self, "out"),
+            (self, "pretrained"),
+            (self, "pretrained_vocoder"),
+            (self.corpus, "name"),
+            (self.units, "hubert"),
+        ):
+            setattr(section, key, os.path.expanduser(getattr(section, key)))
         if not self.out or not self.corpus.name:
             raise ValueError("out and corpus.name must not be empty")
         if not self.pretrained and self.llama is None:
@@ -205,7 +211,8 @@ class Config:
                 raise ValueError(
                     f"{key} is {layer}; hubert.model has layers 1 to {self.hubert.model.n_layers}"
                 )
-        train_vocoder.need_embeddings(self.vocoder_model, self.units.clusters)
+        if not self.pretrained_vocoder:
+            train_vocoder.need_embeddings(self.vocoder_model, self.units.clusters)
         if not self.units.smooth % 2:
             raise ValueError(f"units.smooth is {self.units.smooth}; it must be odd: as many before as after")
 
@@ -330,6 +337,11 @@ def t2u_stage(run: Run, config: Config):
 
 
 def vocoder_stage(run: Run, config: Config):
+    if config.pretrained_vocoder:
+        if rank() == 0:
+            open_vocoder(config).save_pretrained(run.model / "vocoder")
+        barrier()
+        return
     work = run.state("vocoder")
     kmeans = KMeans.from_pretrained(run.model / "hubert") if config.units.embed_centers else None
     rows = read_units(run.manifest, run.units, config.units.clusters)
@@ -464,14 +476,14 @@ STAGES = {
         skip=lambda config: config.stage3.steps == 0,
     ),
     "vocoder": Stage(
-        starts_from="random weights",
+        starts_from="random weights; a given one stays as it is",
         trains="generator, duration predictor, discriminators",
         reads="units and waveforms",
         loss="LSGAN, features, mel spectra, durations",
         paper="multi-speaker unit HiFi-GAN (§4.1)",
         work=vocoder_stage,
         after=("units",),
-        sections=("vocoder", "vocoder_model", "pretrained"),
+        sections=("vocoder", "vocoder_model", "pretrained", "pretrained_vocoder"),
         fields=sound_alone,
     ),
     "evaluate": Stage(

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import stages
+from runs import train as train_py
 from tqdm import tqdm
 
 import checkpoint
@@ -566,3 +568,33 @@ def test_gradients_are_summed_over_the_ranks(monkeypatch):
     assert torch.equal(p.grad, torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
     assert torch.equal(q.grad, torch.tensor([5.0, 6.0, 7.0]))
     assert unused.grad is None
+
+
+# ---- A vocoder that is given: pretrained_vocoder -----------------------------------------------------------
+
+
+def test_a_given_vocoder_is_taken_as_it_is(spoken, tmp_path):
+    out = Path(shutil.copytree(spoken, tmp_path / "ci"))
+    torch.manual_seed(0)
+    model = VocoderConfig(num_embeddings=30, upsample_initial_channel=32)
+    given = UnitVocoder(model)
+    given.save_pretrained(tmp_path / "given")
+    flags = ("--pretrained_vocoder", tmp_path / "given")
+    stages(out, "vocoder", flags=flags)
+    ours = UnitVocoder.from_pretrained(out / "model/vocoder")
+    assert ours.config == given.config
+    assert all(torch.equal(p, given.state_dict()[name]) for name, p in ours.state_dict().items())
+    assert not (out / "metrics/vocoder.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "units, why", [(19, "knows 19 units, units.clusters is 20"), (None, "no such folder")]
+)
+def test_a_given_vocoder_that_does_not_fit_is_told_before_anything_begins(tmp_path, units, why):
+    folder = tmp_path / "given"
+    if units:
+        small = dict(upsample_initial_channel=32)
+        UnitVocoder(VocoderConfig(num_embeddings=units, **small)).save_pretrained(folder)
+    done = train_py("configs/ci.toml", "--out", tmp_path / "out", "--pretrained_vocoder", folder)
+    assert done.returncode == 1 and why in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "out/state").exists()

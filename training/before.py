@@ -47,6 +47,8 @@ def check_shapes(config) -> Llama:
         shape = check_pretrained(config.pretrained, config.units.clusters)
     if config.units.hubert:
         open_hubert(config.units)
+    if config.pretrained_vocoder:
+        open_vocoder(config)
     with torch.device("meta"):  # shapes without numbers: this takes neither time nor memory
         model = Llama(shape)
         with one_line("[lora]"):
@@ -100,6 +102,19 @@ def open_hubert(section) -> UnitExtractor:
     return extractor
 
 
+def open_vocoder(config) -> UnitVocoder:
+    """The vocoder of the folder `pretrained_vocoder`. ValueError or OSError, one line, if there is none, or
+    it knows fewer units than the run has."""
+    folder = config.pretrained_vocoder
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"pretrained_vocoder: {folder}: no such folder")
+    vocoder = UnitVocoder.from_pretrained(folder)
+    known, wanted = vocoder.config.num_embeddings, config.units.clusters
+    if known < wanted:
+        raise ValueError(f"{folder} knows {known} units, units.clusters is {wanted}; name another vocoder")
+    return vocoder
+
+
 def check_memory(names: Iterable[str], config, model: Llama, device: torch.device):
     """ValueError if the LLaMA cannot be trained in the memory of this process: on meta, its rows for units
     are missing."""
@@ -131,8 +146,9 @@ def check_corpus(stages: dict[str, Stage], run: Run, config) -> documents.Tables
     if not config.units.hubert:
         for key, section in (("hubert.speaker", config.hubert), ("units.speaker", config.units)):
             rows_to_train(tables.rows, run.manifest, key, section.speaker)
-    theirs = rows_of(tables.rows, run.manifest, "vocoder.speaker", config.vocoder.speaker)
-    check_speakers(config.vocoder_model, theirs)
+    if not config.pretrained_vocoder:
+        theirs = rows_of(tables.rows, run.manifest, "vocoder.speaker", config.vocoder.speaker)
+        check_speakers(config.vocoder_model, theirs)
     lines = documents.describe_dialogues(tables)
     for name in LANGUAGE:
         section = getattr(config, name)

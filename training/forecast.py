@@ -249,6 +249,8 @@ def work(name: str, run: Run, config, tables: documents.Tables) -> list[Stretch]
         step = t2u_step(config, UNITS * mean, letters, device)
         return [Stretch(config.t2u.steps, step_seconds(*step, config.t2u, device) * config.t2u.accumulate)]
     if name == "vocoder":
+        if config.pretrained_vocoder:
+            return []
         steps = [(config.vocoder.frame_steps, frames_step(config, mean, device))]
         steps += [(config.vocoder.steps, crops_step(config, device))]
         return [Stretch(n, step_seconds(*step, config.vocoder, device)) for n, step in steps if n]
