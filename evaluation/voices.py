@@ -37,10 +37,10 @@ def read_voices(corpus: Path) -> dict:
     path = corpus / "voices.json"
     found = read_json(path)
     kinds = {"unseen": list, "seen": list, "missing": dict, "failed": dict}
-    if (
-        not isinstance(found, dict)
-        or "unseen" not in found
-        or not all(isinstance(found.setdefault(key, kind()), kind) for key, kind in kinds.items())
+    if isinstance(found, dict):  # their names until November 2026
+        found = {{"unheard": "unseen", "heard": "seen"}.get(key, key): value for key, value in found.items()}
+    if not isinstance(found, dict) or not all(
+        isinstance(found.setdefault(key, kind()), kind) for key, kind in kinds.items()
     ):
         raise ValueError(f"{path} is damaged; make the corpus again")
     return found

@@ -11,7 +11,8 @@ import pytest
 from data import audio
 from data.corpus import TARGET_SPEAKER, read_manifest
 from data.tiny import prepare, voices
-from files import read_json
+from evaluation.voices import read_voices
+from files import read_json, write_json
 
 ENGINE = """#!{python}
 import sys
@@ -213,3 +214,12 @@ def test_a_run_makes_its_voices_before_its_report_if_they_are_asked_for(
 
 def voices_of(folder):
     return Counter(row["speaker"] for row in read_manifest(folder))
+
+
+def test_a_corpus_of_voices_with_the_names_of_before_is_read(tmp_path):
+    write_json(tmp_path / "voices.json", {"unheard": ["flite awb"], "heard": ["flite slt"]})
+    known = read_voices(tmp_path)
+    assert known == {"unseen": ["flite awb"], "seen": ["flite slt"], "missing": {}, "failed": {}}
+    write_json(tmp_path / "voices.json", {"unseen": "flite awb"})
+    with pytest.raises(ValueError, match="voices.json is damaged; make the corpus again"):
+        read_voices(tmp_path)
