@@ -14,7 +14,7 @@ Krell et al. 2021, arXiv:2107.02027 (packing).
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 
 import torch
@@ -169,9 +169,8 @@ class VarlenAttention(PackedRows):
         B, heads, T, _ = q.shape
         # Not every version of the kernel knows grouped queries.
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-        q, k, v = (
-            x.transpose(1, 2).flatten(0, 1).to(self.dtype) for x in (q, k, v)
-        )  # (B T, heads, head_dim)
+        # (B T, heads, head_dim) each
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).to(self.dtype) for x in (q, k, v))
         return self.kernel(q, k, v, self.starts, self.starts, T, T).unflatten(0, (B, T)).transpose(1, 2)
 
 
@@ -182,12 +181,8 @@ def varlen_kernel(device: torch.device) -> Callable | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        causal = {"window_size": (-1, 0)} if "window_size" in signature(varlen_attn).parameters else {}
-
-        def kernel(
-            q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *longest: int
-        ) -> Tensor:
-            return varlen_attn(q, k, v, starts_q, starts_k, *longest, **(causal or {"is_causal": True}))
+        has_window = "window_size" in signature(varlen_attn).parameters  # from torch 2.11 on
+        kernel = partial(varlen_attn, **({"window_size": (-1, 0)} if has_window else {"is_causal": True}))
 
         docs = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [2, 3, 3, 3, 3, 3, -1, -1]])
         inside = (docs >= 0)[:, None, :, None].to(device)

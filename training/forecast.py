@@ -258,7 +258,7 @@ def work(name: str, run: Run, config, tables: documents.Tables) -> list[Stretch]
         return [Stretch(config.evaluate.items, AN_ITEM)]
 
     section = config.hubert
-    model, loss = hubert_step(config, device) if not config.units.hubert else given_step(config, device)
+    model, loss = given_step(config, device) if config.units.hubert else hubert_step(config, device)
     wav = torch.randn(1, 10 * RATE, device=device)
     with torch.inference_mode():  # to a second of speech
         encoding = shortest(lambda: model.features(wav, model.config.n_layers), device) / 10
