@@ -410,12 +410,9 @@ class Int8Linear(nn.Module):
     def __init__(self, W: Tensor):
         super().__init__()
         self.out_features, self.in_features = W.shape
-        self.register_buffer("weight", torch.empty(W.shape, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(len(W)))  # fp32 (out_features,)
-        for rows, weight, scale in zip(W.split(64), self.weight.split(64), self.scale.split(64)):
-            rows = rows.float()  # a few at a time: W stays in its file
-            scale.copy_(rows.abs().amax(1).clamp(min=1e-12) / 127)
-            weight.copy_((rows / scale[:, None]).round())
+        weight, scale = to_bytes(W)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # int8 (out_features, in_features)
+        self.scale = nn.Parameter(scale, requires_grad=False)  # fp32 (out_features,)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:  # adapters before it learn
@@ -429,6 +426,17 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(flat, self.weight, self.scale.bfloat16())
             return y.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+
+def to_bytes(W: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight, scale) of a matrix, or of some of its rows alone."""
+    weight = torch.empty(W.shape, dtype=torch.int8, device=W.device)
+    scale = torch.empty(len(W), device=W.device)
+    for rows, bytes_, steps in zip(W.split(64), weight.split(64), scale.split(64)):
+        rows = rows.float()  # a few at a time: W stays in its file
+        steps.copy_(rows.abs().amax(1).clamp(min=1e-12) / 127)
+        bytes_.copy_((rows / steps[:, None]).round())
+    return weight, scale
 
 
 def to_int8(model: Llama) -> Llama:

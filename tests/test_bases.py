@@ -7,6 +7,7 @@ import pytest
 import test_llama
 import torch
 
+import lora
 from kmeans import KMeans
 from llama import Llama, LlamaConfig
 from tokenizer import Tokenizer
@@ -122,6 +123,26 @@ def test_a_grown_vocabulary_keeps_its_rows_and_draws_the_new_ones_alike(run, cen
             assert torch.equal(found, p), name
         halves = [base.source[name].rows(0, 3), base.source[name].rows(3, len(p))]
         assert torch.equal(torch.cat(halves), found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 7])
+def test_a_base_in_int8_is_rounded_row_by_row(run, ranks):
+    where, tok, model = run
+    model.save_pretrained(where.model / "llama")
+    adapter = SimpleNamespace(r=2, alpha=4.0, targets=["q_proj"], dropout=0.0, int8=True)
+    base = bases.adapted_llama(where, SimpleNamespace(lora=adapter), tok)
+    expected = dict(Llama.from_pretrained(where.model / "llama", int8=True).named_parameters())
+    assert {str(p.dtype) for p in expected.values()} == {"torch.float32", "torch.int8"}
+    for name, p in expected.items():
+        source = base.source[name.replace("q_proj.", "q_proj.base_layer.")]
+        size = -(-len(p) // ranks)
+        pieces = [source.rows(min(i, len(p)), min(i + size, len(p))) for i in range(0, size * ranks, size)]
+        assert torch.equal(torch.cat(pieces), p) and source.shape == p.shape, name
+    loaded = base.load(torch.device("cpu"))
+    lora.merge(lora.apply(model, 2, 4.0, ["q_proj"]))  # adds nothing
+    ids = torch.arange(12)[None]
+    near, exact = loaded(ids), model(ids)
+    assert 1e-4 < (near - exact).std() / exact.std() < 0.05
 
 
 def test_a_base_that_lacks_a_tensor_or_has_another_shape_is_told_in_one_line(tmp_path):

@@ -313,7 +313,7 @@ def test_a_model_in_int8_is_as_large_and_takes_a_byte_for_a_weight():
     assert meters.flops(small, 100) == meters.flops(plain, 100)
     section = c.stage3
     layers = meters.matrices(plain) - 4096 * plain.config.vocab_size
-    for divided, saved in ((False, 3), (True, -1 + 2 / 8)):  # of float32; of bfloat16 divided by eight
+    for divided, saved in ((False, 3), (True, 1 / 8)):  # bytes of float32; of bfloat16 divided by eight
         was, now = (plan.memory(model, section, 8, divided=divided) for model in (plain, small))
         assert (was.weights - now.weights) / layers == pytest.approx(saved, abs=0.01)
     assert now.peak < was.peak + layers

@@ -255,7 +255,7 @@ def read(out: Path, kind: str, section: dict) -> tuple[list[float], list[list[in
 def test_no_process_need_have_the_whole_model_and_all_may_read_it(alone, one_thread, tmp_path):
     sections = {"read": {"sharding": "fsdp"}, "again": {"sharding": "fsdp", "checkpointing": "selective"}}
     jobs = {name: (read, "llama", section) for name, section in sections.items()}
-    jobs |= {kind: (filled, kind, {"sharding": "fsdp"}) for kind in ("llama", "tied", "lora")}
+    jobs |= {kind: (filled, kind, {"sharding": "fsdp"}) for kind in ("llama", "tied", "lora", "int8")}
     found = together(2, tmp_path, jobs)
     losses, answers = read(tmp_path / "alone", "llama", {})
     for name in sections:
@@ -264,6 +264,7 @@ def test_no_process_need_have_the_whole_model_and_all_may_read_it(alone, one_thr
     for kind in ("llama", "tied"):
         assert max(distance(found[0][kind], alone[kind])) < 1e-5
     unchanged(found[0]["lora"][1], adapted())
+    unchanged(found[0]["int8"][1], adapted_in_int8())
 
 
 # ---- bfloat16 ----------------------------------------------------------------------------------------------
@@ -282,17 +283,23 @@ def test_products_weights_and_moments_in_bfloat16(alone, one_thread, tmp_path, m
     jobs = {
         "llama": (products_in_bf16, "llama", fsdp),
         "lora": (products_in_bf16, "lora", fsdp),
+        "int8": (products_in_bf16, "int8", fsdp),
         "state": (learn, "llama", fsdp | {"state_dtype": "bfloat16"}),
     }
     found = together(2, tmp_path, jobs)[0]
     whole = learn(tmp_path / "whole", "llama", {"state_dtype": "bfloat16"})
-    for name, other in (("llama", alone["llama"]), ("lora", alone["lora"]), ("state", whole)):
-        losses, _ = distance(found[name], other)
+    for name in jobs:
+        losses, _ = distance(found[name], other := alone.get(name, whole))
         assert 0 < losses < 0.02 * other[0][0], name
     assert {w.dtype for w in found["llama"][1].values()} == {torch.float32}
     formats = {"lora_" in name: w.dtype for name, w in found["lora"][1].items()}
     assert formats == {True: torch.float32, False: torch.bfloat16}
     unchanged(found["lora"][1], adapted())
+    in_int8 = (
+        found["int8"][1]["model.layers.0.mlp.up_proj.weight"],
+        found["int8"][1]["model.layers.0.mlp.up_proj.scale"],
+    )
+    assert [w.dtype for w in in_int8] == [torch.int8, torch.float32]
     for weights in (found["state"][1], whole[1]):
         assert {w.dtype for w in weights.values()} == {torch.bfloat16}
 

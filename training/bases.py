@@ -27,7 +27,7 @@ import checkpoint
 import lora
 from files import one_line
 from kmeans import KMeans
-from llama import Llama, LlamaConfig, open_folder
+from llama import Llama, LlamaConfig, open_folder, to_bytes, to_int8
 from llama_formats import Matrix
 from run import Run, rank
 from tokenizer import Tokenizer
@@ -51,15 +51,27 @@ class Grown(NamedTuple):
         return torch.cat([old, new]) if len(old) and len(new) else new if len(new) else old
 
 
+class Rounded(NamedTuple):
+    """What llama.py's Int8Linear keeps of a matrix: its bytes (part 0) or the scales of its rows (part 1)."""
+
+    matrix: Matrix
+    part: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.matrix.shape[: 2 - self.part]
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        return to_bytes(self.matrix.rows(begin, end))[self.part]
+
+
 class Base(NamedTuple):
     model: Llama  # on meta
-    source: dict[str, Matrix | Grown]  # the numbers of each of its parameters; {}: the model has them
+    source: dict[str, Matrix | Grown | Rounded]  # the numbers of each of its parameters
     place: Path | str  # where they come from, for messages
 
     def load(self, device: torch.device) -> Llama:
         """The whole model, float32, on `device`."""
-        if not self.source:  # int8: it is there already
-            return self.model.to(device)
         self.model.to_empty(device=device)
         self.model.tie()
         self.fill(self.model)
@@ -148,20 +160,29 @@ def stage1_llama(run: Run, config, tok: Tokenizer) -> Base:
 
 
 def adapted_llama(run: Run, config, tok: Tokenizer) -> Base:
-    """Stage 2's model, frozen, with new low-rank adapters. In int8 each process has its matrices whole."""
+    """Stage 2's model, frozen, with new low-rank adapters."""
     c = config.lora
     adapter = lora.AdapterConfig(c.r, c.alpha, tuple(c.targets), c.dropout)
-    if c.int8:
-        model = Llama.from_pretrained(run.model / "llama", int8=True)
-        lora.attach(model, lora.new_adapters(model, adapter, "cpu"))
-        return Base(model, {}, run.model / "llama")
     base = read_llama(run.model / "llama")
+    if c.int8:
+        base = in_int8(base)
     layers = lora.new_adapters(base.model, adapter, "cpu")  # drawn
     lora.attach(base.model, layers)
     source = {}
     for name, p in base.model.named_parameters():
         source[name] = base.source[name.replace("base_layer.", "")] if p.is_meta else Matrix([p.data])
     return base._replace(model=base.model.to("meta"), source=source)
+
+
+def in_int8(base: Base) -> Base:
+    model = to_int8(base.model)
+    source = dict(base.source)
+    for name, _ in model.named_parameters():
+        if name.endswith(".scale"):
+            weight = name.removesuffix("scale") + "weight"
+            source[name] = Rounded(base.source[weight], 1)
+            source[weight] = Rounded(base.source[weight], 0)
+    return Base(model, source, base.place)
 
 
 # ---- How they are saved ------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ PARTS |= {"self_attn": "attention", "mlp": "feed-forward", "norm": "norms"}
 def parts(model: Llama) -> Counter:
     """How many parameters each part has."""
     found = Counter()
-    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+    for name, p in model.named_parameters():
         if not name.endswith("scale"):  # of int8: one for each row
             found[next(part for word, part in PARTS.items() if word in name)] += p.numel()
     return found
@@ -113,9 +113,9 @@ def memory(model: Llama, section, gpus: int, fused: bool = True, divided: bool =
     tokens = -(-section.batch_size // (gpus * section.accumulate)) * section.max_len
     size = 2 if section.state_dtype == "bfloat16" else 4
     is_bf16 = section.bf16 or size == 2
-    in_int8 = shard.buffer_bytes(model)
-    frozen = sum(p.numel() for p in model.parameters()) - trained(model)
-    weights = size * trained(model) + frozen * (2 if divided and is_bf16 else size)
+    in_int8 = sum(layer.weight.nbytes for layer in shard.int8_layers(model))
+    frozen = sum(p.numel() for p in model.parameters() if p.dtype != torch.int8) - trained(model)
+    weights = size * trained(model) + frozen * (2 if divided and is_bf16 else size) + in_int8
     gradients = size * trained(model)
     buffers = gradients * (gpus > 1)
     # of int8 one matrix at a time becomes bfloat16
@@ -142,8 +142,8 @@ def memory(model: Llama, section, gpus: int, fused: bool = True, divided: bool =
         optimizer, updating = optimizer // gpus, updating // gpus
         # gathered: two blocks and both tables; and a block's gradients before they are divided
         copies = (2 if is_bf16 else 4) * (2 * block + 2 * c.dim * c.vocab_size)
+        copies += 2 * c.dim * c.hidden_dim * (in_int8 > 0)  # two matrices, or one and what it becomes
         buffers = 4 * block if trained(model) > block else 0
-    weights += in_int8
     begun = copies + activations + logits + gradients * (section.accumulate > 1)  # the backward pass begins
     ended = copies + gradients + layer * (section.checkpointing != "none")
     peak = weights + optimizer + buffers + max(begun, ended, gradients + updating)

@@ -20,7 +20,6 @@ et al. 2016, arXiv:1604.06174 (activations computed again); Korthikanti et al. 2
 """
 
 import contextlib
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llama import Int8Linear
 from run import all_reduce_sum, autocast, world_size
 
 
@@ -60,6 +60,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [block for stack in stacks if isinstance(stack, nn.ModuleList) for block in stack]
 
 
+def int8_layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, Int8Linear)]
+
+
 def distribute(
     name: str,
     objective: nn.Module,
@@ -74,8 +78,10 @@ def distribute(
     which need no more, are kept in it. fill() gives a model that was on meta its numbers, when each process
     has memory for its part of it. ValueError if it does not fit."""
     sharded = is_sharded(name, objective, section, device)
+    in_int8 = {p for layer in int8_layers(objective) for p in layer.parameters()}
     for p in objective.parameters():
-        if section.state_dtype == "bfloat16" or sharded and bf16 and not p.requires_grad:
+        halved = section.state_dtype == "bfloat16" or sharded and bf16 and not p.requires_grad
+        if halved and p not in in_int8:
             p.data = p.data.bfloat16()
     for block in blocks(objective):
         if section.checkpointing != "none":
@@ -87,23 +93,23 @@ def distribute(
     if world_size() == 1:
         return objective
     devices = [device] if device.type == "cuda" else None
-    # The bytes of int8 never change. torch 2.13 has another name for it.
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(objective, devices, **{name: False})
+    return DistributedDataParallel(objective, devices)
 
 
 def divided(
     objective: nn.Module, device: torch.device, bf16: bool, fill: Callable[[], None] | None
 ) -> nn.Module:
-    """FSDP2: one group for each block, one for the rest. Master weights keep their format; gradients are
-    summed in float32."""
+    """FSDP2: one group for each block, one for the rest; and one for each matrix in int8, whose bytes are
+    gathered as they are. Master weights keep their format; gradients are summed in float32."""
     from torch.distributed.device_mesh import init_device_mesh  # here: importing them takes 0.65 s
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # Inputs are not cast: autocast does what needs it, and recordings and RoPE's angles stay as they are.
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
-    settings = {"mesh": init_device_mesh(device.type, (world_size(),)), "mp_policy": policy}
+    mesh = init_device_mesh(device.type, (world_size(),))
+    settings = {"mesh": mesh, "mp_policy": policy}
+    for layer in int8_layers(objective):
+        fully_shard(layer, mesh=mesh)
     for block in blocks(objective):
         fully_shard(block, **settings)
     fully_shard(objective, **settings)
@@ -134,17 +140,15 @@ def is_to_divide(
     """Whether a model is to be divided among `ranks` processes with `room` bytes each. ValueError if it does
     not fit, whole or divided: activations come on top."""
     size = 2 if section.state_dtype == "bfloat16" else 4
-    frozen, trained = 0, 0
+    frozen, trained, copy = 0, 0, 0  # copy: of all of the model, as it is gathered
     for p in model.parameters():
         trained += p.numel() * size * p.requires_grad
         frozen += p.numel() * min(size, p.element_size()) * (not p.requires_grad)
-    in_int8 = buffer_bytes(model)
-    room -= in_int8
+        copy += p.numel() * min(2 if section.bf16 and on_gpu else size, p.element_size())
     state = frozen + 4 * trained  # weights, gradients, AdamW's two averages
     whole = state + trained * (ranks > 1)  # the buffers in which DDP exchanges gradients
     waiting = 4 * trained // size * (section.accumulate > 1)  # see gradients_exchanged
     sharded = ranks > 1 and (section.sharding == "fsdp" or section.sharding == "auto" and 2 * whole > room)
-    copy = (frozen + trained) // size * (2 if section.bf16 and on_gpu else size)
     reading = (state - trained) / ranks + copy  # without gradients, but with all of the model: see gathered
     needed = max(state / ranks + waiting, reading) if sharded else whole
     if needed <= room:
@@ -157,16 +161,11 @@ def is_to_divide(
         more = f" and {advice[0]}" if left > 0 and ranks < state / left else ""
         advice = [f'set {name}.sharding = "fsdp"{more}']
     advice.append('state_dtype = "bfloat16"' if size == 4 else "a smaller model")
-    needed, room = ((n + in_int8) / 2**30 for n in (needed, room))
+    needed, room = needed / 2**30, room / 2**30
     raise ValueError(
         f"{name}: weights, gradients and moments take {needed:.3g} GiB on each of {ranks} process(es), "
         f"which has {room:.3g}; {', or '.join(advice)}"
     )
-
-
-def buffer_bytes(model: nn.Module) -> int:
-    """Of the buffers, which are whole in each process: matrices in int8."""
-    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
 
 
 def memory(device: torch.device) -> int:
