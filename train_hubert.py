@@ -38,7 +38,7 @@ from hubert import HuBERT, HuBERTConfig, Smooth, UnitExtractor, span_mask, witho
 from kmeans import KMeans, mfcc, smooth
 from run import Run, barrier, rank, world_size
 from training import states
-from training.before import open_hubert, training_rows
+from training.before import open_hubert, some_sentences, training_rows
 from training.loop import Loss, Optimization, optimize
 
 Clusters = Annotated[int, Limits(1, 32_767)]  # their numbers are kept in 16 bits
@@ -50,6 +50,7 @@ class HubertSection(Optimization):
     """Rounds of masked prediction: on clusters of MFCCs, then on clusters of the previous round's `layer`."""
 
     speaker: int | str | None = None  # train on this speaker's recordings alone; None: on everybody's
+    sentences: Share = 1.0  # the share of them that is trained on: to find the targets of all takes time
     # speed perturbation: each crop is resampled by a factor in [e^-p, e^p], to imitate other speakers
     perturb: Share = 0.0
     imitation: Imitation = field(default_factory=Imitation)  # crops in other rooms; their targets stay
@@ -96,6 +97,7 @@ class NormalizerSection(Optimization):
     # from the second on, recordings are aligned anew, by what HuBERT has learned of their speakers since
     rounds: Annotated[int, Limits(1, 20)] = 1
     batch_size: BatchSize = 8
+    sentences: Share = 1.0  # the share of them that is aligned and trained on
     frames: Frames = 99
     others: Share = 0.6  # fraction of crops from other speakers
     perturb: tuple[Share, Share] = (0.18, 0.22)  # of the target speaker's speed and pitch (log-uniform)
@@ -144,7 +146,7 @@ def pretrain_round(
     if previous is not None:  # only the codewords are new
         model.load_state_dict(previous.state_dict() | {"label_embs": model.label_embs})
     if not weights.exists():
-        rows = training_rows(run.manifest, section.speaker)
+        rows = some_sentences(training_rows(run.manifest, section.speaker), section.sentences, run.seed)
         if not labels_file.exists() and rank() == 0:
             write_targets(run, section, rows, features, n_clusters, labels_file)
         barrier()
@@ -333,7 +335,8 @@ def normalize_speech(
     target_file = targets / f"targets{number if number > 1 else ''}.safetensors"
     rows = {row["id"]: row for row in read_manifest(run.manifest) if row["split"] == "train"}
     if not target_file.exists() and rank() == 0:
-        found = normalizer_targets(run, [*rows.values()], extractor)
+        chosen = some_sentences([*rows.values()], section.sentences, run.seed)
+        found = normalizer_targets(run, chosen, extractor)
         ids = bytearray("\n".join(target.id for target in found).encode())
         distance = torch.tensor([target.distance for target in found], dtype=torch.float64)
         ids = torch.frombuffer(ids, dtype=torch.uint8)

@@ -14,6 +14,7 @@ import torch
 
 import lora
 from data import documents
+from data.augment import draw_of
 from data.corpus import read_manifest
 from data.tiny import prepare
 from files import one_line, read_json, show
@@ -171,6 +172,16 @@ def training_rows(
     """Rows of the manifest to train on: of all, or of one speaker (a name, or a number, 0 the target
     speaker's)."""
     return rows_to_train(read_manifest(manifest), manifest, key, speaker)
+
+
+def some_sentences(rows: list[dict], share: float, seed: int) -> list[dict]:
+    """The rows of a share of all sentences, by everybody who says them; a recording without text is one of
+    its own. All of them, if none is drawn."""
+    if share == 1:
+        return rows
+    return [
+        row for row in rows if draw_of(seed, "sentence", row["text"] or row["id"]).random() < share
+    ] or rows
 
 
 def rows_to_train(rows: list[dict], manifest: Path, key: str, speaker: int | str | None) -> list[dict]:

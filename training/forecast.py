@@ -273,7 +273,8 @@ def work(name: str, run: Run, config, tables: documents.Tables) -> list[Stretch]
     rounds = len(section.clusters)
     theirs = rows_to_train(tables.rows, run.manifest, "hubert.speaker", section.speaker)
     # the first round's targets are of MFCCs
-    targets = Stretch((rounds - 1) * sum(row["seconds"] for row in theirs), encoding)
+    heard = section.sentences * sum(row["seconds"] for row in theirs)
+    targets = Stretch((rounds - 1) * heard, encoding)
     return [Stretch(rounds * section.steps, step), targets, fitting]
 
 
