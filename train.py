@@ -33,7 +33,7 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -297,13 +297,13 @@ def held_out_probe(
 
 
 def make_tokenizer(name: str, run: Run, config: Config) -> Tokenizer:
-    """The run's own: sentencepiece trained on the text of the train split, or the pretrained LLaMA's."""
+    """The run's own: sentencepiece trained on the text of the train split, or the pretrained LLaMA's. It may
+    be written again, to the same bytes, while stage t2u reads it."""
     # The first stage that needs it makes it, whatever a run with other settings has left.
     first = "stage1" if config.pretrained else "text"
     anew = name == first and not begun(run.state(name))
     n_units = config.units.clusters
     if rank() == 0 and (anew or not (run.tokenizer / "added_tokens.json").exists()):
-        shutil.rmtree(run.tokenizer, ignore_errors=True)
         if config.pretrained:
             Tokenizer.extend(config.pretrained, run.tokenizer, n_units)
         else:
@@ -507,10 +507,11 @@ def run_some(names: tuple[str, ...], run: Run, config: Config):
 def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextlib.AbstractContextManager:
     """Context manager: runs `names` in a second process on half of the cores and joins it on exit; yields a
     function that raises ValueError if it failed. Without cores to share it runs them first."""
+    names = tuple(name for name in names if not STAGES[name].skip(config))
     work = partial(run_some, names, run, config)
     able = run.device.type == "cpu" and world_size() == 1 and torch.get_num_threads() > 1
     is_shared = able and config.parallel_stages
-    if is_shared and finished(STAGES, names[-1], run, config) is None:
+    if is_shared and any(finished(STAGES, name, run, config) is None for name in names):
         alone = dataclasses.replace(run, workers=0)  # a background process may have none of its own
         work = partial(run_some, names, alone, config)
         return in_parallel(work, f"stage {' and '.join(names)}", run.state(names[-1]) / "log.txt")
@@ -519,7 +520,8 @@ def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextli
 
 
 def run_all(run: Run, config: Config):
-    """Every stage. HuBERT and its units need no text, and the vocoder needs nothing of the language model."""
+    """Every stage. HuBERT and its units need no text; the text-to-unit generator, which stage 3 may wait for,
+    and the vocoder need nothing of stages 1 and 2."""
     run_some(("corpus",), run, config)
     tables = check_corpus(STAGES, run, config)
     forecast.tell(STAGES, run, config, tables)
@@ -528,10 +530,16 @@ def run_all(run: Run, config: Config):
         run_some(("text",), run, config)
     if finished(STAGES, "stage3", run, config) is None:
         check_lengths(run, config, make_tokenizer("stage1", run, config))
-    with in_background(("vocoder",), run, config) as check:
-        for name in ("stage1", "stage2", "t2u", "stage3"):
+    with in_background(("t2u", "vocoder"), run, config) as check:
+        for name in ("stage1", "stage2"):
             run_some((name,), run, config)
             check()
+        if finished(STAGES, "t2u", run, config) is None:
+            print("waiting for stage t2u", flush=True)
+        while finished(STAGES, "t2u", run, config) is None:
+            check()
+            time.sleep(1)
+        run_some(("stage3",), run, config)
     run_some(("evaluate",), run, config)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from files import write_json, write_jsonl
 from hubert import KMeans, UnitExtractor
 from llama import Llama
 from train_hubert import HubertSection, UnitsSection, load_labels, save_labels, training_rows
-from training.before import open_hubert
+from training.before import open_hubert, some_sentences
 
 pytest.importorskip("hibari", reason="the tiny world is spoken by the extra 'demo'")
 
@@ -167,18 +168,29 @@ def test_a_speaker_is_chosen_by_number_or_name(tmp_path):
         training_rows(manifest)
 
 
+def test_a_share_of_the_sentences_is_the_same_whoever_says_them():
+    rows = [{"id": f"{speaker}-{n}", "text": f"Sentence {n}."} for speaker in range(3) for n in range(1000)]
+    chosen = Counter(row["text"] for row in some_sentences(rows, 0.3, 0))
+    assert 250 < len(chosen) < 350 and set(chosen.values()) == {3}
+    assert chosen != Counter(row["text"] for row in some_sentences(rows, 0.3, 1))
+    silent = [row | {"text": ""} for row in rows]  # each is a sentence of its own
+    assert 800 < len(some_sentences(silent, 0.3, 0)) < 1000
+    assert some_sentences(rows, 1.0, 0) == some_sentences(rows, 0.0, 0) == rows
+
+
 def test_hubert_learns_from_the_speaker_it_is_told_to(out):
     shutil.rmtree(out / "state/hubert")
     done = train("configs/ci.toml", "--out", out, "--stage", "hubert", "--hubert.speaker", 9)
     said = "hubert.speaker is 9, who has no training recording; choose one of "
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
-    stages(out, "hubert", flags=["--hubert.speaker", 0, "--hubert.perturb", 0.2])
+    flags = ["--hubert.speaker", 0, "--hubert.perturb", 0.2, "--hubert.sentences", 0.5]
+    stages(out, "hubert", flags=flags)
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     theirs = [row for row in rows if row["split"] == "train" and row["speaker"] == 0]
     assert 0 < len(theirs) < sum(row["split"] == "train" for row in rows)
     for number in (1, 2):
         labels, _ = load_labels(out / f"state/hubert/clusters{number}.safetensors", 1000)
-        assert len(labels) == len(theirs)
+        assert 0 < len(labels) == len(some_sentences(theirs, 0.5, 0)) < len(theirs)
 
 
 def test_labels_come_back_and_damaged_ones_are_one_line(tmp_path):

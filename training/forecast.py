@@ -231,7 +231,7 @@ def tokens_of(kind: str, source) -> float:
 
 AN_ITEM = 0.9  # seconds of one of evaluate.items: everything that is asked about it, and the recognizer
 CLUSTERING = 1.2e-7  # seconds of a frame and a cluster, of fitting k-means
-BESIDE = (("hubert", "units"), ("text",)), (("vocoder",), ("stage1", "stage2", "t2u", "stage3"))
+BESIDE = (("hubert", "units"), ("text",)), (("t2u", "vocoder"), ("stage1", "stage2", "stage3"))
 
 
 def work(name: str, run: Run, config, tables: documents.Tables) -> list[Stretch]:
