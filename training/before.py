@@ -179,9 +179,8 @@ def some_sentences(rows: list[dict], share: float, seed: int) -> list[dict]:
     its own. All of them, if none is drawn."""
     if share == 1:
         return rows
-    return [
-        row for row in rows if draw_of(seed, "sentence", row["text"] or row["id"]).random() < share
-    ] or rows
+    chosen = [row for row in rows if draw_of(seed, "sentence", row["text"] or row["id"]).random() < share]
+    return chosen or rows
 
 
 def rows_to_train(rows: list[dict], manifest: Path, key: str, speaker: int | str | None) -> list[dict]:

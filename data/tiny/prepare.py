@@ -1,4 +1,4 @@
-"""The tiny world of world.py, spoken: some six hours of audio in two minutes on two cores.
+"""The tiny world of world.py, spoken: some three hours of audio in two minutes on two cores.
 
     python data/tiny/prepare.py out/corpus
     python data/tiny/prepare.py out/ci --sentences 20      # three minutes of audio, for a quick test
