@@ -334,6 +334,13 @@ def make_corpus(run: Run, config: Config):
 def t2u_stage(run: Run, config: Config):
     make_tokenizer("t2u", run, config)
     train_text_to_unit.train(run, config.t2u, config.units.clusters, bool(config.units.embed_centers))
+    train_text_to_unit.speak_dialogues(run, config.t2u, config.stage3)
+
+
+def train_stage3(run: Run, config: Config):
+    if reading.reads_generated(config.stage3):  # more of it, if the settings have changed since stage t2u
+        train_text_to_unit.speak_dialogues(run, config.t2u, config.stage3)
+    train_language("stage3", run, config)
 
 
 def vocoder_stage(run: Run, config: Config):
@@ -470,7 +477,7 @@ STAGES = {
         reads="chain-of-modality instructions (§3.2)",
         loss="the answer's tokens (eq. 4)",
         paper="4200 steps of 128, lr 2e-4, length 1024, r 8, alpha 16",
-        work=partial(train_language, "stage3"),
+        work=train_stage3,
         after=("stage2", "t2u"),
         sections=("stage3", "lora"),
         skip=lambda config: config.stage3.steps == 0,

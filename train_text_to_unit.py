@@ -1,11 +1,11 @@
 """Trains the text-to-unit generator, and makes the speech of dialogues with it (SpeechGPT §3.2): stage t2u.
 
 It learns from recordings in the voice of the model, pairs of text and units; with `other_voices` also from
-those of everybody else, whose texts then begin with <s>. It writes the units of every answer, and of every
-question that nobody has recorded, to out/t2u.jsonl. Stage 3 reads them ([stage3] speech = "t2u"): dialogues
-need no recordings; a question made so is asked in the voice of the model.
+those of everybody else, whose texts then begin with <s>. It writes the units of answers, and of questions
+that nobody has recorded, to out/t2u.jsonl: of those that stage 3 will read ([stage3] speech = "t2u"). So
+dialogues need no recordings; a question made so is asked in the voice of the model.
 
-    {"text": "Three plus four is seven.", "units": [57, 5, 602, ...]}
+    {"text": "Three plus four is seven.", "units": [57, 5, 602, ...]}          (none: it came to no end)
 
 References: text_to_unit.py for the network, its loss and its search; training/loop.py for the loop.
 """
@@ -22,13 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from config import Amount, Count, Share, Whole
 from data import batches, documents
-from data.corpus import text_key
 from files import write_jsonl
 from generate import one_thread
 from kmeans import KMeans
 from run import Run, barrier, progress, rank, world_size
 from text_to_unit import Search, TextToUnit, TextToUnitConfig, Vocabulary
+from tokenizer import Tokenizer
 from training.loop import Loss, Optimization, optimize
+from training.reading import texts_to_speak
 
 Ids = tuple[list[int], list[int]]  # of a text and of its units, both with </s>
 
@@ -58,7 +59,7 @@ class TextToUnitSection(Optimization):
 
 
 def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> None:
-    """Writes model/text_to_unit and t2u.jsonl. centers: embeddings of units start as the k-means centers."""
+    """Writes model/text_to_unit. centers: embeddings of units start as the k-means centers."""
     vocabulary = Vocabulary.new((run.tokenizer / "tokenizer.model").read_bytes(), n_units)
     tables = documents.read_tables(run.out, n_units)
     torch.manual_seed(run.seed)
@@ -78,13 +79,18 @@ def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> 
         read = n + batch[0].ne(Vocabulary.pad).sum()
         return Loss(smoothed, n, read, {"nll": (plain, n)})
 
-    search = Search(section.beam, max_len_b=2 * max(len(units) for _, units in ids))
-    probe = held_out_probe(run, model, documents.pairs(tables, "heldout"), search)
+    probe = held_out_probe(run, model, documents.pairs(tables, "heldout"), search_of(section, tables))
     optimize(run, "t2u", run.state("t2u"), model, loss, batch_at, section, probe)
     if rank() == 0:
+        run.spoken.unlink(missing_ok=True)  # by another one
         model.save_pretrained(run.model / "text_to_unit")
-        write_jsonl(run.spoken, speak(model, unspoken(tables), search))
     barrier()
+
+
+def search_of(section: TextToUnitSection, tables: documents.Tables) -> Search:
+    """Nothing is spoken that is twice as long as the longest recording of that voice."""
+    own = [pair for pair in documents.pairs(tables, "train") if documents.fits("tts", "", pair)]
+    return Search(section.beam, max_len_b=2 * max(len(pair.units) for pair in own))
 
 
 def encode(
@@ -190,16 +196,22 @@ def held_out_probe(
 # ---- The speech of dialogues -------------------------------------------------------------------------------
 
 
-def unspoken(tables: documents.Tables) -> list[str]:
-    """Every answer, and every question without a recording, once."""
-    recorded = {text_key(row["text"]) for row in tables.rows}
-    answers = [row["answer"] for row in tables.dialogues]
-    questions = [row["question"] for row in tables.dialogues if text_key(row["question"]) not in recorded]
-    return list(dict.fromkeys(answers + questions))
+def speak_dialogues(run: Run, section: TextToUnitSection, stage3) -> None:
+    """Writes to t2u.jsonl what it lacks of the speech that stage 3 reads with its settings of now."""
+    if rank() == 0:
+        tok = Tokenizer.from_pretrained(run.tokenizer)
+        spoken = documents.read_spoken(run.spoken, tok.n_units) if run.spoken.exists() else {}
+        texts = [text for text in texts_to_speak("stage3", run, stage3, tok) if text not in spoken]
+        if texts or not spoken:
+            model = TextToUnit.from_pretrained(run.model / "text_to_unit", run.device)
+            search = search_of(section, documents.read_tables(run.out, tok.n_units))
+            rows = [{"text": text, "units": units} for text, units in spoken.items()]
+            write_jsonl(run.spoken, rows + speak(model, texts, search))
+    barrier()
 
 
 def speak(model: TextToUnit, texts: list[str], search: Search, portion: int = 64) -> list[dict]:
-    """Rows of t2u.jsonl. A text that the model cannot read, or does not end to speak, is left out."""
+    """Rows of t2u.jsonl. A text that the model cannot read, or does not end to speak, has no units."""
     rows, longer, endless = [], 0, 0
     order = sorted(texts, key=len)
     with progress(len(texts), title="t2u: speech of dialogues", unit="text") as bar, one_thread(model):
@@ -207,16 +219,17 @@ def speak(model: TextToUnit, texts: list[str], search: Search, portion: int = 64
             chosen = order[start : start + portion]
             fit = [text for text in chosen if len(model.vocabulary.encode(text)) <= model.config.max_source]
             longer += len(chosen) - len(fit)
-            for text, units in zip(fit, model.generate(fit, search, portion)):
+            found = dict.fromkeys(chosen, []) | dict(zip(fit, model.generate(fit, search, portion)))
+            for text, units in found.items():
                 if len(units) > 0.9 * search.max_len_b:
                     endless += 1
-                elif units:
-                    rows.append({"text": text, "units": units})
+                    units = []
+                rows.append({"text": text, "units": units})
             bar.update(len(chosen))
     if longer or endless:
         print(
             f"t2u: of {len(texts)} texts {longer} are longer than t2u.model.max_source, {endless} came to no "
-            "end; they have no speech",
+            "end; they are read as text",
             flush=True,
         )
     return rows

@@ -86,8 +86,7 @@ class Tables(NamedTuple):
     folder: Path  # of the run, for messages
     rows: list[dict]  # of the manifest, with their units
     dialogues: list[dict]
-    # Text -> its units by the text-to-unit generator (§3.2); None: answers are as they were recorded.
-    spoken: dict[str, list[int]] | None = None
+    generated: bool = False  # the text-to-unit generator speaks the dialogues (§3.2); else as recorded
 
 
 def read_tables(folder: str | Path, n_units: int | None) -> Tables:
@@ -108,7 +107,7 @@ def read_tables(folder: str | Path, n_units: int | None) -> Tables:
 
 
 def read_spoken(path: str | Path, n_units: int) -> dict[str, list[int]]:
-    """t2u.jsonl: text -> units (train_text_to_unit.py)."""
+    """t2u.jsonl: text -> units, none if it could not be spoken (train_text_to_unit.py)."""
     spoken = {}
     for number, row in enumerate(read_jsonl(path, ("text", "units")), 1):
         text, units = row["text"], row["units"]
@@ -153,7 +152,8 @@ def to_recognize(tables: Tables, split: str) -> list[Pair]:
 def exchanges(tables: Tables, split: str) -> list[Exchange]:
     """All dialogues of a split. `rendition`: training dialogues, with other recordings of their questions.
 
-    Where the text-to-unit generator has spoken, all answers are its, and questions without a recording."""
+    Where the text-to-unit generator speaks, all answers are its, and questions without a recording: TO_COME
+    stands for their speech."""
     questions: dict[str, list[list[int]]] = {}  # text -> units of each recording
     answers: dict[str, list[list[int]]] = {}
     for row in tables.rows:
@@ -169,12 +169,27 @@ def exchanges(tables: Tables, split: str) -> list[Exchange]:
             question, answer = row["question"], row["answer"]
             question_units = questions.get(question) or questions_by_key.get(text_key(question), [])
             answer_units = answers.get(answer) or answers_by_key.get(text_key(answer), [])
-            if tables.spoken is not None:
-                answer_units = [tables.spoken[answer]] if answer in tables.spoken else []
-                if not question_units and split != "rendition" and question in tables.spoken:
-                    question_units = [tables.spoken[question]]
+            if tables.generated:
+                answer_units = TO_COME
+                if not question_units and split != "rendition":
+                    question_units = TO_COME
             found.append(Exchange(question, answer, row["family"], question_units, answer_units))
     return found
+
+
+# What is read must not depend on what the generator makes: which texts it speaks depends on what is read. So
+# dialogues are counted and drawn with this in place of its speech.
+TO_COME: list[list[int]] = [[]]
+
+
+def with_speech(exchange: Exchange, spoken: dict[str, list[int]]) -> Exchange:
+    """The exchange with speech in place of TO_COME, as far as `spoken` has the text."""
+    question_units, answer_units = exchange.question_units, exchange.answer_units
+    if question_units == TO_COME:
+        question_units = [spoken.get(exchange.question, [])]
+    if answer_units == TO_COME:
+        answer_units = [spoken.get(exchange.answer, [])]
+    return exchange._replace(question_units=question_units, answer_units=answer_units)
 
 
 def describe_dialogues(tables: Tables) -> list[str]:
@@ -289,7 +304,8 @@ def fits(kind: str, family: str, source: str | Pair | Exchange) -> bool:
 
 def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, noise: float = 0.0) -> Document:
     """(ids, which of them are targets). `noise`: fraction of input speech units dropped, and the same
-    fraction replaced at random; without this augmentation a small corpus is memorized."""
+    fraction replaced at random; without this augmentation a small corpus is memorized. Speech without units,
+    which the text-to-unit generator could not make, is read as its text."""
     kind, source = example
 
     def input_speech(units: list[int]) -> str:
@@ -313,15 +329,23 @@ def render(tok: tokenizer.Tokenizer, example: Example, draw: random.Random, nois
         return tok.document(*tokenizer.cross_modal(instruction, source.text, speech))
 
     template = tokenizer.standard if kind == "standard" else tokenizer.chain_of_modality
-    mode = kind
-    if kind not in MODES:
-        mode = draw.choice(MODES if source.answer_units else ("s2t", "t2t"))
-    speech_i = input_speech(draw.choice(source.question_units)) if source.question_units else ""
-    speech_r = tokenizer.units_to_text(draw.choice(source.answer_units)) if source.answer_units else ""
+    mode = draw_mode(example, draw)
+    units_i = draw.choice(source.question_units) if source.question_units else []
+    speech_i = input_speech(units_i) if units_i else ""
+    units_r = draw.choice(source.answer_units) if source.answer_units else []
+    speech_r = tokenizer.units_to_text(units_r) if units_r else ""
+    mode = f"{mode[0] if units_i else 't'}2{mode[2] if units_r else 't'}"
     prompt, answer = template(
         mode, text_i=source.question, text_r=source.answer, speech_i=speech_i, speech_r=speech_r
     )
     return tok.document(prompt, answer)
+
+
+def draw_mode(example: Example, draw: random.Random) -> str:
+    """In which of the MODES a dialogue is read: the first of its random numbers."""
+    if example.kind in MODES:
+        return example.kind
+    return draw.choice(MODES if example.source.answer_units else ("s2t", "t2t"))
 
 
 def draw_example(found: list[Example], index: int, seed: int) -> tuple[Example, random.Random]:
@@ -345,7 +369,7 @@ class Longest:
         )
 
 
-NOTHING = (Pair([], "", TARGET_SPEAKER), Exchange("", "", "", [[]], [[]]))
+NOTHING = (Pair([], "", TARGET_SPEAKER), Exchange("", "", "", [[0]], [[0]]))
 
 
 def at_most(source: str | Pair | Exchange) -> int:
@@ -366,17 +390,23 @@ def longest(tok: tokenizer.Tokenizer, example: Example) -> int:
     return max(len(render(tok, example, Longest(tok, mode))[0]) for mode in modes)
 
 
-def short_enough(
-    tok: tokenizer.Tokenizer, max_len: int, report: Callable[[str, int], object], kind: str, sources: list
-) -> list:
-    """The sources whose documents of this kind have at most `max_len` tokens, however they are rendered. If
-    there are others, report(what to say of them, number of those that are left) is called."""
+def lengths_of(tok: tokenizer.Tokenizer, max_len: int, kind: str, sources: list) -> list[int]:
+    """`longest` of each source's documents of this kind; where that is at most `max_len`, a bound of it."""
     empty = "" if kind == "text" else NOTHING[kind in DIALOGUE_KINDS]
     fixed = longest(tok, Example(kind, empty))
     lengths = []
     for source in sources:
         length = fixed + at_most(source)
         lengths.append(length if length <= max_len else longest(tok, Example(kind, source)))
+    return lengths
+
+
+def short_enough(
+    tok: tokenizer.Tokenizer, max_len: int, report: Callable[[str, int], object], kind: str, sources: list
+) -> list:
+    """The sources whose documents of this kind have at most `max_len` tokens, however they are rendered. If
+    there are others, report(what to say of them, number of those that are left) is called."""
+    lengths = lengths_of(tok, max_len, kind, sources)
     kept = [source for source, length in zip(sources, lengths) if length <= max_len]
     lost = len(sources) - len(kept)
     if lost:

@@ -13,7 +13,7 @@ import pytest
 
 from data import documents
 from data.corpus import TARGET_SPEAKER
-from tokenizer import Tokenizer, units_to_text
+from tokenizer import Tokenizer, chain_of_modality, units_to_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,13 +99,15 @@ def test_exchanges_pair_a_recorded_question_with_the_target_speakers_answer(corp
 
 def test_the_text_to_unit_generator_speaks_answers_and_unrecorded_questions(corpus):
     spoken = {"One plus one is two.": [5, 6], "Add one and one.": [8], "What is one plus one?": [9]}
-    made = tables(corpus)._replace(spoken=spoken)
+    made = tables(corpus)._replace(generated=True)
     e, unrecorded = documents.exchanges(made, "train")
+    assert e.answer_units == unrecorded.answer_units == unrecorded.question_units == documents.TO_COME
+    e, unrecorded = (documents.with_speech(exchange, spoken) for exchange in (e, unrecorded))
     assert e.answer_units == unrecorded.answer_units == [[5, 6]]
     assert len(e.question_units) == 2 and [9] not in e.question_units  # recordings are better
     assert unrecorded.question_units == [[8]]
     (h,) = documents.exchanges(made, "heldout")
-    assert h.answer_units == [] and len(h.question_units) == 1
+    assert documents.with_speech(h, spoken).answer_units == [[]] and len(h.question_units) == 1
     _, unrecorded = documents.exchanges(made, "rendition")
     assert unrecorded.question_units == []
 
@@ -114,9 +116,24 @@ def test_dialogues_without_a_single_recording_can_be_trained_on(corpus):
     text_only = tables(corpus)._replace(rows=[])
     with pytest.raises(ValueError, match="nothing of kind 's2s'"):
         documents.examples(text_only, "train", {"s2s": 1.0})
-    spoken = {"One plus one is two.": [5, 6], "Add one and one.": [8]}
-    (example,) = documents.examples(text_only._replace(spoken=spoken), "train", {"s2s": 1.0})
-    assert example.source.question == "Add one and one." and example.source.question_units == [[8]]
+    found = documents.examples(text_only._replace(generated=True), "train", {"s2s": 1.0})
+    assert [example.source.question for example in found] == ["What is one plus one?", "Add one and one."]
+
+
+def test_what_the_generator_could_not_speak_is_read_as_text(corpus, tok):
+    _, unrecorded = documents.exchanges(tables(corpus)._replace(generated=True), "train")
+    question, answer = unrecorded.question, unrecorded.answer
+    for spoken, mode in (
+        ({question: [8], answer: [5, 6]}, "s2s"),
+        ({question: [8], answer: []}, "s2t"),
+        ({answer: [5, 6]}, "t2s"),
+        ({}, "t2t"),
+    ):
+        example = documents.Example("s2s", documents.with_speech(unrecorded, spoken))
+        slots = {"text_i": question, "text_r": answer}
+        slots |= {"speech_i": units_to_text([8]), "speech_r": units_to_text([5, 6])}
+        expected = tok.document(*chain_of_modality(mode, **slots))
+        assert documents.render(tok, example, random.Random(0)) == expected, mode
 
 
 def test_the_mask_covers_the_answer_and_nothing_else(corpus, tok):

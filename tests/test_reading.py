@@ -146,6 +146,78 @@ def test_without_held_out_recordings_there_is_an_empty_map(run, tok, made):
         assert held_out == [] and made == expected
 
 
+# ---- Speech of the text-to-unit generator ------------------------------------------------------------------
+
+
+@pytest.fixture
+def talk(run, tok) -> tuple[Run, Tokenizer]:
+    """30 dialogues, of which ten questions are recorded for training, and two held out."""
+    rows = [json.loads(line) for line in run.manifest.read_text().splitlines()]
+    recorded = [row for row in rows if row["split"] == "train"]
+    for i, row in enumerate(recorded):
+        row["text"] = f"Question {i}?"
+    write_jsonl(run.manifest, rows)
+    dialogues = [{"question": f"Question {i}?", "answer": f"Answer {i}.", "family": ""} for i in range(30)]
+    dialogues += [
+        {"question": f"Asked {i}?", "answer": f"So {i}.", "family": "", "split": "heldout"} for i in (0, 1)
+    ]
+    write_jsonl(run.out / "dialogues.jsonl", dialogues)
+    return run, tok
+
+
+def stage3(**more) -> train.Stage3:
+    return train.Stage3(**({"steps": 3, "batch_size": 4, "mix": {"chain": 0.8, "asr": 0.2}} | more))
+
+
+def speech_in(run: Run, tok: Tokenizer, section, spoken: dict[str, list[int]]) -> tuple[list, list]:
+    """All documents of the stage, those of training and those held out."""
+    write_jsonl(run.spoken, [{"text": text, "units": units} for text, units in spoken.items()])
+    read, held_out = reading.stage_documents("stage3", run, section, tok)
+    return [read(i) for i in range(section.steps * section.batch_size)], held_out
+
+
+def test_the_speech_that_a_stage_needs_is_known_before(talk, capsys):
+    run, tok = talk
+    section = stage3()
+    needed = reading.texts_to_speak("stage3", run, section, tok)
+    assert len(set(needed)) == len(needed) and not {f"Question {i}?" for i in range(10)} & set(needed)
+    sides = {f"Question {i}?" for i in range(10, 30)} | {f"Answer {i}." for i in range(30)}
+    assert 0 < len(set(needed) & sides) < len(sides) / 2, "12 documents"
+    assert set(needed) & {"Asked 0?", "Asked 1?", "So 0.", "So 1."}, "the probe's"
+
+    number = {text: [i % 20, i // 20, 19] for i, text in enumerate(sorted(sides | set(needed)))}
+    everything = speech_in(run, tok, section, number)
+    assert speech_in(run, tok, section, {text: number[text] for text in needed}) == everything
+    for text in needed:  # and nothing else is needed
+        assert speech_in(run, tok, section, number | {text: []}) != everything, text
+    assert "read as text" not in capsys.readouterr().out
+
+
+def test_a_stage_that_reads_long_enough_needs_all(talk):
+    run, tok = talk
+    needed = reading.texts_to_speak("stage3", run, stage3(steps=300), tok)
+    assert set(needed) >= {f"Question {i}?" for i in range(10, 30)} | {f"Answer {i}." for i in range(30)}
+    needed = reading.texts_to_speak("stage3", run, stage3(steps=300, mix={"t2t": 1.0}), tok)
+    assert needed == []
+
+
+def test_speech_that_is_too_long_is_read_as_text_and_changes_no_other_document(talk, capsys):
+    run, tok = talk
+    section = stage3(max_len=120)
+    needed = reading.texts_to_speak("stage3", run, section, tok)
+    spoken = dict.fromkeys(needed, [1, 2, 3])
+    longer = next(text for text in needed if text.startswith("Answer"))
+    documents_before, _ = speech_in(run, tok, section, spoken)
+    question = longer.replace("Answer", "Question").replace(".", "?")
+    without, _ = speech_in(run, tok, section, spoken | {longer: [], question: []})
+    capsys.readouterr()
+    now, _ = speech_in(run, tok, section, spoken | {longer: [4, 5] * 60})
+    said = "with the speech of the text-to-unit generator 1 documents of kind 'chain' are longer"
+    assert f"stage3, train: {said}" in capsys.readouterr().out
+    assert now == without != documents_before
+    assert max(len(ids) for ids, _ in now) <= 120
+
+
 # ---- Maps of the config ------------------------------------------------------------------------------------
 
 

@@ -231,7 +231,4 @@ def check_lengths(run: Run, config, tok: Tokenizer):
 
 def to_be_spoken(tables: documents.Tables, section) -> documents.Tables:
     """The tables with speech for every dialogue, but without units yet, if it is to be generated."""
-    if not reads_generated(section):
-        return tables
-    spoken = {row[side]: [] for row in tables.dialogues for side in ("question", "answer")}
-    return tables._replace(spoken=spoken)
+    return tables._replace(generated=reads_generated(section))

@@ -47,15 +47,10 @@ def stage_documents(
     if section.tokens:
         return of_maps(name, run, section, tok)
     maps = []
-    for split, size in (("train", max(1, section.steps * section.batch_size)), ("heldout", None)):
-        spoken = run.spoken if reads_generated(section) else None
-        has_units = name != "text"
-        source = Source(
-            run.out, name, split, section.mix, section.max_len, section.noise, run.seed, has_units, spoken
-        )
-        folder = run.out / "tokens" / name / split
+    for source in sources_of(name, run, section):
+        folder = run.out / "tokens" / name / source.split
         if rank() == 0:
-            make(folder, source, size, len(tok), run.workers or 1)
+            make(folder, source, len(tok), run.workers or 1)
         barrier()
         maps.append(tokens.TokenMap(folder, len(tok)))
         _opened.clear()
@@ -72,6 +67,7 @@ class Source(NamedTuple):
     out: Path  # the folder of the run
     name: str
     split: str
+    size: int | None  # documents; None: HELD_OUT, or fewer
     mix: dict[str, float]
     max_len: int
     noise: float
@@ -96,9 +92,20 @@ class Source(NamedTuple):
 
     def examples(self, tok: Tokenizer, quiet: bool) -> list[documents.Example]:
         tables = documents.read_tables(self.out, tok.n_units if self.has_units else None)
-        if self.spoken:
-            tables = tables._replace(spoken=documents.read_spoken(self.spoken, tok.n_units))
-        return fitting_examples(tables, self.split, self.name, self, tok, quiet)
+        if not self.spoken:
+            return fitting_examples(tables, self.split, self.name, self, tok, quiet)
+        spoken = documents.read_spoken(self.spoken, tok.n_units)
+        tables = tables._replace(generated=True)
+        return fitting_examples(tables, self.split, self.name, self, tok, quiet, spoken)
+
+
+def sources_of(name: str, run: Run, section) -> list[Source]:
+    """Of the documents that a stage reads in training, and of those held out."""
+    spoken = run.spoken if reads_generated(section) else None
+    has_units = name != "text"
+    rest = (section.mix, section.max_len, section.noise, run.seed, has_units, spoken)
+    size = max(1, section.steps * section.batch_size)
+    return [Source(run.out, name, "train", size, *rest), Source(run.out, name, "heldout", None, *rest)]
 
 
 _opened: list[tuple[Source, Tokenizer, list[documents.Example]]] = []  # the last one, in each process
@@ -111,22 +118,30 @@ def opened(source: Source, quiet: bool = True) -> tuple[Tokenizer, list[document
     return _opened[0][1:]
 
 
+def drawn(
+    source: Source, examples: list[documents.Example], start: int = 0, end: int | None = None
+) -> Iterator[tuple[documents.Example, random.Random]]:
+    """The examples number `start` to `end` that the stage reads, each with its random numbers."""
+    if source.split == "train":
+        for index in range(start, source.size if end is None else end):
+            yield documents.draw_example(examples, index, source.seed)
+    else:
+        chosen = random.Random(source.seed).sample(examples, min(HELD_OUT, len(examples)))
+        for i, example in enumerate(chosen[start:end], start):
+            yield example, random.Random(i)
+
+
 def rendered(source: Source, start: int, end: int) -> Iterator[Document]:
     """Documents number `start` to `end` of those that the stage reads."""
     tok, examples = opened(source)
-    if source.split == "train":
-        for index in range(start, end):
-            example, draw = documents.draw_example(examples, index, source.seed)
-            yield documents.render(tok, example, draw, source.noise)
-    else:
-        chosen = random.Random(source.seed).sample(examples, min(HELD_OUT, len(examples)))
-        for i in range(start, end):
-            yield documents.render(tok, chosen[i], random.Random(i))
+    noise = source.noise if source.split == "train" else 0.0
+    for example, draw in drawn(source, examples, start, end):
+        yield documents.render(tok, example, draw, noise)
 
 
-def make(folder: Path, source: Source, size: int | None, vocab_size: int, workers: int):
-    """Writes the map `folder`, unless it is there: `size` documents, or HELD_OUT at most."""
-    origin = source.origin
+def make(folder: Path, source: Source, vocab_size: int, workers: int):
+    """Writes the map `folder`, unless it is there."""
+    origin, size = source.origin, source.size
     record = folder / "tokens.json"
     if record.is_file():
         table = read_json(record)
@@ -148,16 +163,50 @@ def make(folder: Path, source: Source, size: int | None, vocab_size: int, worker
     )
 
 
+# ---- Speech that is generated ------------------------------------------------------------------------------
+
+
 def reads_generated(section) -> bool:
     """Whether a stage of the language model reads speech of the text-to-unit generator."""
     return getattr(section, "speech", "recorded") == "t2u" and section.steps > 0 and not section.tokens
 
 
+def texts_to_speak(name: str, run: Run, section, tok: Tokenizer) -> list[str]:
+    """The texts whose speech the stage will read, once each: answers, and questions without a recording.
+
+    A stage that reads few of the dialogues needs few of them spoken; one that reads long enough, all."""
+    tables = documents.read_tables(run.out, tok.n_units)._replace(generated=True)
+    texts = []
+    for source in sources_of(name, run, section):
+        examples = fitting_examples(tables, source.split, name, section, tok, quiet=True)
+        for example, draw in drawn(source, examples):
+            if example.kind in documents.DIALOGUE_KINDS:
+                exchange = example.source
+                mode = documents.draw_mode(example, draw)
+                if mode[0] == "s" and exchange.question_units == documents.TO_COME:
+                    texts.append(exchange.question)
+                if mode[2] == "s":
+                    texts.append(exchange.answer)
+    return list(dict.fromkeys(texts))
+
+
+# ---- Documents that are not too long -----------------------------------------------------------------------
+
+
 def fitting_examples(
-    tables: documents.Tables, split: str, name: str, section, tok: Tokenizer, quiet: bool = False
+    tables: documents.Tables,
+    split: str,
+    name: str,
+    section,
+    tok: Tokenizer,
+    quiet: bool = False,
+    spoken: dict[str, list[int]] | None = None,
 ) -> list[documents.Example]:
     """The documents of a stage that are not longer than its max_len. How many are longer is said, before the
-    first step; it is an error if nothing of a kind is left to train on."""
+    first step; it is an error if nothing of a kind is left to train on.
+
+    `spoken`: speech of the text-to-unit generator. A document that it would make longer goes without, as
+    text: leaving it out would change which others are read, and thereby which speech was needed."""
 
     def report(longer: str, n_left: int):
         line = f"{name}, {split}: {longer}, are longer than {name}.max_len = {section.max_len}"
@@ -166,8 +215,23 @@ def fitting_examples(
         if rank() == 0 and not quiet:
             print(f"{line}: they are left out; raise it to use them", flush=True)
 
-    fits = partial(documents.short_enough, tok, section.max_len, report)
-    return documents.examples(tables, split, section.mix, fits)
+    def shorten(kind: str, sources: list) -> list:
+        sources = documents.short_enough(tok, section.max_len, report, kind, sources)
+        if spoken is None or kind not in documents.DIALOGUE_KINDS:
+            return sources
+        voiced = [documents.with_speech(exchange, spoken) for exchange in sources]
+        lengths = documents.lengths_of(tok, section.max_len, kind, voiced)
+        longer = sum(length > section.max_len for length in lengths)
+        if longer and rank() == 0 and not quiet:
+            print(
+                f"{name}, {split}: with the speech of the text-to-unit generator {longer} documents of kind "
+                f"'{kind}' are longer than {name}.max_len = {section.max_len}: read as text",
+                flush=True,
+            )
+        rows = zip(lengths, voiced, sources)
+        return [voice if length <= section.max_len else mute for length, voice, mute in rows]
+
+    return documents.examples(tables, split, section.mix, shorten)
 
 
 # ---- Documents that are there as maps ----------------------------------------------------------------------
