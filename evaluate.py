@@ -39,7 +39,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -58,6 +58,22 @@ from llama import Llama
 from request import Reply, Request
 from sample import SpeechGPT, default_model
 from text_to_unit import Search, TextToUnit
+
+
+@dataclass
+class EvaluateSection:
+    """Settings of stage evaluate of train.py."""
+
+    items: config.Whole = 120  # at most so many items for a row of the report; 0: all there are
+    takes: config.Count | None = None  # spoken answers drawn at most; None: as sample.py does
+    # of the tiny world: so many questions in each unseen voice, as far as any is installed
+    voices: Annotated[int, config.Limits(0, 1000)] = 0
+    # a row's key: what it should reach, as in configs/tiny.toml
+    targets: dict[str, config.Amount] = field(default_factory=dict)
+
+    def __post_init__(self):
+        measures.check_targets(self.targets)
+
 
 # ---- What is asked of the model ----------------------------------------------------------------------------
 

@@ -41,6 +41,8 @@ class Run:
     def __post_init__(self):
         if self.workers:
             check_workers(self.workers)
+        if self.tensorboard:
+            need_tensorboard()
 
     @property
     def manifest(self) -> Path:

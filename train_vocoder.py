@@ -1,6 +1,6 @@
 """train_vocoder.py - GAN training of the unit vocoder (paper §4.1, "Unit Vocoder").
 
-    python train_vocoder.py CONFIG.toml [--vocoder.steps 100 ...]     alone; train.py calls `train` below
+    python train_vocoder.py CONFIG.toml [--vocoder.steps 100 ...]     alone; train.py calls `train_stage`
     torchrun --nproc_per_node 8 train_vocoder.py CONFIG.toml          the same on 8 GPUs
 
 reads of CONFIG.toml the keys `corpus` (a folder with manifest.jsonl), `units` (the table of their units, by
@@ -52,8 +52,9 @@ from data import audio
 from data.audio import HOP
 from data.codes import Batch, CodeDataset, datasets, rows_of_rank
 from data.corpus import resolve
-from data.units import join_units
+from data.units import join_units, read_units
 from kmeans import KMeans
+from run import Metrics, Run
 from training import states
 from training.before import check_speakers, rows_of
 from training.loop import SkippedSteps, told_of_memory
@@ -401,7 +402,7 @@ def evaluate(generator: UnitVocoder, held_out: CodeDataset, sample: Path) -> dic
     return {"held_out_mel": float(np.mean(errors))}
 
 
-# ---- Training state, checks, command line ------------------------------------------------------------------
+# ---- Training state, checks, stage of a run, command line --------------------------------------------------
 
 
 def check(model: VocoderConfig, dataset: CodeDataset, held_out: CodeDataset):
@@ -422,6 +423,23 @@ def resume(path: Path, modules: dict, optimizers: dict, settings: dict, steps: i
                 f"put the old value back, or delete {path.parent} to begin anew"
             )
     return checkpoint.load_training(path, modules, optimizers, steps)
+
+
+def train_stage(run: Run, section: VocoderStage, model: VocoderConfig, n_units: int, centers: bool):
+    """Stage vocoder of train.py: on the units of its corpus, into model/vocoder. centers: embeddings of units
+    start as the k-means centers."""
+    rows = read_units(run.manifest, run.units, n_units)
+    rows = rows_of(rows, run.manifest, "vocoder.speaker", section.speaker)
+    train(
+        section,
+        model,
+        datasets(run.corpus, rows),
+        out=run.model / "vocoder",
+        work=run.state("vocoder"),
+        metrics=partial(Metrics, run.metrics / "vocoder.jsonl", tensorboard=run.tensorboard),
+        device=run.device,
+        kmeans=KMeans.from_pretrained(run.model / "hubert") if centers else None,
+    )
 
 
 @dataclass

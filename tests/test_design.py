@@ -19,7 +19,7 @@ LEVELS = (
     ("data", "generate"),
     ("request",),
     ("training", "sample", "evaluation.judge"),
-    ("train_hubert", "train_vocoder", "train_text_to_unit", "serve", "bench", "evaluation"),
+    ("train_hubert", "train_language", "train_text_to_unit", "train_vocoder", "serve", "bench", "evaluation"),
     ("evaluate",),
     ("train",),
 )
