@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -107,12 +108,14 @@ def mine(batch_at, accumulate: int):
 Learned = tuple[list[float], dict[str, torch.Tensor]]  # (losses, weights) after 20 steps
 
 
-def learn(out: Path, kind: str, section: dict, model=None, probe=no_probe, fill=None) -> Learned:
+def learn(
+    out: Path, kind: str, section: dict, model=None, probe=no_probe, fill=None, device="cpu"
+) -> Learned:
     make, batch_at, loss = MODELS[kind]
-    model = model or make()
+    model = model or make().to(device)
     settings = dict(steps=STEPS, batch_size=8, lr=3e-3, warmup=2, bf16=False, eval_every=10, save_every=1000)
     settings = Optimization(**settings | section)
-    where = run.Run(out, out, 0, torch.device("cpu"))
+    where = run.Run(out, out, 0, torch.device(device))
     batches = mine(batch_at, settings.accumulate)
     optimize(where, "name", out / "state", model, loss, batches, settings, probe, fill)
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -420,6 +423,16 @@ def test_a_model_is_divided_where_it_does_not_fit_well(ranks, mib, section, divi
     with pytest.raises(ValueError, match=divided) as caught:
         shard.is_sharded(*arguments)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("torch_version, refused", [("2.11.0+cu130", True), ("2.12.0", False)])
+def test_a_base_in_int8_is_divided_by_new_torch_alone(torch_version, refused, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    divide = partial(shard.is_sharded, "stage3", section=Optimization(sharding="fsdp"))
+    assert divide(model=adapted(), device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="by torch 2.12 or newer") if refused else nullcontext():
+        assert divide(model=adapted_in_int8(), device=torch.device("cpu"))
 
 
 def test_one_process_has_nobody_to_divide_a_model_with():

@@ -130,8 +130,21 @@ def divided(
 
 def is_sharded(name: str, model: nn.Module, section: Sharding, device: torch.device) -> bool:
     """Whether the model, real or on meta, is to be divided among the processes of this run. ValueError if it
-    does not fit. section: with `accumulate` and `bf16`, as training/loop.py's."""
-    return is_to_divide(name, model, section, world_size(), memory(device), device.type == "cuda")
+    does not fit, or this torch cannot divide it. section: with `accumulate` and `bf16`, as
+    training/loop.py's."""
+    found = is_to_divide(name, model, section, world_size(), memory(device), device.type == "cuda")
+    if found and int8_layers(model) and version_of_torch() < (2, 12):
+        raise ValueError(
+            f"{name}: a base in int8 is divided by torch 2.12 or newer, and this is {torch.__version__}; "
+            'take lora.int8 = false, or sharding = "ddp" if the base fits whole'
+        )
+    return found
+
+
+def version_of_torch() -> tuple[int, int]:
+    """Until 2.11 FSDP2 divides no bytes: it makes parameters that need a gradient, if only for a moment."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def is_to_divide(
