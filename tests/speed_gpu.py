@@ -69,7 +69,10 @@ ROWS = {
     "7b-packed": Row("7b", rows=6, lengths=(0.05, 0.5)),
     "7b-divided": Row("7b", rows=6, divided=True),
     "7b-eager": Row("7b", rows=4, compile=False),
-    "7b-float32": Row("7b", rows=2, accumulate=8, state_dtype="float32", checkpointing="selective", steps=6),
+    "7b-float32": Row("7b", rows=2, accumulate=8, state_dtype="float32", steps=6),
+    "7b-float32-selective": Row(
+        "7b", rows=2, accumulate=8, state_dtype="float32", checkpointing="selective", steps=6
+    ),
     "7b-float32-block": Row(
         "7b", rows=4, accumulate=4, state_dtype="float32", checkpointing="block", steps=6
     ),
@@ -77,6 +80,7 @@ ROWS = {
     "7b-lora-float32": Row("7b", adapters=True, state_dtype="float32"),
     "7b-lora-int8": Row("7b", adapters=True, int8=True),
     "1.3b-float32": Row("1.3b", state_dtype="float32"),
+    "111m-packed": Row("111m", rows=32, state_dtype="float32", lengths=(0.05, 0.5)),
     "111m-float32": Row("111m", rows=32, state_dtype="float32"),
 }
 
@@ -142,7 +146,7 @@ def measure(name: str, row: Row, profile: bool) -> str:
     lines = lines[len(lines) // 2 :]
     found = {key: statistics.median(line.get(key) or 0 for line in lines) for key in lines[0]}
     return (
-        f"{name:18}{found['tokens_per_s']:>10,.0f} tokens/s  mfu {100 * found['mfu']:5.1f} %  "
+        f"{name:22}{found['tokens_per_s']:>10,.0f} tokens/s  mfu {100 * found['mfu']:5.1f} %  "
         f"peak {found['peak_gib']:6.1f} GiB (planned {planned:6.1f})  wait {found['wait']:.3f}  "
         f"padding {found['padding']:.3f}  length {found['length']:6.0f}  loss {found['loss']:.2f}  "
         f"{time.perf_counter() - began:4.0f} s in all"
@@ -172,7 +176,7 @@ def main():
         try:
             report.append(measure(name, row, known.profile))
         except (ValueError, RuntimeError) as problem:
-            report.append(f"{name:18}{type(problem).__name__}: {str(problem)[:300]}")
+            report.append(f"{name:22}{type(problem).__name__}: {str(problem)[:300]}")
         print(report[-1], flush=True)
         gc.collect()
         torch.cuda.empty_cache()

@@ -10,11 +10,11 @@ import socket
 
 import pytest
 import torch
-from test_shard import CASES, MODELS, distance, language_loss, learn, unchanged
+from test_shard import CASES, INT8, MODELS, distance, language_loss, learn, unchanged
 
 import lora
 from data import batches
-from llama import Llama, LlamaConfig, to_int8
+from llama import Llama, LlamaConfig, all_logits, to_int8
 from packed import PackedAttention, VarlenAttention, packed_attention, within_documents
 from run import autocast
 from training import shard
@@ -22,6 +22,7 @@ from training.loop import Objective, Optimization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GPU = torch.device("cuda", 0)
+BOTH = CASES | INT8
 
 
 def rows(seed: int, length: int, lengths: tuple[int, ...]) -> batches.Packed:
@@ -108,7 +109,14 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_for_all_layers_at_once(
 
 
 @pytest.fixture(scope="module")
-def nccl():
+def on_cpu(tmp_path_factory) -> dict:
+    """What one process learns without a GPU, and before there is a group, which can only have NCCL."""
+    out = tmp_path_factory.mktemp("cpu")
+    return {name: learn(out / name, kind, section) for name, (kind, section) in BOTH.items()}
+
+
+@pytest.fixture(scope="module")
+def nccl(on_cpu):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -119,21 +127,38 @@ def nccl():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_divided_model_learns_on_a_gpu_what_a_whole_one_learns_on_a_cpu(case, nccl, tmp_path, monkeypatch):
-    kind, section = CASES[case]
-    alone = learn(tmp_path / "cpu", kind, section)
+@pytest.mark.parametrize("case", BOTH)
+def test_a_divided_model_learns_on_a_gpu_what_a_whole_one_learns_on_a_cpu(
+    case, on_cpu, nccl, tmp_path, monkeypatch
+):
+    kind, section = BOTH[case]
     whole = learn(tmp_path / "whole", kind, section, device=GPU)
     able = kind != "int8" or shard.version_of_torch() >= (2, 12)
     monkeypatch.setattr(shard, "is_sharded", lambda *arguments: able)
     divided = learn(tmp_path / "divided", kind, section, device=GPU)
     for found in (whole, divided):
-        losses, weights = distance((found[0], {n: w.cpu() for n, w in found[1].items()}), alone)
-        assert losses < 1e-3 and weights < 2e-3, "rounding of other kernels, 20 steps of it"
+        weights = {name: w.cpu() for name, w in found[1].items()}
+        losses, far = distance((found[0], weights), on_cpu[case])
+        assert losses < 1e-3 and far < 2e-3, "rounding of other kernels, 20 steps of it"
         if kind in ("lora", "int8"):
-            unchanged({n: w.cpu() for n, w in found[1].items()}, MODELS[kind][0]())
-    losses, weights = distance(whole, divided)
-    assert losses < 1e-5 and weights < 1e-5
+            unchanged(weights, MODELS[kind][0]())
+    losses, far = distance(whole, divided)
+    assert losses < 1e-5 and far < 1e-5
+
+
+# ---- The output layer --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [61, 64])
+def test_rows_of_zeros_change_no_logit_and_no_gradient(rows):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, rows, bias=False, device=GPU, dtype=torch.float64)
+    x = torch.randn(5, 32, device=GPU, dtype=torch.float64, requires_grad=True)
+    found = [all_logits(head, x), head(x)]
+    assert torch.allclose(*found) and found[0].shape == (5, rows)
+    direction = torch.randn_like(found[0])
+    gradients = [torch.autograd.grad((y * direction).sum(), (x, head.weight)) for y in found]
+    assert all(map(torch.allclose, *gradients))
 
 
 # ---- A base in int8 ----------------------------------------------------------------------------------------

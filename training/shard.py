@@ -238,18 +238,22 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scale_and_clip(parameters: Iterable[nn.Parameter], scale: Tensor, most: float) -> Tensor:
-    """Multiplies all gradients by `scale`, then makes them shorter if their norm is above `most`. Returns the
-    norm before: of all ranks' parts together."""
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Norm of all gradients, of all ranks' parts together. A scalar of float32: in bfloat16 the norm of a
+    whole model would be known to 0.4 %."""
     parameters = [p for p in parameters if p.grad is not None]
-    gradients = [local(p.grad) for p in parameters]
-    torch._foreach_mul_(gradients, scale)
-    if not any(map(is_divided, parameters)):
-        return nn.utils.clip_grad_norm_(parameters, most)
-    norm = nn.utils.get_total_norm(gradients).float()
-    norm = all_reduce_sum(norm.square()).sqrt()
-    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
+    norms = torch._foreach_norm([local(p.grad) for p in parameters], 2, torch.float32)
+    norm = torch.stack(norms).norm()
+    if any(map(is_divided, parameters)):
+        norm = all_reduce_sum(norm.square()).sqrt()
     return norm
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float):
+    """Multiplies all gradients by `factor`. Of a tensor in another format than theirs torch would make one
+    kernel for each parameter, five times slower (bfloat16, H200)."""
+    torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
 
 
 @contextlib.contextmanager
