@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -107,12 +108,14 @@ def mine(batch_at, accumulate: int):
 Learned = tuple[list[float], dict[str, torch.Tensor]]  # (losses, weights) after 20 steps
 
 
-def learn(out: Path, kind: str, section: dict, model=None, probe=no_probe, fill=None) -> Learned:
+def learn(
+    out: Path, kind: str, section: dict, model=None, probe=no_probe, fill=None, device="cpu"
+) -> Learned:
     make, batch_at, loss = MODELS[kind]
-    model = model or make()
+    model = model or make().to(device)
     settings = dict(steps=STEPS, batch_size=8, lr=3e-3, warmup=2, bf16=False, eval_every=10, save_every=1000)
     settings = Optimization(**settings | section)
-    where = run.Run(out, out, 0, torch.device("cpu"))
+    where = run.Run(out, out, 0, torch.device(device))
     batches = mine(batch_at, settings.accumulate)
     optimize(where, "name", out / "state", model, loss, batches, settings, probe, fill)
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -156,14 +159,16 @@ CASES = {
     "llama": ("llama", {}),
     "tied": ("tied", {}),
     "lora": ("lora", {}),
-    "int8": ("int8", {}),
-    "int8 again": ("int8", {"checkpointing": "block"}),
     "hubert": ("hubert", {}),
     "muon": ("llama", {"muon": True}),
     "accumulated": ("llama", {"accumulate": 2}),
     "again": ("llama", {"checkpointing": "block"}),
     "some again": ("llama", {"checkpointing": "selective"}),
 }
+INT8 = {"int8": ("int8", {}), "int8 again": ("int8", {"checkpointing": "block"})}
+IN_INT8 = ["int8"] * (shard.version_of_torch() >= (2, 12))  # kinds that this torch divides
+if IN_INT8:
+    CASES |= INT8
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +191,8 @@ def test_many_processes_learn_what_one_learns(alone, tmp_path, ranks, sharding):
             assert distance(([], other[name][1]), ([], found[0][name][1]))[1] == 0, name
     assert all(rank["owners"] < 1e-5 for rank in found)
     unchanged(found[0]["lora"][1], adapted())
-    unchanged(found[0]["int8"][1], adapted_in_int8())
+    if IN_INT8:
+        unchanged(found[0]["int8"][1], adapted_in_int8())
 
 
 def unchanged(weights: dict, model: nn.Module):
@@ -255,7 +261,7 @@ def read(out: Path, kind: str, section: dict) -> tuple[list[float], list[list[in
 def test_no_process_need_have_the_whole_model_and_all_may_read_it(alone, one_thread, tmp_path):
     sections = {"read": {"sharding": "fsdp"}, "again": {"sharding": "fsdp", "checkpointing": "selective"}}
     jobs = {name: (read, "llama", section) for name, section in sections.items()}
-    jobs |= {kind: (filled, kind, {"sharding": "fsdp"}) for kind in ("llama", "tied", "lora", "int8")}
+    jobs |= {kind: (filled, kind, {"sharding": "fsdp"}) for kind in ("llama", "tied", "lora", *IN_INT8)}
     found = together(2, tmp_path, jobs)
     losses, answers = read(tmp_path / "alone", "llama", {})
     for name in sections:
@@ -264,7 +270,8 @@ def test_no_process_need_have_the_whole_model_and_all_may_read_it(alone, one_thr
     for kind in ("llama", "tied"):
         assert max(distance(found[0][kind], alone[kind])) < 1e-5
     unchanged(found[0]["lora"][1], adapted())
-    unchanged(found[0]["int8"][1], adapted_in_int8())
+    if IN_INT8:
+        unchanged(found[0]["int8"][1], adapted_in_int8())
 
 
 # ---- bfloat16 ----------------------------------------------------------------------------------------------
@@ -283,9 +290,9 @@ def test_products_weights_and_moments_in_bfloat16(alone, one_thread, tmp_path, m
     jobs = {
         "llama": (products_in_bf16, "llama", fsdp),
         "lora": (products_in_bf16, "lora", fsdp),
-        "int8": (products_in_bf16, "int8", fsdp),
         "state": (learn, "llama", fsdp | {"state_dtype": "bfloat16"}),
     }
+    jobs |= {kind: (products_in_bf16, kind, fsdp) for kind in IN_INT8}
     found = together(2, tmp_path, jobs)[0]
     whole = learn(tmp_path / "whole", "llama", {"state_dtype": "bfloat16"})
     for name in jobs:
@@ -295,11 +302,11 @@ def test_products_weights_and_moments_in_bfloat16(alone, one_thread, tmp_path, m
     formats = {"lora_" in name: w.dtype for name, w in found["lora"][1].items()}
     assert formats == {True: torch.float32, False: torch.bfloat16}
     unchanged(found["lora"][1], adapted())
-    in_int8 = (
-        found["int8"][1]["model.layers.0.mlp.up_proj.weight"],
-        found["int8"][1]["model.layers.0.mlp.up_proj.scale"],
-    )
-    assert [w.dtype for w in in_int8] == [torch.int8, torch.float32]
+    for kind in IN_INT8:
+        layer = {
+            name: found[kind][1][f"model.layers.0.mlp.up_proj.{name}"].dtype for name in ("weight", "scale")
+        }
+        assert layer == {"weight": torch.int8, "scale": torch.float32}
     for weights in (found["state"][1], whole[1]):
         assert {w.dtype for w in weights.values()} == {torch.bfloat16}
 
@@ -420,6 +427,16 @@ def test_a_model_is_divided_where_it_does_not_fit_well(ranks, mib, section, divi
     with pytest.raises(ValueError, match=divided) as caught:
         shard.is_sharded(*arguments)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("torch_version, refused", [("2.11.0+cu130", True), ("2.12.0", False)])
+def test_a_base_in_int8_is_divided_by_new_torch_alone(torch_version, refused, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    divide = partial(shard.is_sharded, "stage3", section=Optimization(sharding="fsdp"))
+    assert divide(model=adapted(), device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="by torch 2.12 or newer") if refused else nullcontext():
+        assert divide(model=adapted_in_int8(), device=torch.device("cpu"))
 
 
 def test_one_process_has_nobody_to_divide_a_model_with():

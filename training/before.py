@@ -19,7 +19,7 @@ from data.corpus import read_manifest
 from data.tiny import prepare
 from files import one_line, read_json, show
 from hubert import HuBERT, UnitExtractor
-from llama import Llama, LlamaConfig
+from llama import Llama, LlamaConfig, to_int8
 from llama_formats import read_folder
 from run import Run, rank, world_size
 from tokenizer import Tokenizer
@@ -118,10 +118,14 @@ def open_vocoder(config) -> UnitVocoder:
 
 def check_memory(names: Iterable[str], config, model: Llama, device: torch.device):
     """ValueError if the LLaMA cannot be trained in the memory of this process: on meta, its rows for units
-    are missing."""
-    for name in LANGUAGE[:3]:  # adapters take less
+    are missing. Of stage 3, which takes less, only whether a base in int8 can be divided here."""
+    for name in LANGUAGE[:3]:
         if name in names and getattr(config, name).steps and not (name == "text" and config.pretrained):
             shard.is_sharded(name, model, getattr(config, name), device)
+    if "stage3" in names and config.stage3.steps and config.lora.int8:
+        with torch.device("meta"):
+            lora.apply(to_int8(model), config.lora.r, config.lora.alpha, config.lora.targets)
+        shard.is_sharded("stage3", model, config.stage3, device)
 
 
 def check_divisions(stages: dict[str, Stage], names: Iterable[str], config, ranks: int):

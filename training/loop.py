@@ -150,15 +150,18 @@ def optimize(
                 losses.append(found)
             sums, counts = sum_losses(losses, is_told())
             scale = world_size() / counts[0].clamp(min=1e-9)  # data parallelism has averaged over the ranks
-            norm = shard.scale_and_clip(trained.values(), scale, section.clip)
+            norm = scale * shard.gradient_norm(trained.values())
             averages = sums / counts.clamp(min=1e-9)
-            found = torch.cat([averages, sums[-1:], counts[-1:], norm.float()[None]])
-            *averages, tokens, told, norm = found.tolist()  # the one wait of a step for the device
+            found = torch.cat([averages, sums[-1:], counts[-1:], scale[None], norm[None]])
+            *averages, tokens, told, scale, norm = found.tolist()  # the one wait of a step for the device
             numbers = dict(zip(["loss", *losses[0].metrics], averages))
 
             # ---- update
             weights = map(shard.local, trained.values())
             is_good = skipped.is_good(step, (numbers["loss"], norm), lr, weights, batch)
+            if is_good:
+                clipped = min(1.0, section.clip / (norm + 1e-6))
+                shard.scale_gradients(trained.values(), scale * clipped)
             with autocast(device, bf16):  # Muon's matrix products
                 for optimizer in optimizers.values():
                     if is_good:

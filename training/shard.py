@@ -130,8 +130,21 @@ def divided(
 
 def is_sharded(name: str, model: nn.Module, section: Sharding, device: torch.device) -> bool:
     """Whether the model, real or on meta, is to be divided among the processes of this run. ValueError if it
-    does not fit. section: with `accumulate` and `bf16`, as training/loop.py's."""
-    return is_to_divide(name, model, section, world_size(), memory(device), device.type == "cuda")
+    does not fit, or this torch cannot divide it. section: with `accumulate` and `bf16`, as
+    training/loop.py's."""
+    found = is_to_divide(name, model, section, world_size(), memory(device), device.type == "cuda")
+    if found and int8_layers(model) and version_of_torch() < (2, 12):
+        raise ValueError(
+            f"{name}: a base in int8 is divided by torch 2.12 or newer, and this is {torch.__version__}; "
+            'take lora.int8 = false, or sharding = "ddp" if the base fits whole'
+        )
+    return found
+
+
+def version_of_torch() -> tuple[int, int]:
+    """Until 2.11 FSDP2 divides no bytes: it makes parameters that need a gradient, if only for a moment."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def is_to_divide(
@@ -225,18 +238,22 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scale_and_clip(parameters: Iterable[nn.Parameter], scale: Tensor, most: float) -> Tensor:
-    """Multiplies all gradients by `scale`, then makes them shorter if their norm is above `most`. Returns the
-    norm before: of all ranks' parts together."""
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Norm of all gradients, of all ranks' parts together. A scalar of float32: in bfloat16 the norm of a
+    whole model would be known to 0.4 %."""
     parameters = [p for p in parameters if p.grad is not None]
-    gradients = [local(p.grad) for p in parameters]
-    torch._foreach_mul_(gradients, scale)
-    if not any(map(is_divided, parameters)):
-        return nn.utils.clip_grad_norm_(parameters, most)
-    norm = nn.utils.get_total_norm(gradients).float()
-    norm = all_reduce_sum(norm.square()).sqrt()
-    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
+    norms = torch._foreach_norm([local(p.grad) for p in parameters], 2, torch.float32)
+    norm = torch.stack(norms).norm()
+    if any(map(is_divided, parameters)):
+        norm = all_reduce_sum(norm.square()).sqrt()
     return norm
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float):
+    """Multiplies all gradients by `factor`. Of a tensor in another format than theirs torch would make one
+    kernel for each parameter, five times slower (bfloat16, H200)."""
+    torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
 
 
 @contextlib.contextmanager
