@@ -58,7 +58,7 @@ def speech(step: int) -> tuple:
 
 def masked_loss(model: HuBERT, batch) -> Loss:
     total, n, correct, _ = model.masked_losses(*batch)
-    return Loss(total, n, torch.tensor(batch[1].numel()), {"accuracy": (correct, n)})
+    return Loss(total, n, torch.full_like(n, batch[1].numel()), {"accuracy": (correct, n)})
 
 
 def llama(**changes) -> Llama:
@@ -348,6 +348,15 @@ def test_blocks_are_compiled_once_for_all_on_a_gpu(checkpointing, monkeypatch, o
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for one, other in zip(plain.parameters(), compiled.parameters()):
         assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_with_bytes_in_them_are_not_compiled(monkeypatch, one_thread):
+    monkeypatch.setattr(shard, "memory", lambda device: 2**40)
+    monkeypatch.setattr(torch, "compile", None)
+    model = adapted_in_int8()
+    objective = Objective(model, language_loss)
+    shard.distribute("x", objective, Optimization(compile=True), torch.device("cuda"), False)
+    assert objective(language(0)).total.requires_grad
 
 
 class Made(TorchDispatchMode):

@@ -47,7 +47,7 @@ class Sharding:
     # activations that are computed again for the gradient: none of them; all of a block but its input; all
     # but the results of attention and matrix products
     checkpointing: Literal["none", "block", "selective"] = "none"
-    compile: bool = False  # each block by torch.compile, on a GPU
+    compile: bool = False  # each block by torch.compile, on a GPU; not of a base in int8
     state_dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and moments
 
 
@@ -86,7 +86,7 @@ def distribute(
     for block in blocks(objective):
         if section.checkpointing != "none":
             block.forward = computed_again(block.forward, section.checkpointing)
-        if section.compile and device.type == "cuda":
+        if section.compile and device.type == "cuda" and not int8_layers(block):  # inductor of 2.11 fails
             block.forward = torch.compile(block.forward)
     if sharded:
         return divided(objective, device, bf16, fill)
