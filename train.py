@@ -314,11 +314,18 @@ def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextli
     return on_half_of_the_cores() if is_shared else contextlib.nullcontext(lambda: None)
 
 
+def look_at_corpus(run: Run, config: Config):
+    """Says what there is for each stage. One process does it, whose memory then holds all of the tables."""
+    run_some(("corpus",), run, config)
+    if rank() == 0:
+        forecast.tell(STAGES, run, config, check_corpus(STAGES, run, config))
+    barrier()
+
+
 def run_all(run: Run, config: Config):
     """Every stage. HuBERT and its units need no text; the text-to-unit generator, which stage 3 may wait for,
     and the vocoder need nothing of stages 1 and 2."""
-    run_some(("corpus",), run, config)
-    forecast.tell(STAGES, run, config, check_corpus(STAGES, run, config))
+    look_at_corpus(run, config)
     with in_background(("hubert", "units"), run, config):
         run_some(("text",), run, config)
     if finished(STAGES, "stage3", run, config) is None:
@@ -380,8 +387,7 @@ def main():
         check_before(STAGES, names, run, config)
         init_distributed(run.device)
         if known.check:
-            run_some(("corpus",), run, config)
-            forecast.tell(STAGES, run, config, check_corpus(STAGES, run, config))
+            look_at_corpus(run, config)
         elif stage:
             run_some(names, run, config)
         else:

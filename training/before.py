@@ -165,8 +165,7 @@ def check_corpus(stages: dict[str, Stage], run: Run, config) -> documents.Tables
                 found = documents.sources_of(to_be_spoken(tables, section), "train", section.mix)
             counts = ", ".join(f"{len(sources)} {kind}" for kind, sources in found.items())
             lines.append(f"{name}: documents to train on: {counts}")
-    if rank() == 0:
-        print("\n".join(lines), flush=True)
+    print("\n".join(lines), flush=True)
     return tables
 
 
@@ -224,7 +223,9 @@ def check_speakers(model: VocoderConfig, rows: list[dict]):
 
 def check_lengths(run: Run, config, tok: Tokenizer):
     """ValueError, before stage 1 and when there are units, if a later stage has no document that is short
-    enough."""
+    enough. One of several processes looks."""
+    if rank() > 0:
+        return
     sections = {name: getattr(config, name) for name in LANGUAGE[1:]}
     sections = {name: section for name, section in sections.items() if not section.tokens}
     tables = documents.read_tables(run.out, tok.n_units) if sections else None
