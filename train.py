@@ -30,15 +30,12 @@ if __name__ == "__main__":
     starting()
 
 import contextlib
-import dataclasses
 import os
 import re
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-import torch
 
 import evaluate
 import train_hubert
@@ -51,13 +48,12 @@ from data.tiny import prepare
 from evaluate import EvaluateSection
 from evaluation.judge import need_extra
 from files import locked
-from run import Run, barrier, init_distributed, rank, together, world_size
+from run import Run, barrier, init_distributed, rank, together
 from run import device as find_device
 from train_language import Language, LlamaSection, LoraSection, Stage1, Stage2, Stage3
-from train_language import language_loss as language_loss  # a public name of this file, too
 from training import forecast, plan, reading
 from training.before import check_before, check_corpus, check_lengths, open_vocoder
-from training.stages import Stage, finished, in_parallel, on_half_of_the_cores, run_stage, sound_alone
+from training.stages import Stage, finished, in_background, run_stage, sound_alone, table_of
 from vocoder import VocoderConfig
 
 # ---- Configuration -----------------------------------------------------------------------------------------
@@ -300,20 +296,6 @@ def run_some(names: tuple[str, ...], run: Run, config: Config):
         run_stage(STAGES, name, run, config)
 
 
-def in_background(names: tuple[str, ...], run: Run, config: Config) -> contextlib.AbstractContextManager:
-    """Context manager: runs `names` in a second process on half of the cores and joins it on exit; yields a
-    function that raises ValueError if it failed. Without cores to share it runs them first."""
-    names = tuple(name for name in names if not STAGES[name].skip(config))
-    able = run.device.type == "cpu" and world_size() == 1 and torch.get_num_threads() > 1
-    is_shared = able and config.parallel_stages
-    if is_shared and any(finished(STAGES, name, run, config) is None for name in names):
-        alone = dataclasses.replace(run, workers=0)  # a background process may have none of its own
-        work = partial(run_some, names, alone, config)
-        return in_parallel(work, f"stage {' and '.join(names)}", run.state(names[-1]) / "log.txt")
-    run_some(names, run, config)
-    return on_half_of_the_cores() if is_shared else contextlib.nullcontext(lambda: None)
-
-
 def look_at_corpus(run: Run, config: Config):
     """Says what there is for each stage. One process does it, whose memory then holds all of the tables."""
     run_some(("corpus",), run, config)
@@ -326,11 +308,11 @@ def run_all(run: Run, config: Config):
     """Every stage. HuBERT and its units need no text; the text-to-unit generator, which stage 3 may wait for,
     and the vocoder need nothing of stages 1 and 2."""
     look_at_corpus(run, config)
-    with in_background(("hubert", "units"), run, config):
+    with in_background(STAGES, ("hubert", "units"), run_some, run, config):
         run_some(("text",), run, config)
     if finished(STAGES, "stage3", run, config) is None:
         check_lengths(run, config, train_language.make_tokenizer("stage1", run, config))
-    with in_background(("t2u", "vocoder"), run, config) as check:
+    with in_background(STAGES, ("t2u", "vocoder"), run_some, run, config) as check:
         for name in ("stage1", "stage2"):
             run_some((name,), run, config)
             check()
@@ -341,15 +323,6 @@ def run_all(run: Run, config: Config):
             time.sleep(1)
         run_some(("stage3",), run, config)
     run_some(("evaluate",), run, config)
-
-
-def table_of_stages() -> str:
-    lines = []
-    for name, stage in STAGES.items():
-        lines.append(name)
-        for question in ("starts_from", "trains", "reads", "loss", "paper"):
-            lines.append(f"    {question.replace('_', ' '):11} {getattr(stage, question)}")
-    return "\n".join(lines)
 
 
 @together()
@@ -363,7 +336,7 @@ def main():
     switch("--plan", help="print what --gpus 96 of --gpu A100-80GB would need, and exit")
     known, flags = parser.parse_known_args()
     if known.stages:
-        print(table_of_stages())
+        print(table_of(STAGES))
         return
     if known.config is None:
         raise ValueError("name a config file, for example: python train.py configs/tiny.toml")

@@ -29,7 +29,7 @@ import lora  # noqa: E402
 from data import batches  # noqa: E402
 from llama import Llama, LlamaConfig, to_int8  # noqa: E402
 from run import Run  # noqa: E402
-from train import Language, language_loss  # noqa: E402
+from train_language import Language, language_loss  # noqa: E402
 from training import plan, shard  # noqa: E402
 from training.loop import optimize  # noqa: E402
 

@@ -10,6 +10,7 @@ from runs import ROOT
 
 import config
 import train
+import train_language
 from data import batches
 from llama import Llama, LlamaConfig
 from run import Metrics
@@ -89,7 +90,7 @@ def test_peak_memory_has_what_was_there_once():
 def test_padding_and_length_are_those_of_the_documents():
     documents = [(list(range(1, 8)), [True] * 7), (list(range(1, 5)), [True] * 4)]
     ids, mask, positions, docs = batches.pack(documents, 8)
-    loss = train.language_loss(torch.ones(100))
+    loss = train_language.language_loss(torch.ones(100))
     found = loss(Llama(MODEL), (ids, mask, positions, docs))
     total, count = found.metrics["length"]
     assert (total.item(), count.item()) == (7 * 7 + 4 * 4, 11)

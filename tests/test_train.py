@@ -194,11 +194,12 @@ PARALLEL = """
 import multiprocessing, sys, time, torch, config, train
 from pathlib import Path
 from run import Run
+from training import stages
 
 def main():
     c = config.read("configs/ci.toml", train.Config, sys.argv[2:])
     run = Run(Path(c.out), Path(c.out) / "corpus", c.seed, torch.device("cpu"))
-    with train.in_background(("vocoder",), run, c):
+    with stages.in_background(train.STAGES, ("vocoder",), train.run_some, run, c):
         pids = [child.pid for child in multiprocessing.active_children()]
         print("within", torch.get_num_threads(), *pids, flush=True)
         for _ in range(int(20 * float(sys.argv[1]))):

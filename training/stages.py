@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -271,9 +271,36 @@ def to_json(value):
     return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
 
 
+def table_of(stages: dict[str, Stage]) -> str:
+    """What `python train.py --stages` prints."""
+    lines = []
+    for name, stage in stages.items():
+        lines.append(name)
+        for question in ("starts_from", "trains", "reads", "loss", "paper"):
+            lines.append(f"    {question.replace('_', ' '):11} {getattr(stage, question)}")
+    return "\n".join(lines)
+
+
 # ---- Two stages at a time ----------------------------------------------------------------------------------
 # Matrices as small as those of the tiny world hardly profit from a second core (LOG.md), so on a CPU two
 # stages that need nothing of each other run faster on half of the cores each.
+
+
+def in_background(
+    stages: dict[str, Stage], names: tuple[str, ...], run_some: Callable, run: Run, config
+) -> contextlib.AbstractContextManager:
+    """Context manager: runs the stages `names` by run_some(names, run, config), which can be pickled, in a
+    second process on half of the cores and joins it on exit; yields a function that raises ValueError if it
+    failed. Without cores to share it runs them first."""
+    names = tuple(name for name in names if not stages[name].skip(config))
+    able = run.device.type == "cpu" and world_size() == 1 and torch.get_num_threads() > 1
+    is_shared = able and config.parallel_stages
+    if is_shared and any(finished(stages, name, run, config) is None for name in names):
+        alone = dataclasses.replace(run, workers=0)  # a background process may have none of its own
+        work = partial(run_some, names, alone, config)
+        return in_parallel(work, f"stage {' and '.join(names)}", run.state(names[-1]) / "log.txt")
+    run_some(names, run, config)
+    return on_half_of_the_cores() if is_shared else contextlib.nullcontext(lambda: None)
 
 
 @contextlib.contextmanager
