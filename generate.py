@@ -175,7 +175,7 @@ def stream(
     steps = min(decoding.max_new or context, context - longest)
     ends = {tok.eos, tok.eoa, *decoding.stop}
 
-    device = model.lm_head.weight.device
+    device = model.device
     padding = [longest - length for length in lengths]
     padded = [[0] * pad + prompt for pad, prompt in zip(padding, prompts)]
     ids = torch.tensor(padded, device=device)  # (B, longest)

@@ -237,6 +237,11 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if into_residual else 0.02)
         self.tie()
 
+    @property
+    def device(self) -> torch.device:
+        """Where ids are to be, and logits are; the layers may be elsewhere."""
+        return self.model.embed_tokens.weight.device
+
     def tie(self) -> None:
         """With config.tie_embeddings lm_head and embed_tokens have one matrix: the latter's."""
         if self.config.tie_embeddings:
@@ -337,11 +342,12 @@ def next_token_losses(
 def all_logits(lm_head: nn.Module, x: Tensor) -> Tensor:
     """x (n, C) -> logits (n, V). A GPU's fast kernels want rows of a multiple of 16 bytes: 33,006 logits in
     bfloat16 take it twice as long as 33,008. So rows of zeros are added, and their logits left out."""
-    missing = -lm_head.out_features % 8
-    if x.device.type != "cuda" or not missing or not isinstance(lm_head, nn.Linear):
+    rows = lm_head.out_features if isinstance(lm_head, nn.Linear) else 0  # 0: it has an adapter
+    missing = -rows % 8
+    if x.device.type != "cuda" or not missing:
         return lm_head(x)
     weight = F.pad(lm_head.weight, (0, 0, 0, missing))
-    return F.linear(x, weight)[:, : lm_head.out_features]
+    return F.linear(x, weight)[:, :rows]
 
 
 def next_token_loss(

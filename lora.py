@@ -101,7 +101,8 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def apply(model: nn.Module, r: int, alpha: float, targets: list[str], dropout: float = 0.0) -> nn.Module:
     """Freezes the model and puts a new adapter on each linear layer whose name ends with one of `targets`
-    ("q_proj", "self_attn.q_proj"). Changes the model in place, returns it."""
+    ("q_proj", "self_attn.q_proj"). Changes the model in place, returns it. ValueError if there is no such
+    layer, or if it shares its matrix with another (tied embeddings)."""
     return attach(model, new_adapters(model, AdapterConfig(r, alpha, tuple(targets), dropout)))
 
 
@@ -115,6 +116,13 @@ def new_adapters(model: nn.Module, config: AdapterConfig, device: str | None = N
         if target not in found.values():
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise ValueError(f"no linear layer is called {target!r:.50}; there are {known}")
+    weights = [p for _, p in model.named_parameters(remove_duplicate=False)]
+    for name in found:
+        if sum(p is linear[name].weight for p in weights) > 1:
+            raise ValueError(
+                f"{name} shares its matrix with another layer, which an adapter would change too; take it "
+                "out of the targets"
+            )
     return {name: LoRALinear(linear[name], name, target, config, device) for name, target in found.items()}
 
 

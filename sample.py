@@ -172,12 +172,12 @@ class SpeechGPT:
     @torch.no_grad()
     def embeddings(self, ids: list[int]) -> Tensor:
         """ids (T,) -> states (T, C) after the last layer and its norm."""
-        return self.llama.hidden(torch.tensor([ids], device=self.llama.lm_head.weight.device))[0].float()
+        return self.llama.hidden(torch.tensor([ids], device=self.llama.device))[0].float()
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> Tensor:
         """ids (T,) -> logits (T, V) of the token after each."""
-        return self.llama(torch.tensor([ids], device=self.llama.lm_head.weight.device))[0].float()
+        return self.llama(torch.tensor([ids], device=self.llama.device))[0].float()
 
     # -- a prompt in its template
 
@@ -488,7 +488,7 @@ def write_replies(
                 print(f"  {title:10} {line}")
     answered = [reply for reply in replies if isinstance(reply, Reply)]
     if answered:
-        print(f"  [{speed(answered[0].stats, model.llama.lm_head.weight)}]", flush=True)
+        print(f"  [{speed(answered[0].stats, model.llama.model.embed_tokens.weight)}]", flush=True)
     return mistakes
 
 

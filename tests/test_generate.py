@@ -1,5 +1,6 @@
 """Generation against slow and simple versions of itself, and against transformers."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import generate
 import llama
+import lora
 import tokenizer
 from generate import GREEDY, PAPER, Decoding, Sampling
 
@@ -100,6 +102,13 @@ def test_batched_greedy_equals_one_by_one_equals_slow(tok, wild):
     assert batch == [generate.generate(wild, [p], tok, how)[0] for p in prompts]
     assert batch == [slow_greedy(wild, tok, p, 40) for p in prompts]
     assert len({tuple(new) for new in batch}) > 1
+
+
+def test_an_output_layer_with_an_adapter_generates(tok, wild):
+    model = lora.apply(copy.deepcopy(wild), 2, 4.0, ["lm_head"]).eval()
+    prompts = [[tok.bos, tok.sosp], [tok.bos, 300, 301]]
+    how = Decoding(GREEDY, GREEDY, max_new=10)
+    assert generate.generate(model, prompts, tok, how) == generate.generate(wild, prompts, tok, how)
 
 
 def test_batch_draws_what_single_prompts_would_draw_in_turn(tok, wild):

@@ -58,12 +58,12 @@ def test_dropout_is_on_the_adapter_alone(ids):
     assert not torch.equal(model.eval()(ids), base()(ids))
 
 
-def test_only_the_adapter_trains(ids):
-    model = lora.apply(base(), 4, 8, TARGETS)
+@pytest.mark.parametrize("output_layer", [[], ["lm_head"]])
+def test_only_the_adapter_trains(ids, output_layer):
+    model = lora.apply(base(), 4, 8, TARGETS + output_layer)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {
-        f"model.layers.{i}.self_attn.{t}.lora_{half}.weight" for i in (0, 1) for t in TARGETS for half in "AB"
-    }
+    layers = [f"model.layers.{i}.self_attn.{target}" for i in (0, 1) for target in TARGETS] + output_layer
+    assert trainable == {f"{layer}.lora_{half}.weight" for layer in layers for half in "AB"}
     assert {id(p) for p in lora.parameters(model)} == {id(model.get_parameter(name)) for name in trainable}
     frozen = {name: p.clone() for name, p in model.named_parameters() if name not in trainable}
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.05)
@@ -104,6 +104,16 @@ def test_an_adapter_on_int8_and_on_bfloat16(ids, tmp_path):
     assert isinstance(lora.adapters(int8)["model.layers.0.self_attn.q_proj"].base_layer, Int8Linear)
     with pytest.raises(ValueError, match="int8"):
         lora.merge(int8)
+
+
+def test_a_matrix_that_two_layers_share_gets_no_adapter():
+    """Merged into the output layer, it would change the embedding, too."""
+    sizes = dict(vocab_size=61, dim=32, n_layers=1, n_heads=4, hidden_dim=48)
+    tied = Llama(LlamaConfig(**sizes, tie_embeddings=True))
+    with pytest.raises(ValueError, match="lm_head shares its matrix with another layer"):
+        lora.apply(tied, 4, 8, ["q_proj", "lm_head"])
+    assert all(p.requires_grad for p in tied.parameters()) and not lora.adapters(tied)
+    lora.apply(tied, 4, 8, ["q_proj"])
 
 
 # ---- Folders -----------------------------------------------------------------------------------------------
