@@ -79,7 +79,8 @@ def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> 
         read = n + batch[0].ne(Vocabulary.pad).sum()
         return Loss(smoothed, n, read, {"nll": (plain, n)})
 
-    probe = held_out_probe(run, model, documents.pairs(tables, "heldout"), search_of(section, tables))
+    search = search_of(model, section, tables)
+    probe = held_out_probe(run, model, documents.pairs(tables, "heldout"), search)
     optimize(run, "t2u", run.state("t2u"), model, loss, batch_at, section, probe)
     if rank() == 0:
         run.spoken.unlink(missing_ok=True)  # by another one
@@ -87,10 +88,12 @@ def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> 
     barrier()
 
 
-def search_of(section: TextToUnitSection, tables: documents.Tables) -> Search:
-    """Nothing is spoken that is twice as long as the longest recording of that voice."""
+def search_of(model: TextToUnit, section: TextToUnitSection, tables: documents.Tables) -> Search:
+    """Nothing is spoken that is twice as long as the longest recording of that voice, or longer than the
+    model can speak."""
     own = [pair for pair in documents.pairs(tables, "train") if documents.fits("tts", "", pair)]
-    return Search(section.beam, max_len_b=2 * max(len(pair.units) for pair in own))
+    longest = max(len(pair.units) for pair in own)
+    return Search(section.beam, max_len_b=min(2 * longest, model.config.max_target - 1))
 
 
 def encode(
@@ -98,7 +101,7 @@ def encode(
 ) -> list[Ids]:
     """The recordings in the voice of the model, as ids; those of other voices after <s>. What is longer than
     the model reads or writes is left out, and counted."""
-    found, longer = [], 0
+    found, n_own, longer = [], 0, 0
     for pair in pairs:
         own = documents.fits("tts", "", pair)
         if (own or other_voices) and pair.text.strip():
@@ -108,7 +111,8 @@ def encode(
                 longer += 1
             else:
                 found.append((text, units))
-    if split == "train" and not found:
+                n_own += own
+    if split == "train" and not n_own:
         raise ValueError(
             "t2u: no recording of the model's voice has a text to learn from; see docs/own-data.md"
         )
@@ -204,7 +208,7 @@ def speak_dialogues(run: Run, section: TextToUnitSection, stage3) -> None:
         texts = [text for text in texts_to_speak("stage3", run, stage3, tok) if text not in spoken]
         if texts or not spoken:
             model = TextToUnit.from_pretrained(run.model / "text_to_unit", run.device)
-            search = search_of(section, documents.read_tables(run.out, tok.n_units))
+            search = search_of(model, section, documents.read_tables(run.out, tok.n_units))
             rows = [{"text": text, "units": units} for text, units in spoken.items()]
             write_jsonl(run.spoken, rows + speak(model, texts, search))
     barrier()

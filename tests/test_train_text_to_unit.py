@@ -92,7 +92,21 @@ def test_it_learns_from_the_recordings_of_the_models_voice_alone(run, capsys):
     longer = sum(len(spell(text)) + 1 > 5 for text in texts)
     assert f"{longer} recordings of split train are longer" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no recording of the model's voice has a text"):
-        t2u.encode(model, [pair for pair in pairs if pair.speaker == 1], "train")
+        t2u.encode(model, [pair for pair in pairs if pair.speaker == 1], "train", other_voices=True)
+
+
+@pytest.mark.parametrize("max_target, most", [(1024, 16), (12, 11)])
+def test_speech_up_to_the_limit_has_come_to_no_end(run, capsys, monkeypatch, max_target, most):
+    def endless(model, texts, search, batch):
+        limit = min(search.max_len_b, model.config.max_target - 1)  # as in beam_search
+        return [[i % UNITS for i in range(limit)] for _ in texts]
+
+    monkeypatch.setattr(TextToUnit, "generate", endless)
+    model = model_of(run, max_target=max_target)
+    search = t2u.search_of(model, t2u.TextToUnitSection(), documents.read_tables(run.out, UNITS))
+    assert search.max_len_b == most  # twice the eight units of "one three", if the model can speak so many
+    assert t2u.speak(model, ["two"], search) == [{"text": "two", "units": []}]
+    assert "1 came to no end" in capsys.readouterr().out
 
 
 def test_batches_are_shuffled_epochs_of_pairs_of_similar_length(monkeypatch):
