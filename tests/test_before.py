@@ -1,6 +1,8 @@
 """training/before.py: what a corpus lacks for a stage is told before any step; what is too long, counted."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,28 @@ def test_a_later_stage_without_short_documents_is_told_before_stage_1(run, tok):
     ):
         before.check_lengths(run, settings(*NO_DIALOGUES, *flags), tok)
     before.check_lengths(run, settings(*NO_DIALOGUES, *flags, "--stage3.steps", "0"), tok)
+
+
+@pytest.mark.parametrize(
+    "there, advice",
+    [
+        (("triton", "gcc"), ""),
+        (("triton", "clang"), ""),
+        (("gcc",), "text.compile needs the package triton; install it, or set text.compile = false"),
+        (("triton",), "text.compile needs gcc or clang"),
+    ],
+)
+def test_what_compiling_needs_is_looked_for_before_the_first_stage(there, advice, monkeypatch):
+    def find(name: str) -> str | None:
+        return name if name in there else None
+
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(before, "find_spec", find)
+    monkeypatch.setattr(before.shutil, "which", find)
+    monkeypatch.setattr(before.sys, "platform", "linux")
+    small, tiny = (config.read(ROOT / f"configs/{name}.toml", train.Config) for name in ("small", "tiny"))
+    check = partial(before.check_compiler, train.STAGES, train.STAGES)
+    check(small, torch.device("cpu"))
+    check(tiny, torch.device("cuda"))
+    with pytest.raises(ValueError, match=advice) if advice else nullcontext():
+        check(small, torch.device("cuda"))

@@ -5,7 +5,11 @@ the stages before were begun with, with the model that the run starts from, and 
 and, as soon as there is a corpus, with the corpus.
 """
 
+import os
+import shutil
+import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +40,7 @@ def check_before(stages: dict[str, Stage], names: tuple[str, ...], run: Run, con
         if {name, *followers(stages, name)} & {*names}:
             check_unchanged(stages, name, run, config, settings_alone="corpus" in names)
     check_divisions(stages, names, config, world_size())
+    check_compiler(stages, names, config, run.device)
     check_memory(names, config, check_shapes(config), run.device)
     if "corpus" in names and config.corpus.name == "tiny" and finished(stages, "corpus", run, config) is None:
         prepare.need_voice()
@@ -130,11 +135,37 @@ def check_memory(names: Iterable[str], config, model: Llama, device: torch.devic
 
 def check_divisions(stages: dict[str, Stage], names: Iterable[str], config, ranks: int):
     """ValueError if a step of these stages cannot be divided among so many processes."""
+    for key, section in trained_sections(stages, names, config):
+        check_ranks(key, section, ranks)
+
+
+def check_compiler(stages: dict[str, Stage], names: Iterable[str], config, device: torch.device):
+    """ValueError if a stage is to be compiled on a GPU, and what torch.compile needs for that is not here."""
+    trained = trained_sections(stages, names, config)
+    keys = [key for key, section in trained if section.compile and section.steps]
+    if device.type != "cuda" or not keys:
+        return
+    compilers = [os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")]
+    missing = ""
+    if find_spec("triton") is None:
+        missing = "the package triton"
+    elif sys.platform != "win32" and not any(compilers):  # on Windows triton brings one
+        missing = "gcc or clang"
+    if missing:
+        raise ValueError(f"{keys[0]}.compile needs {missing}; install it, or set {keys[0]}.compile = false")
+
+
+def trained_sections(
+    stages: dict[str, Stage], names: Iterable[str], config
+) -> list[tuple[str, Optimization]]:
+    """(key, section) of what training/loop.py trains in these stages."""
+    found = []
     for name in names:
         for key in stages[name].sections:
             section = attrgetter(key)(config)
             if isinstance(section, Optimization) and not stages[name].skip(config):
-                check_ranks(key, section, ranks)
+                found.append((key, section))
+    return found
 
 
 # ---- When the corpus is there: what each stage will read of it ---------------------------------------------
