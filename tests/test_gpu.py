@@ -1,5 +1,5 @@
-"""What only a GPU runs: NCCL, compiled blocks, kernels for packed rows, a base in int8, the released formats
-on it. Without one all of it is skipped.
+"""What only a GPU runs: NCCL, compiled blocks, kernels for packed rows, rows of zeros at the output layer, a
+base in int8. Without one all of it is skipped.
 
     python -m pytest -o addopts= tests/test_gpu.py      in one process: the tests share the GPU
 """

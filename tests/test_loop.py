@@ -48,6 +48,18 @@ def state(out: Path) -> tuple[dict, dict]:
     return checkpoint.load_state(out / "state/state.safetensors")
 
 
+def test_a_step_without_a_target_changes_nothing(tmp_path):
+    def empty(model: nn.Module, batch) -> Loss:
+        found = loss(model, batch)
+        return found._replace(total=0 * found.total, weight=torch.zeros(()))
+
+    model = learn(tmp_path, loss=empty, steps=2, weight_decay=0.0)
+    for p, before in zip(model.parameters(), new_model().parameters(), strict=True):
+        assert torch.equal(p, before)
+    for line in lines(tmp_path):
+        assert line["loss"] == line["grad_norm"] == 0 and "skipped" not in line
+
+
 # ---- Steps that are not finite -----------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ def test_all_stages_of_the_language_model_run_once_and_are_then_skipped(grown):
     ).exists()
     spoken = {json.loads(line)["text"] for line in (grown / "t2u.jsonl").read_text().splitlines()}
     dialogues = [json.loads(line) for line in (grown / "dialogues.jsonl").read_text().splitlines()]
-    assert spoken <= {row[side] for row in dialogues for side in ("question", "answer")}
+    assert spoken and spoken <= {row[side] for row in dialogues for side in ("question", "answer")}
     assert TextToUnit.from_pretrained(grown / "model/text_to_unit").generate([""]) == [[]]
     before = (grown / "model/llama/model.safetensors").read_bytes()
     again = train("configs/ci.toml", "--out", grown, "--stage", "2")

@@ -225,7 +225,8 @@ def fitting_examples(
         if longer and rank() == 0 and not quiet:
             print(
                 f"{name}, {split}: with the speech of the text-to-unit generator {longer} documents of kind "
-                f"'{kind}' are longer than {name}.max_len = {section.max_len}: read as text",
+                f"'{kind}' are longer than {name}.max_len = {section.max_len}: they are read as text; raise "
+                "it to use their speech",
                 flush=True,
             )
         rows = zip(lengths, voiced, sources)

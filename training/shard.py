@@ -136,7 +136,7 @@ def is_sharded(name: str, model: nn.Module, section: Sharding, device: torch.dev
     if found and int8_layers(model) and version_of_torch() < (2, 12):
         raise ValueError(
             f"{name}: a base in int8 is divided by torch 2.12 or newer, and this is {torch.__version__}; "
-            'take lora.int8 = false, or sharding = "ddp" if the base fits whole'
+            f'take lora.int8 = false, or {name}.sharding = "ddp" if the base fits whole'
         )
     return found
 
