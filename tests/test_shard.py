@@ -350,6 +350,29 @@ def test_blocks_are_compiled_once_for_all_on_a_gpu(checkpointing, monkeypatch, o
         assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_no_step_is_not_compiled(monkeypatch, one_thread):
+    monkeypatch.setattr(shard, "memory", lambda device: 2**40)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = torch._dynamo.utils.counters["stats"]
+    section, device = Optimization(compile=True), torch.device("cuda")
+    plain, compiled = llama().eval(), llama().eval()
+    objective = shard.distribute("x", Objective(compiled, language_loss), section, device, False)
+    objective(language(0)).total.backward()
+    assert graphs["unique_graphs"] == 1
+    ids = language(0)[0]
+    with shard.not_compiled(section, device), torch.inference_mode():
+        for rows in (1, 3, 8):
+            cache = compiled.new_cache(rows, 21)
+            found = [compiled(ids[:rows], cache=cache), compiled(ids[:rows, :1], cache=cache)]
+        assert torch.allclose(found[0], plain(ids), atol=1e-5)
+    assert graphs["unique_graphs"] == 1
+    for step in range(3):
+        objective(language(step)).total.backward()
+    assert graphs["unique_graphs"] == 1
+
+
 def test_blocks_with_bytes_in_them_are_not_compiled(monkeypatch, one_thread):
     monkeypatch.setattr(shard, "memory", lambda device: 2**40)
     monkeypatch.setattr(torch, "compile", None)

@@ -175,7 +175,7 @@ def optimize(
             bar.set_postfix_str(shown, refresh=False)
             if (step + 1) % section.eval_every == 0 or step + 1 == section.steps:
                 model.eval()
-                with shard.gathered(objective, device, bf16):
+                with shard.gathered(objective, device, bf16), shard.not_compiled(section, device):
                     held_out, sample = probe()
                 model.train()
                 numbers |= held_out

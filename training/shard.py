@@ -256,6 +256,14 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float):
     torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
 
 
+def not_compiled(section: Sharding, device: torch.device) -> contextlib.AbstractContextManager:
+    """Context manager for what is no step of training: blocks run as they are written. Each way to call them
+    would be compiled, and after eight dynamo compiles none any more, steps included."""
+    if section.compile and device.type == "cuda":
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def gathered(objective: nn.Module, device: torch.device, bf16: bool) -> Iterator[None]:
     """Inside, all ranks have the whole model, and may call it in other ways than for its loss: `generate`
