@@ -448,6 +448,8 @@ def to_bytes(W: Tensor) -> tuple[Tensor, Tensor]:
     """(weight, scale) of a matrix, or of some of its rows alone."""
     weight = torch.empty(W.shape, dtype=torch.int8, device=W.device)
     scale = torch.empty(len(W), device=W.device)
+    if W.is_meta:  # nothing to round: of 7B it would take ten seconds
+        return weight, scale
     for rows, bytes_, steps in zip(W.split(64), weight.split(64), scale.split(64)):
         rows = rows.float()  # a few at a time: W stays in its file
         steps.copy_(rows.abs().amax(1).clamp(min=1e-12) / 127)
