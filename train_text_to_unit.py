@@ -11,7 +11,8 @@ References: text_to_unit.py for the network, its loss and its search; training/l
 """
 
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -28,6 +29,7 @@ from kmeans import KMeans
 from run import Run, barrier, progress, rank, world_size
 from text_to_unit import Search, TextToUnit, TextToUnitConfig, Vocabulary
 from tokenizer import Tokenizer
+from training import states
 from training.loop import Loss, Optimization, optimize
 from training.reading import texts_to_speak
 
@@ -81,9 +83,10 @@ def train(run: Run, section: TextToUnitSection, n_units: int, centers: bool) -> 
 
     search = search_of(model, section, tables)
     probe = held_out_probe(run, model, documents.pairs(tables, "heldout"), search)
+    if rank() == 0 and not states.meta(run.state("t2u")):
+        run.spoken.unlink(missing_ok=True)  # of another generator
     optimize(run, "t2u", run.state("t2u"), model, loss, batch_at, section, probe)
     if rank() == 0:
-        run.spoken.unlink(missing_ok=True)  # by another one
         model.save_pretrained(run.model / "text_to_unit")
     barrier()
 
@@ -210,13 +213,23 @@ def speak_dialogues(run: Run, section: TextToUnitSection, stage3) -> None:
             model = TextToUnit.from_pretrained(run.model / "text_to_unit", run.device)
             search = search_of(model, section, documents.read_tables(run.out, tok.n_units))
             rows = [{"text": text, "units": units} for text, units in spoken.items()]
-            write_jsonl(run.spoken, rows + speak(model, texts, search))
+            saved = time.monotonic()
+            for more in speak(model, texts, search):
+                rows += more
+                if time.monotonic() - saved > SAVE_EVERY:  # a killed run goes on from there
+                    write_jsonl(run.spoken, rows)
+                    saved = time.monotonic()
+            write_jsonl(run.spoken, rows)
     barrier()
 
 
-def speak(model: TextToUnit, texts: list[str], search: Search, portion: int = 64) -> list[dict]:
-    """Rows of t2u.jsonl. A text that the model cannot read, or does not end to speak, has no units."""
-    rows, longer, endless = [], 0, 0
+SAVE_EVERY = 60.0  # seconds
+
+
+def speak(model: TextToUnit, texts: list[str], search: Search, portion: int = 64) -> Iterator[list[dict]]:
+    """Rows of t2u.jsonl, some at a time, the shortest texts first. A text that the model cannot read, or does
+    not end to speak, has no units."""
+    longer, endless = 0, 0
     order = sorted(texts, key=len)
     with progress(len(texts), title="t2u: speech of dialogues", unit="text") as bar, one_thread(model):
         for start in range(0, len(order), portion):
@@ -227,13 +240,12 @@ def speak(model: TextToUnit, texts: list[str], search: Search, portion: int = 64
             for text, units in found.items():
                 if len(units) > 0.9 * search.max_len_b:
                     endless += 1
-                    units = []
-                rows.append({"text": text, "units": units})
+                    found[text] = []
             bar.update(len(chosen))
+            yield [{"text": text, "units": units} for text, units in found.items()]
     if longer or endless:
         print(
             f"t2u: of {len(texts)} texts {longer} are longer than t2u.model.max_source, {endless} came to no "
             "end; they are read as text",
             flush=True,
         )
-    return rows

@@ -113,7 +113,10 @@ def read_spoken(path: str | Path, n_units: int) -> dict[str, list[int]]:
         text, units = row["text"], row["units"]
         numbers = isinstance(units, list) and all(type(unit) is int for unit in units)
         if not isinstance(text, str) or not numbers or not all(0 <= unit < n_units for unit in units):
-            raise ValueError(f"{path}, row {number}: must be a text and its units of 0 to {n_units - 1}")
+            raise ValueError(
+                f"{path}, row {number}: must be a text and its units of 0 to {n_units - 1}; delete the file: "
+                "the next run makes it again"
+            )
         spoken[text] = units
     return spoken
 

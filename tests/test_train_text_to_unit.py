@@ -105,7 +105,7 @@ def test_speech_up_to_the_limit_has_come_to_no_end(run, capsys, monkeypatch, max
     model = model_of(run, max_target=max_target)
     search = t2u.search_of(model, t2u.TextToUnitSection(), documents.read_tables(run.out, UNITS))
     assert search.max_len_b == most  # twice the eight units of "one three", if the model can speak so many
-    assert t2u.speak(model, ["two"], search) == [{"text": "two", "units": []}]
+    assert [*t2u.speak(model, ["two"], search)] == [[{"text": "two", "units": []}]]
     assert "1 came to no end" in capsys.readouterr().out
 
 
@@ -140,7 +140,7 @@ def test_a_later_stage_3_gets_the_speech_that_it_needs_besides(run, monkeypatch)
 
     def speak(model, texts, search):
         asked.append(texts)
-        return [{"text": text, "units": [len(asked)]} for text in texts]
+        yield [{"text": text, "units": [len(asked)]} for text in texts]
 
     monkeypatch.setattr(t2u, "speak", speak)
     t2u.speak_dialogues(run, t2u.TextToUnitSection(), Stage3(steps=1, batch_size=1, mix={"t2t": 1.0}))
@@ -159,9 +159,34 @@ def test_a_later_stage_3_gets_the_speech_that_it_needs_besides(run, monkeypatch)
     assert set(after) == {"four one", "two", "two one", "three one"}
 
 
+def test_speech_that_was_saved_is_not_made_again(run, monkeypatch):
+    model_of(run).save_pretrained(run.model / "text_to_unit")
+    asked = []
+
+    def killed(model, texts, search):
+        for text in texts:
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            asked.append(text)
+            yield [{"text": text, "units": [5]}]
+
+    monkeypatch.setattr(t2u, "speak", killed)
+    monkeypatch.setattr(t2u, "SAVE_EVERY", -1)
+    stage3 = Stage3(steps=9, batch_size=4, mix={"s2s": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        t2u.speak_dialogues(run, t2u.TextToUnitSection(), stage3)
+    first = list(documents.read_spoken(run.spoken, UNITS))
+    assert first == asked
+    asked = []
+    monkeypatch.setattr(t2u, "speak", lambda model, texts, search: asked.extend(texts) or iter([]))
+    t2u.speak_dialogues(run, t2u.TextToUnitSection(), stage3)
+    assert len(asked) == 2 and not set(asked) & set(first)
+
+
 def test_what_cannot_be_spoken_is_counted(run, capsys):
     model = model_of(run, max_source=5)
-    rows = t2u.speak(model, ["one", "two one", "one two three four one two"], Search(1, max_len_b=4))
+    texts = ["one", "two one", "one two three four one two"]
+    rows = [row for some in t2u.speak(model, texts, Search(1, max_len_b=4), 2) for row in some]
     assert len(rows) == 3 and all(len(row["units"]) < 4 for row in rows)
     assert next(row["units"] for row in rows if row["text"].startswith("one two three")) == []
     endless = sum(not row["units"] for row in rows) - 1
