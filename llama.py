@@ -340,8 +340,9 @@ def next_token_losses(
 
 
 def all_logits(lm_head: nn.Module, x: Tensor) -> Tensor:
-    """x (n, C) -> logits (n, V). A GPU's fast kernels want rows of a multiple of 16 bytes: 33,006 logits in
-    bfloat16 take it twice as long as 33,008. So rows of zeros are added, and their logits left out."""
+    """x (n, C) -> logits (n, V). A GPU's fast kernels want rows of a multiple of 16 bytes: with 33,006 logits
+    in bfloat16 an H200 multiplied at a third of its speed (LOG.md, 2026-11-27). So rows of zeros are added,
+    and their logits left out."""
     rows = lm_head.out_features if isinstance(lm_head, nn.Linear) else 0  # 0: it has an adapter
     missing = -rows % 8
     if x.device.type != "cuda" or not missing:

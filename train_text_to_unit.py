@@ -202,16 +202,19 @@ def held_out_probe(
 
 # ---- The speech of dialogues -------------------------------------------------------------------------------
 
+SAVE_EVERY = 60.0  # seconds
+
 
 def speak_dialogues(run: Run, section: TextToUnitSection, stage3) -> None:
     """Writes to t2u.jsonl what it lacks of the speech that stage 3 reads with its settings of now."""
     if rank() == 0:
         tok = Tokenizer.from_pretrained(run.tokenizer)
         spoken = documents.read_spoken(run.spoken, tok.n_units) if run.spoken.exists() else {}
-        texts = [text for text in texts_to_speak("stage3", run, stage3, tok) if text not in spoken]
+        tables = documents.read_tables(run.out, tok.n_units)
+        texts = [text for text in texts_to_speak("stage3", run, stage3, tok, tables) if text not in spoken]
         if texts or not spoken:
             model = TextToUnit.from_pretrained(run.model / "text_to_unit", run.device)
-            search = search_of(model, section, documents.read_tables(run.out, tok.n_units))
+            search = search_of(model, section, tables)
             rows = [{"text": text, "units": units} for text, units in spoken.items()]
             saved = time.monotonic()
             for more in speak(model, texts, search):
@@ -221,9 +224,6 @@ def speak_dialogues(run: Run, section: TextToUnitSection, stage3) -> None:
                     saved = time.monotonic()
             write_jsonl(run.spoken, rows)
     barrier()
-
-
-SAVE_EVERY = 60.0  # seconds
 
 
 def speak(model: TextToUnit, texts: list[str], search: Search, portion: int = 64) -> Iterator[list[dict]]:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,7 +132,7 @@ def measure(name: str, row: Row, profile: bool) -> str:
     with tempfile.TemporaryDirectory() as out:
         run = Run(Path(out), Path(out), 0, GPU, workers=4)
         loss = language_loss(torch.ones(row.config.vocab_size, device=GPU))
-        train = lambda: optimize(run, "name", Path(out) / "state", model, loss, batch_at, section)  # noqa: E731
+        train = partial(optimize, run, "name", Path(out) / "state", model, loss, batch_at, section)
         if profile:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as kernels:
                 train()

@@ -169,6 +169,10 @@ def stage3(**more) -> train.Stage3:
     return train.Stage3(**({"steps": 3, "batch_size": 4, "mix": {"chain": 0.8, "asr": 0.2}} | more))
 
 
+def texts_to_speak(run: Run, section, tok: Tokenizer) -> list[str]:
+    return reading.texts_to_speak("stage3", run, section, tok, documents.read_tables(run.out, tok.n_units))
+
+
 def speech_in(run: Run, tok: Tokenizer, section, spoken: dict[str, list[int]]) -> tuple[list, list]:
     """All documents of the stage, those of training and those held out."""
     write_jsonl(run.spoken, [{"text": text, "units": units} for text, units in spoken.items()])
@@ -179,7 +183,7 @@ def speech_in(run: Run, tok: Tokenizer, section, spoken: dict[str, list[int]]) -
 def test_the_speech_that_a_stage_needs_is_known_before(talk, capsys):
     run, tok = talk
     section = stage3()
-    needed = reading.texts_to_speak("stage3", run, section, tok)
+    needed = texts_to_speak(run, section, tok)
     assert len(set(needed)) == len(needed) and not {f"Question {i}?" for i in range(10)} & set(needed)
     sides = {f"Question {i}?" for i in range(10, 30)} | {f"Answer {i}." for i in range(30)}
     assert 0 < len(set(needed) & sides) < len(sides) / 2, "12 documents"
@@ -195,16 +199,16 @@ def test_the_speech_that_a_stage_needs_is_known_before(talk, capsys):
 
 def test_a_stage_that_reads_long_enough_needs_all(talk):
     run, tok = talk
-    needed = reading.texts_to_speak("stage3", run, stage3(steps=300), tok)
+    needed = texts_to_speak(run, stage3(steps=300), tok)
     assert set(needed) >= {f"Question {i}?" for i in range(10, 30)} | {f"Answer {i}." for i in range(30)}
-    needed = reading.texts_to_speak("stage3", run, stage3(steps=300, mix={"t2t": 1.0}), tok)
+    needed = texts_to_speak(run, stage3(steps=300, mix={"t2t": 1.0}), tok)
     assert needed == []
 
 
 def test_speech_that_is_too_long_is_read_as_text_and_changes_no_other_document(talk, capsys):
     run, tok = talk
     section = stage3(max_len=120)
-    needed = reading.texts_to_speak("stage3", run, section, tok)
+    needed = texts_to_speak(run, section, tok)
     spoken = dict.fromkeys(needed, [1, 2, 3])
     longer = next(text for text in needed if text.startswith("Answer"))
     documents_before, _ = speech_in(run, tok, section, spoken)

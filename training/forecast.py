@@ -232,7 +232,7 @@ def tokens_of(kind: str, source) -> float:
 AN_ITEM = 0.9  # seconds of one of evaluate.items: everything that is asked about it, and the recognizer
 # A stage also reads, probes, saves, and shares the memory with another: configs/tiny.toml took 17 min 45 s
 # after stage corpus, where its steps by themselves make 13 (LOG.md, 2026-11-27).
-BESIDES = 1.35
+OVERHEAD = 1.35
 CLUSTERING = 1.2e-7  # seconds of a frame and a cluster, of fitting k-means
 BESIDE = (("hubert", "units"), ("text",)), (("t2u", "vocoder"), ("stage1", "stage2", "stage3"))
 
@@ -299,7 +299,7 @@ def minutes(stages: dict[str, Stage], run: Run, config, tables: documents.Tables
         for name in stages:
             if name != "corpus" and finished(stages, name, run, config) is None:
                 stretches = work(name, run, config, tables)
-                found[name] = BESIDES * sum(stretch.times * stretch.seconds for stretch in stretches) / 60
+                found[name] = OVERHEAD * sum(stretch.times * stretch.seconds for stretch in stretches) / 60
     return found
 
 

@@ -47,7 +47,7 @@ def stage_documents(
     if section.tokens:
         return of_maps(name, run, section, tok)
     maps = []
-    for source in sources_of(name, run, section):
+    for source in splits_of(name, run, section):
         folder = run.out / "tokens" / name / source.split
         if rank() == 0:
             make(folder, source, len(tok), run.workers or 1)
@@ -99,7 +99,7 @@ class Source(NamedTuple):
         return fitting_examples(tables, self.split, self.name, self, tok, quiet, spoken)
 
 
-def sources_of(name: str, run: Run, section) -> list[Source]:
+def splits_of(name: str, run: Run, section) -> list[Source]:
     """Of the documents that a stage reads in training, and of those held out."""
     spoken = run.spoken if reads_generated(section) else None
     has_units = name != "text"
@@ -171,13 +171,13 @@ def reads_generated(section) -> bool:
     return getattr(section, "speech", "recorded") == "t2u" and section.steps > 0 and not section.tokens
 
 
-def texts_to_speak(name: str, run: Run, section, tok: Tokenizer) -> list[str]:
+def texts_to_speak(name: str, run: Run, section, tok: Tokenizer, tables: documents.Tables) -> list[str]:
     """The texts whose speech the stage will read, once each: answers, and questions without a recording.
 
     A stage that reads few of the dialogues needs few of them spoken; one that reads long enough, all."""
-    tables = documents.read_tables(run.out, tok.n_units)._replace(generated=True)
+    tables = tables._replace(generated=True)
     texts = []
-    for source in sources_of(name, run, section):
+    for source in splits_of(name, run, section):
         examples = fitting_examples(tables, source.split, name, section, tok, quiet=True)
         for example, draw in drawn(source, examples):
             if example.kind in documents.DIALOGUE_KINDS:
